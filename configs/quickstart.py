@@ -1,0 +1,72 @@
+"""The quickstart: a 32-pixel world of edits, learned on two CPU cores in minutes.
+
+    python -m kontext_jax.data.build --source=world --output=data/world
+    python -m kontext_jax.train --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder
+    python -m kontext_jax.train --config=configs/quickstart.py --workdir=runs/flow
+"""
+
+from kontext_jax.checkpoint import CheckpointConfig
+from kontext_jax.config import Config, SheetConfig
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.text import TextConfig
+from kontext_jax.flow import TimeConfig
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.models.t5 import T5Config
+from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
+from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
+
+DATA = "data/world"
+AUTOENCODER = "runs/quickstart/autoencoder"
+
+
+def data(batch_size: int) -> DataConfig:
+    return DataConfig(
+        path=DATA,
+        batch_size=batch_size,
+        caption_dropout=0.0,
+        geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
+        packing=PackingConfig(image_tokens=64, text_tokens=128, max_examples=4),
+        text=TextConfig(max_tokens=64),
+    )
+
+
+def autoencoder() -> Config:
+    return Config(
+        objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
+        data=data(batch_size=8),
+        optim=OptimConfig(
+            learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99
+        ),
+        checkpoint=CheckpointConfig(every=400, keep=1),
+        sheets=SheetConfig(every=400),
+        num_steps=800,
+        log_every=20,
+    )
+
+
+def flow() -> Config:
+    return Config(
+        objective=FlowMatchingConfig(
+            transformer=FluxConfig.tiny(),
+            text_encoder=T5Config.tiny_bytes(),
+            autoencoder_from=AUTOENCODER,
+            time=TimeConfig(shift="none"),
+        ),
+        data=data(batch_size=16),
+        optim=OptimConfig(
+            learning_rate=2e-3, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.995
+        ),
+        checkpoint=CheckpointConfig(every=500, keep=1),
+        sheets=SheetConfig(every=500, sampler=SamplerConfig(num_steps=20)),
+        num_steps=2000,
+        log_every=50,
+    )
+
+
+def get_config(variant: str = "flow") -> Config:
+    return {"autoencoder": autoencoder, "flow": flow}[variant]()

@@ -1,0 +1,186 @@
+"""Saving a run and going on from it, onto any mesh and any number of processes.
+
+A checkpoint holds the train state, the position in the data, the resolved config and the latest
+metrics. Arrays are stored under readable names (``transformer/double_blocks/img_attn/qkv/kernel``),
+so that one network can be read without the rest and without the code that made it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from kontext_jax.train_state import TrainState
+
+COUNTERS = ("step", "skipped", "skipped_in_a_row")
+TREES = ("params", "opt_state", "ema")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class CheckpointConfig:
+    """When to save, in steps, and how many of the latest to keep. The last step is always saved."""
+
+    every: int = 1000
+    keep: int = 3
+
+
+class Checkpointer:
+    """Reads and writes ``workdir/checkpoints``; writes go on while training does."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+        keep = config.keep if config else None
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        items = {name: ocp.PyTreeCheckpointHandler() for name in TREES}
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_handlers=items
+            | {name: ocp.JsonCheckpointHandler() for name in ("counters", "data", "meta")},
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, read_only=config is None, create=config is not None
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The last complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, data: Mapping, meta: Mapping) -> None:
+        """Starts to save; the next save, or `close`, waits for the end.
+
+        Args:
+          state: the train state.
+          data: the loader's state.
+          meta: the resolved config and the latest metrics, as JSON.
+        """
+        trees = {name: ocp.args.PyTreeSave(by_name(getattr(state, name))) for name in TREES}
+        counters = {name: int(getattr(state, name)) for name in COUNTERS}
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                **trees,
+                counters=ocp.args.JsonSave(counters),
+                data=ocp.args.JsonSave(dict(data)),
+                meta=ocp.args.JsonSave(dict(meta)),
+            ),
+        )
+
+    def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict]:
+        """(train state, loader's state) of the latest checkpoint, laid out as ``shardings`` say.
+
+        Raises:
+          ValueError: the checkpoint's arrays are not those of ``abstract``.
+        """
+        step = self._require_step()
+        trees = {
+            name: self._restore_tree(step, name, getattr(abstract, name), getattr(shardings, name))
+            for name in TREES
+        }
+        read = self._manager.restore(
+            step,
+            args=ocp.args.Composite(counters=ocp.args.JsonRestore(), data=ocp.args.JsonRestore()),
+        )
+        counters = {
+            name: jax.device_put(jax.numpy.int32(read.counters[name]), getattr(shardings, name))
+            for name in COUNTERS
+        }
+        return TrainState(**counters, **trees), read.data
+
+    def restore_network(self, player: str, abstract, shardings, params: str = "ema"):
+        """One player's network, from its averaged ("ema") or its own ("params") parameters."""
+        restored = self._restore_tree(
+            self._require_step(), params, {player: abstract}, {player: shardings}
+        )
+        return restored[player]
+
+    def meta(self) -> dict[str, Any]:
+        """Config and metrics of the latest checkpoint."""
+        read = self._manager.restore(
+            self._require_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        )
+        return read.meta
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.close()
+
+    def _require_step(self) -> int:
+        step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"There is no checkpoint in {self.folder}.")
+        return step
+
+    def _restore_tree(self, step: int, item: str, abstract, shardings):
+        wanted = by_name(
+            jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+            )
+        )
+        self._check(step, item, wanted)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    item: ocp.args.PyTreeRestore(
+                        wanted,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                        partial_restore=True,
+                    )
+                }
+            ),
+        )[item]
+        leaves = [_look_up(restored, path) for path in _paths(abstract)]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+    def _check(self, step: int, item: str, wanted: dict) -> None:
+        """Compares names and shapes; Orbax itself would cut or pad arrays of another shape."""
+        stored = self._manager.item_metadata(step)[item].tree
+        shapes = {path: _look_up(wanted, path).shape for path in _paths(wanted)}
+        wrong = []
+        for path, shape in shapes.items():
+            array = _look_up(stored, path)
+            if array is None:
+                wrong.append(f"{'/'.join(path)} is missing")
+            elif tuple(array.shape) != tuple(shape):
+                wrong.append(f"{'/'.join(path)} is {tuple(array.shape)}, not {tuple(shape)}")
+        players = {path[0] for path in shapes}
+        extra = {path for path in _paths(stored) if path[0] in players} - set(shapes)
+        wrong += [f"{'/'.join(path)} is not wanted" for path in sorted(extra)]
+        if wrong:
+            more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
+            raise ValueError(
+                f"Checkpoint {self.folder / str(step)} does not fit the configured networks: in "
+                f"{item}, {'; '.join(wrong[:5])}{more}. Use the config of its run, or start a new "
+                "--workdir."
+            )
+
+
+def by_name(tree) -> dict[str, Any]:
+    """A tree of modules, optimizer states and dicts as nested dicts of arrays, by name."""
+    names: dict[str, Any] = {}
+    for path, leaf in zip(_paths(tree), jax.tree.leaves(tree), strict=True):
+        *parents, last = path
+        place = names
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = leaf
+    return names
+
+
+def _paths(tree) -> list[tuple[str, ...]]:
+    """The names on the way to each leaf; NNX variables add no name of their own."""
+    paths = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        paths.append(tuple(names[:-1] if names[-1] == "value" else names))
+    return paths
+
+
+def _look_up(tree, path: tuple[str, ...]):
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree

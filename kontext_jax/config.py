@@ -1,0 +1,102 @@
+"""A run's whole configuration, composed of the small dataclasses beside the code they configure."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kontext_jax.checkpoint import CheckpointConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.objectives import Objective
+from kontext_jax.objectives.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
+from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sharding import MeshConfig
+
+ObjectiveConfig = AutoencoderObjectiveConfig | FlowMatchingConfig
+
+OBJECTIVES = {"autoencoder": AutoencoderObjective, "flow_matching": FlowMatching}
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class SheetConfig:
+    """Pictures made during training: ``num_examples`` of split ``split`` every so many steps.
+
+    ``every`` = 0 makes none.
+    """
+
+    every: int = 1000
+    num_examples: int = 12
+    split: str = "validation"
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class Config:
+    """One run.
+
+    Attributes:
+      objective: what is trained and how; its ``kind`` picks the objective.
+      num_steps: of the whole run, also for the learning rate's decay.
+      max_skipped_in_a_row: steps without a finite gradient, one after the other, that stop it.
+      log_every: steps between two lines of the log; metrics are averaged over them.
+      compilation_cache: folder that keeps compiled programs between runs; empty for none.
+    """
+
+    objective: ObjectiveConfig = field(default_factory=FlowMatchingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sheets: SheetConfig = field(default_factory=SheetConfig)
+    seed: int = 0
+    num_steps: int = 10_000
+    log_every: int = 50
+    max_skipped_in_a_row: int = 20
+    compilation_cache: str = ""
+
+    def make_objective(self) -> Objective:
+        """The objective that ``objective.kind`` names."""
+        return OBJECTIVES[self.objective.kind](self.objective)
+
+
+def to_dict(config) -> dict[str, Any]:
+    """Plain JSON values; `from_dict` undoes it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any], cls: type = Config):
+    """A config from what `to_dict` gave.
+
+    Raises:
+      ValueError: a key that ``cls`` does not have.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = set(values) - set(hints)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}.")
+    return cls(**{name: _value(value, hints[name]) for name, value in values.items()})
+
+
+def _value(value, hint):
+    if isinstance(hint, types.UnionType):  # the objectives, told apart by their kind
+        by_kind = {cls.kind: cls for cls in typing.get_args(hint)}
+        hint = by_kind[value["kind"]]
+    if dataclasses.is_dataclass(hint):
+        return from_dict(value, hint)
+    return _tuples(value)
+
+
+def _tuples(value):
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def fingerprint(config) -> str:
+    """A short hash of all settings."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Triples: made, stored, read, transformed, packed and served."""

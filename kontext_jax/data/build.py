@@ -1,0 +1,141 @@
+"""Builds a data set of triples.
+
+python -m kontext_jax.data.build --source={world,emoji,folder} --output=DIR
+
+  world    scenes drawn on the spot         [--num_train --num_validation --seed --size]
+  emoji    edits between artists' icons     [--num_train --num_validation --seed --sizes] --input
+  folder   your own images and prompts      --input (see kontext_jax/data/folder.py for its table)
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from absl import app, flags, logging
+
+from kontext_jax.data import emoji, folder, store, world
+from kontext_jax.data.sources import TripleSource
+from kontext_jax.types import Triple
+
+REPORT_EVERY = 5.0  # seconds
+
+
+class Split(NamedTuple):
+    """The triples of one split, not yet made, and how many there will be."""
+
+    triples: Iterable[Triple]
+    num: int
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the command's flags; not on import, where they would clash with other commands'."""
+    define = {"flag_values": values}
+    flags.DEFINE_enum("source", None, list(SOURCES), "where the triples come from", **define)
+    flags.DEFINE_string("output", None, "folder to make; it must not exist", **define)
+    flags.DEFINE_string("input", None, "folder to read", **define)
+    flags.DEFINE_integer("num_train", 12000, "triples to train on", lower_bound=0, **define)
+    flags.DEFINE_integer("num_validation", 512, "triples held out", lower_bound=0, **define)
+    flags.DEFINE_integer("seed", 0, "what differs, differs by this alone", **define)
+    flags.DEFINE_integer("size", 32, "height and width in pixels", lower_bound=1, **define)
+    flags.DEFINE_list("sizes", ["32", "48", "64"], "heights and widths in pixels", **define)
+    flags.mark_flags_as_required(["source", "output"], flag_values=values)
+
+
+def run(options: flags.FlagValues) -> str:
+    """Builds the data set that the flags describe, and sums it up in one line.
+
+    Raises:
+      ValueError, OSError: with one sentence that tells the user what is wrong; nothing is written.
+    """
+    start = time.monotonic()
+    splits = _splits(options)
+    store.write({name: _reported(name, split) for name, split in splits.items()}, options.output)
+    counts = ", ".join(f"{len(TripleSource(options.output, name))} {name}" for name in splits)
+    num_bytes = sum(file.stat().st_size for file in pathlib.Path(options.output).iterdir())
+    seconds = time.monotonic() - start
+    return f"{options.output}: {counts} triples, {num_bytes:,} bytes, {seconds:.1f} s"
+
+
+def _splits(options: flags.FlagValues) -> dict[str, Split]:
+    make, own_flags = SOURCES[options.source]
+    for name in ("input", "num_train", "num_validation", "seed", "size", "sizes"):
+        if options[name].present and name not in own_flags:
+            raise ValueError(f"--{name} means nothing to --source={options.source}: leave it out.")
+    if "input" in own_flags and options.input is None:
+        raise ValueError(f"--source={options.source} needs --input, the folder to read.")
+    return make(options)
+
+
+def _world(options: flags.FlagValues) -> dict[str, Split]:
+    return {
+        split: Split(world.triples(num, split=split, seed=options.seed, size=options.size), num)
+        for split, num in _requested(options)
+    }
+
+
+def _emoji(options: flags.FlagValues) -> dict[str, Split]:
+    if not all(size.isdecimal() and int(size) for size in options.sizes):
+        raise ValueError(f"--sizes must be whole numbers such as 32,48, not {options.sizes}.")
+    sizes = [int(size) for size in options.sizes]
+    icons = emoji.Emoji(options.input)
+    return {
+        split: Split(icons.triples(num, split=split, sizes=sizes, seed=options.seed), num)
+        for split, num in _requested(options)
+    }
+
+
+def _folder(options: flags.FlagValues) -> dict[str, Split]:
+    return {
+        split: Split(folder.triples(lines), len(lines))
+        for split, lines in folder.read(options.input).items()
+    }
+
+
+def _requested(options: flags.FlagValues) -> list[tuple[str, int]]:
+    wanted = [("train", options.num_train), ("validation", options.num_validation)]
+    return [(split, num) for split, num in wanted if num]
+
+
+_DRAWN = ("num_train", "num_validation", "seed")
+SOURCES = {
+    "world": (_world, (*_DRAWN, "size")),
+    "emoji": (_emoji, (*_DRAWN, "sizes", "input")),
+    "folder": (_folder, ("input",)),
+}
+"""For each --source, what makes its splits, and which flags mean something to it."""
+
+
+def _reported(name: str, split: Split) -> Iterator[Triple]:
+    """Passes the triples on, and says now and then how far it is."""
+    start = reported = time.monotonic()
+    for done, triple in enumerate(split.triples, 1):
+        yield triple
+        now = time.monotonic()
+        if now - reported >= REPORT_EVERY:
+            reported = now
+            rate = done / (now - start)
+            left = (split.num - done) / rate
+            print(
+                f"{name}: {done} of {split.num}, {rate:.0f} per second, {left:.0f} s to go",
+                file=sys.stderr,
+            )
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command; a mistake of the user's ends in one sentence and exit code 1."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # TFDS is chatty
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected argument {argv[1]!r}: flags look like --name=value.")
+        print(run(flags.FLAGS))
+    except (ImportError, OSError, ValueError) as error:
+        logging.debug("The error in full:", exc_info=True)  # --verbosity=1
+        sys.exit(f"build: {error}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

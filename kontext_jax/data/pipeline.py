@@ -1,0 +1,294 @@
+"""From a data set on disk to packed batches: plan, read, resize, tokenise, assemble.
+
+Everything random here is a pure function of (seed, epoch, example), so that the position in the
+data is one integer, whatever the number of hosts and workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grain
+import numpy as np
+from absl import logging
+from jaxtyping import Int
+
+from kontext_jax.data.packing import PackingConfig, Plan, Shape, size_key
+from kontext_jax.data.sources import CorruptRecordError, TripleSource
+from kontext_jax.data.text import TextConfig, Tokenizer
+from kontext_jax.geometry import (
+    GeometryConfig,
+    Size,
+    nearest_size,
+    num_tokens,
+    position_ids,
+    resize,
+)
+from kontext_jax.types import Batch, Example, Triple
+
+ENDLESS = 2**40  # rows; Grain wants a length
+MAX_EXAMPLE_ID = 2**31  # example ids are int32 on the device
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class DataConfig:
+    """What to read and how to feed it.
+
+    Attributes:
+      path, split: the data set, as `data.build` writes it.
+      batch_size: rows a step, over all devices.
+      caption_dropout: probability that an example is shown without its prompt.
+      context_dropout: probability that an example is shown without its contexts. Both are what
+        classifier-free guidance needs; they are drawn independently.
+      num_workers: reading processes; 0 reads in threads of this one.
+      prefetch: rows read ahead, a thread each, where ``num_workers`` is 0.
+      max_skipped: share of unreadable records, of those seen, at which a run stops.
+    """
+
+    path: str = ""
+    split: str = "train"
+    batch_size: int = 16
+    caption_dropout: float = 0.1
+    context_dropout: float = 0.0
+    num_workers: int = 0
+    prefetch: int = 16
+    max_skipped: float = 0.01
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+
+class RowAssembler(Sequence[Batch]):
+    """Row k of an endless run, as a `Batch` without its row axis."""
+
+    def __init__(self, source: TripleSource, plan: Plan, config: DataConfig, seed: int):
+        self._source = source
+        self._plan = plan
+        self._config = config
+        self._seed = seed
+        self._tokenizer = Tokenizer(config.text)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, row: int) -> Batch:
+        epoch, indices = self._plan[row]
+        first = epoch * len(self._source) % MAX_EXAMPLE_ID
+        examples: list[Example | None] = []
+        for index in indices:
+            try:
+                examples.append(self._example(epoch, index))
+            except CorruptRecordError as error:
+                logging.warning("Skipped a record. %s", error)
+                examples.append(None)
+        ids = [(first + index) % MAX_EXAMPLE_ID for index in indices]
+        return assemble(examples, ids, self._plan.slots, self._config)
+
+    def _example(self, epoch: int, index: int) -> Example:
+        triple = self._source[index]
+        draw_caption, draw_context = np.random.default_rng((self._seed, epoch, index)).random(2)
+        if draw_caption < self._config.caption_dropout:
+            triple = triple._replace(prompt="")
+        if draw_context < self._config.context_dropout:
+            triple = triple._replace(contexts=())
+        return prepare(triple, self._tokenizer, self._config.geometry)
+
+
+def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> Example:
+    """Resizes each image to its nearest size and tokenises the prompt."""
+
+    def fit(image):
+        return resize(image, nearest_size(image.shape[1], image.shape[0], geometry.sizes))
+
+    contexts = tuple(fit(context) for context in triple.contexts)
+    return Example(triple.id, fit(triple.target), contexts, tokenizer(triple.prompt))
+
+
+def assemble(
+    examples: Sequence[Example | None],
+    ids: Sequence[int],
+    slots: dict[str, int],
+    config: DataConfig,
+) -> Batch:
+    """Lays examples out in one row; None leaves a gap, for a record that could not be read.
+
+    Args:
+      examples: what the row holds.
+      ids: their global indices; they key the noise.
+      slots: images of each size that the row has room for, see `Plan.slots`.
+      config: capacities and geometry.
+
+    Returns:
+      A `Batch` without its row axis.
+
+    Raises:
+      ValueError: the examples do not fit into the row.
+    """
+    geometry, packing = config.geometry, config.packing
+    row = _empty_row(slots, packing)
+    starts = _slot_starts(slots, geometry)
+    filled = dict.fromkeys(slots, 0)
+    token = text = 0
+    for segment, (example, example_id) in enumerate(zip(examples, ids, strict=True), start=1):
+        if example is None:
+            row.skipped[...] += 1
+            continue
+        images = (example.target, *example.contexts)
+        sizes = [_size(image) for image in images]
+        count = sum(num_tokens(size, geometry.pixels_per_token) for size in sizes)
+        text_end = text + len(example.text_ids)
+        if (
+            token + count > packing.image_tokens
+            or text_end > packing.text_tokens
+            or segment > packing.max_examples
+        ):
+            raise ValueError(f"Example {example.id} does not fit into what is left of its row.")
+        place = slice(token, token + count)
+        row.positions[place] = position_ids(sizes[0], sizes[1:], geometry)
+        row.segments[place] = segment
+        row.offsets[place] = np.arange(count)
+        row.is_target[token : token + num_tokens(sizes[0], geometry.pixels_per_token)] = True
+        for image, size in zip(images, sizes, strict=True):
+            key, tokens = size_key(size), num_tokens(size, geometry.pixels_per_token)
+            slot = filled[key]
+            row.images[key][slot] = image
+            row.image_segments[key][slot] = segment
+            row.source[token : token + tokens] = starts[key] + slot * tokens + np.arange(tokens)
+            filled[key] += 1
+            token += tokens
+        row.text_ids[text:text_end] = example.text_ids
+        row.text_segments[text:text_end] = segment
+        row.example_ids[segment - 1] = example_id
+        text = text_end
+    return row
+
+
+def _empty_row(slots: dict[str, int], packing: PackingConfig) -> Batch:
+    s, l, n = packing.image_tokens, packing.text_tokens, packing.max_examples
+    return Batch(
+        images={
+            key: np.zeros((count, *map(int, key.split("x")), 3), np.uint8)
+            for key, count in slots.items()
+        },
+        image_segments={key: np.zeros(count, np.int32) for key, count in slots.items()},
+        source=np.zeros(s, np.int32),
+        positions=np.zeros((s, 3), np.int32),
+        segments=np.zeros(s, np.int32),
+        is_target=np.zeros(s, bool),
+        offsets=np.zeros(s, np.int32),
+        text_ids=np.zeros(l, np.int32),
+        text_segments=np.zeros(l, np.int32),
+        example_ids=np.full(n, -1, np.int32),
+        skipped=np.zeros((), np.int32),
+    )
+
+
+def _order(config: DataConfig) -> dict[str, str]:
+    """Every setting that decides which examples come when, and how they look."""
+    names = ("split", "caption_dropout", "context_dropout", "geometry", "packing", "text")
+    return {name: repr(getattr(config, name)) for name in names}
+
+
+def _slot_starts(slots: dict[str, int], geometry: GeometryConfig) -> dict[str, int]:
+    """Where each size's tokens begin among all encoded tokens of a row."""
+    starts, total = {}, 0
+    for key in sorted(slots):
+        starts[key] = total
+        height, width = map(int, key.split("x"))
+        total += slots[key] * num_tokens((width, height), geometry.pixels_per_token)
+    return starts
+
+
+def _size(image: np.ndarray) -> Size:
+    return image.shape[1], image.shape[0]
+
+
+def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
+    """Packs a data set by the sizes and prompt lengths in its index."""
+    index = source.index
+    sizes = config.geometry.sizes
+    text_tokens = Tokenizer(config.text).reserve(np.asarray(index.prompt_bytes))
+    ends = np.cumsum(index.context_counts)
+    # nearest_size is asked once for each size that occurs
+    fit: dict[tuple[int, int], Size] = {}
+
+    def nearest(height_width: Int[np.ndarray, "2"]) -> Size:
+        height, width = map(int, height_width)
+        if (height, width) not in fit:
+            fit[height, width] = nearest_size(width, height, sizes)
+        return fit[height, width]
+
+    shapes = [
+        Shape(
+            nearest(index.target_sizes[i]),
+            tuple(nearest(s) for s in index.context_sizes[end - count : end]),
+            int(text_tokens[i]),
+        )
+        for i, (end, count) in enumerate(zip(ends, index.context_counts, strict=True))
+    ]
+    return Plan(shapes, [str(i) for i in index.ids], config.packing, config.geometry, seed)
+
+
+class Loader:
+    """Batches of this process's rows, without end; its state is one integer for all processes."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Opens the data set and plans its rows.
+
+        Raises:
+          FileNotFoundError, ValueError: the data set is missing, empty, or does not fit the rows.
+        """
+        self.source = TripleSource(config.path, config.split)
+        self.plan = plan_of(self.source, config, seed)
+        self._identity = {"data": self.source.fingerprint, "seed": seed} | _order(config)
+        rows = RowAssembler(self.source, self.plan, config, seed)
+        workers = None
+        if config.num_workers:
+            workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
+        threads = max(1, min(config.prefetch, 16))
+        self._rows = iter(
+            grain.experimental.ElasticIterator(
+                grain.MapDataset.source(rows),
+                config.batch_size,
+                grain.sharding.ShardOptions(process_index, process_count),
+                read_options=grain.ReadOptions(
+                    num_threads=threads, prefetch_buffer_size=max(threads, config.prefetch)
+                ),
+                multiprocessing_options=workers,
+            )
+        )
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._rows)
+
+    def state(self) -> dict:
+        """What `restore` needs to go on exactly here: JSON, the same on every process."""
+        return {"position": self._rows.get_state(), "identity": self._identity}
+
+    def restore(self, state: dict) -> None:
+        """Goes on where ``state`` was taken.
+
+        Raises:
+          ValueError: the state is of other data, or of the same data fed in another way.
+        """
+        changed = [k for k, v in self._identity.items() if state["identity"].get(k) != v]
+        if changed:
+            raise ValueError(
+                f"The checkpoint's position in the data is for another {' and '.join(changed)} "
+                "than this run reads, so the order of examples would differ. Use the same data "
+                "settings, or start a new --workdir."
+            )
+        self._rows.set_state(state["position"])
+
+    def close(self) -> None:
+        """Stops the reading threads or processes."""
+        self._rows.close()

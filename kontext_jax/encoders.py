@@ -1,0 +1,58 @@
+"""From pixels and token ids to what the transformer reads: `Batch` -> `Tokens`.
+
+The same functions serve training on the fly, sampling and evaluation.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kontext_jax.models.autoencoder import Autoencoder, pack_latents, to_pixels
+from kontext_jax.models.t5 import T5Encoder, pool
+from kontext_jax.types import Batch, Tokens
+
+
+def encode_images(autoencoder: Autoencoder, batch: Batch) -> Float[Array, "B S C"]:
+    """Clean latents of every image token; padding is zero.
+
+    Images of a size are encoded as one dense array; each token of the row is then fetched from
+    the encoded tokens of its own row.
+    """
+    rows = batch.source.shape[0]
+    encoded = []
+    for key in sorted(batch.images):
+        images = batch.images[key]
+        flat = to_pixels(images.reshape(-1, *images.shape[2:]))
+        tokens = pack_latents(autoencoder.encode(flat))
+        encoded.append(tokens.reshape(rows, -1, tokens.shape[-1]))
+    latents = jnp.take_along_axis(
+        jnp.concatenate(encoded, axis=1), batch.source[:, :, None], axis=1
+    )
+    return jnp.where(batch.segments[:, :, None] > 0, latents, 0.0)
+
+
+def encode_text(
+    text_encoder: T5Encoder, batch: Batch
+) -> tuple[Float[Array, "B L T"], Float[Array, "B N T"]]:
+    """The prompts' token vectors, and their mean an example as the pooled vector."""
+    text = text_encoder(batch.text_ids, batch.text_segments)
+    return text, pool(text, batch.text_segments, batch.example_ids.shape[1])
+
+
+def to_tokens(
+    batch: Batch,
+    latents: Float[Array, "B S C"],
+    text: Float[Array, "B L T"],
+    pooled: Float[Array, "B N P"],
+) -> Tokens:
+    """Joins what the encoders made with the layout of the row."""
+    return Tokens(
+        latents=latents,
+        positions=batch.positions,
+        segments=batch.segments,
+        is_target=batch.is_target,
+        offsets=batch.offsets,
+        text=text,
+        text_segments=batch.text_segments,
+        pooled=pooled,
+        example_ids=batch.example_ids,
+    )

@@ -1,0 +1,150 @@
+"""Images of a fixed set of triples: what sheets show and what metrics are computed on."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, UInt8
+
+from kontext_jax import flow
+from kontext_jax.data.packing import Plan, Shape, size_key
+from kontext_jax.data.pipeline import DataConfig, assemble, prepare
+from kontext_jax.data.text import Tokenizer
+from kontext_jax.encoders import encode_images, encode_text, to_tokens
+from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
+from kontext_jax.sampler import SamplerConfig, sample
+from kontext_jax.sharding import batch_sharding, num_batch_shards
+from kontext_jax.types import Batch, Example, Triple
+
+Image = UInt8[np.ndarray, "_ _ 3"]
+
+
+class Generator:
+    """Samples the targets of given triples: packed, sharded over the mesh, with fixed noise.
+
+    An example's image does not depend on the others, on the packing, or on the devices.
+    """
+
+    def __init__(
+        self,
+        triples: Sequence[Triple],
+        data: DataConfig,
+        sampler: SamplerConfig,
+        time: flow.TimeConfig,
+        mesh: Mesh,
+        seed: int = 0,
+    ):
+        """Packs the triples; their targets' pixels are left out, only the sizes are used."""
+        tokenizer = Tokenizer(data.text)
+        self._mesh = mesh
+        self._examples = [_blind(prepare(triple, tokenizer, data.geometry)) for triple in triples]
+        self._batches, self._layout = _pack(self._examples, data, mesh)
+        self._key = jax.random.key(seed)
+        self._latents = jax.jit(
+            lambda model, autoencoder, batch, key: _sample(
+                model, autoencoder, batch, key, sampler, time
+            )
+        )
+        self._decode = jax.jit(_decode, static_argnames="size")
+
+    def __call__(self, model: dict, autoencoder: Autoencoder) -> list[Image]:
+        """An image for each triple, in their order.
+
+        Args:
+          model: the player's networks, ``transformer`` and ``text_encoder``.
+          autoencoder: decodes, and encodes the contexts.
+        """
+        tokens: dict[int, np.ndarray] = {}
+        with jax.set_mesh(self._mesh):
+            for batch, layout in zip(self._batches, self._layout, strict=True):
+                on_device = jax.device_put(batch, batch_sharding(self._mesh))
+                latents = self._latents(model, autoencoder, on_device, self._key)
+                latents = multihost_utils.process_allgather(latents, tiled=True)
+                for row, segment, example in layout:
+                    mine = (batch.segments[row] == segment) & batch.is_target[row]
+                    tokens[example] = np.asarray(latents)[row, mine]
+        return self._images(tokens, autoencoder)
+
+    def _images(self, tokens: dict[int, np.ndarray], autoencoder: Autoencoder) -> list[Image]:
+        """Decodes images of equal size together."""
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, example in enumerate(self._examples):
+            groups[example.target.shape[:2]].append(i)
+        images: dict[int, Image] = {}
+        for size, members in groups.items():
+            stacked = np.stack([tokens[i] for i in members])
+            # Equal chunks, the last one filled up, so that each size compiles once.
+            chunk = min(len(members), 64)
+            padded = np.concatenate([stacked, np.repeat(stacked[-1:], -len(members) % chunk, 0)])
+            for start in range(0, len(padded), chunk):
+                part = self._decode(autoencoder, padded[start : start + chunk], size=size)
+                for i, image in zip(members[start : start + chunk], np.asarray(part), strict=False):
+                    images[i] = image
+        return [images[i] for i in range(len(self._examples))]
+
+
+def _blind(example: Example) -> Example:
+    return example._replace(target=np.zeros_like(example.target))
+
+
+def _pack(
+    examples: Sequence[Example], data: DataConfig, mesh: Mesh
+) -> tuple[list[Batch], list[list[tuple[int, int, int]]]]:
+    """Batches of full size, and for each the (row, segment, example) of everything in it."""
+
+    def size(image):
+        return image.shape[1], image.shape[0]
+
+    shapes = [
+        Shape(size(e.target), tuple(size(c) for c in e.contexts), len(e.text_ids)) for e in examples
+    ]
+    plan = Plan(shapes, [e.id for e in examples], data.packing, data.geometry, seed=0)
+    rows = [plan[i][1] for i in range(plan.num_rows)]
+    shards = num_batch_shards(mesh)
+    size_of_batch = -(-min(data.batch_size, len(rows)) // shards) * shards
+    rows += [[]] * (-len(rows) % size_of_batch)
+    batches, layouts = [], []
+    for start in range(0, len(rows), size_of_batch):
+        group = rows[start : start + size_of_batch]
+        assembled = [
+            assemble([examples[i] for i in row], row, plan.slots, data) for row in group
+        ]
+        batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *assembled))
+        layouts.append(
+            [(r, s, i) for r, row in enumerate(group) for s, i in enumerate(row, start=1)]
+        )
+    return batches, layouts
+
+
+def _sample(model, autoencoder, batch, key, config, time) -> Float[Array, "B S C"]:
+    text, pooled = encode_text(model["text_encoder"], batch)
+    tokens = to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
+    return sample(model["transformer"], tokens, key, config, time)
+
+
+def _decode(
+    autoencoder: Autoencoder, tokens: Float[Array, "B S C"], size: tuple[int, int]
+) -> UInt8[Array, "B h w 3"]:
+    cell = autoencoder.config.downsample
+    latents = unpack_latents(tokens, (size[0] // cell, size[1] // cell))
+    return to_uint8(autoencoder.decode(latents))
+
+
+def reconstruct(autoencoder: Autoencoder, images: Sequence[Image]) -> list[Image]:
+    """Each image through the autoencoder, by the mean of its latents."""
+
+    @jax.jit
+    def run(model, x):
+        return to_uint8(model.decode(model.encode(to_pixels(x))))
+
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, image in enumerate(images):
+        groups[size_key((image.shape[1], image.shape[0]))].append(i)
+    results: dict[int, Image] = {}
+    for members in groups.values():
+        out = np.asarray(run(autoencoder, np.stack([images[i] for i in members])))
+        results.update(zip(members, out, strict=True))
+    return [results[i] for i in range(len(images))]

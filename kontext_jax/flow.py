@@ -1,0 +1,130 @@
+r"""Rectified flow: the maths, and nothing else.
+
+Time t runs from 0 (data) to 1 (noise). The path between latents x and noise e is a straight line,
+
+    (1)  x_t = (1 - t) x + t e,            (2)  dx_t / dt = e - x,
+
+and the network regresses the velocity (2) at x_t (Liu et al., arXiv 2209.03003; Esser et al.,
+arXiv 2403.03206, eq. 13). From a velocity v the clean end of the line is (3) x = x_t - t v.
+
+Large images keep more signal at equal t, for neighbouring pixels share it. FLUX therefore moves
+times towards noise as the number of target tokens n grows (Black Forest Labs ``sampling.py``):
+
+    (4)  shift(t) = e^mu t / (1 + (e^mu - 1) t),
+    (5)  mu(n) = 0.5 + (1.15 - 0.5) (n - 256) / (4096 - 256).
+
+In logits, (4) is a translation: logit(shift(t)) = logit(t) + mu. Training times are drawn
+logit-normal and moved by the same mu as the sampler's schedule.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class TimeConfig:
+    """How training times are drawn: sigmoid(N(mean, std^2)), then moved by `mu`.
+
+    Attributes:
+      mean, std: of the normal in logits.
+      shift: "resolution" moves by mu(number of target tokens), "none" not at all.
+      base_tokens, max_tokens, base_shift, max_shift: the two points of the line (5).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: str = "resolution"
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+
+    def __post_init__(self):
+        if self.shift not in ("resolution", "none"):
+            raise ValueError(f"time shift {self.shift!r} is not 'resolution' or 'none'.")
+
+    def mu(self, num_tokens: Int[Array, "*n"] | int) -> Float[Array, "*n"]:
+        """Equation (5); zero where ``shift`` is "none"."""
+        tokens = jnp.asarray(num_tokens, jnp.float32)
+        if self.shift == "none":
+            return jnp.zeros_like(tokens)
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return self.base_shift + slope * (tokens - self.base_tokens)
+
+
+def interpolate(
+    latents: Float[Array, "*b"], noise: Float[Array, "*b"], t: Float[Array, "*b"]
+) -> Float[Array, "*b"]:
+    """Equation (1)."""
+    return (1 - t) * latents + t * noise
+
+
+def velocity(latents: Float[Array, "*b"], noise: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Equation (2)."""
+    return noise - latents
+
+
+def denoise(
+    x_t: Float[Array, "*b"], v: Float[Array, "*b"], t: Float[Array, "*b"]
+) -> Float[Array, "*b"]:
+    """Equation (3)."""
+    return x_t - t * v
+
+
+def shift_time(t: Float[Array, "*b"], mu: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """Equation (4); keeps 0 and 1 in place."""
+    factor = jnp.exp(mu)
+    return factor * t / (1 + (factor - 1) * t)
+
+
+def sample_time(
+    key: Key[Array, ""], num_tokens: Int[Array, ""], config: TimeConfig
+) -> Float[Array, ""]:
+    """One training time for an example of ``num_tokens`` target tokens."""
+    logit = config.mean + config.std * jax.random.normal(key)
+    return jax.nn.sigmoid(logit + config.mu(num_tokens))
+
+
+def example_keys(
+    key: Key[Array, ""], example_ids: Int[Array, "B N"]
+) -> Key[Array, "B N"]:
+    """A key for each example, whatever row, device or host it is on."""
+    return jax.vmap(jax.vmap(lambda example: jax.random.fold_in(key, example)))(example_ids)
+
+
+def token_noise(
+    keys: Key[Array, "B N"],
+    segments: Int[Array, "B S"],
+    offsets: Int[Array, "B S"],
+    channels: int,
+) -> Float[Array, "B S C"]:
+    """Standard normal noise that depends on the example and the token's place in it alone.
+
+    So an example gets the same noise however it is packed, and on any mesh.
+
+    Args:
+      keys: of the examples, see `example_keys`.
+      segments: example of each token, counted from 1.
+      offsets: place of each token within its example.
+      channels: C.
+    """
+
+    def row(row_keys, row_segments, row_offsets):
+        token_keys = jax.vmap(jax.random.fold_in)(
+            row_keys[jnp.maximum(row_segments - 1, 0)], row_offsets
+        )
+        return jax.vmap(lambda key: jax.random.normal(key, (channels,)))(token_keys)
+
+    return jax.vmap(row)(keys, segments, offsets)
+
+
+def schedule(
+    num_steps: int, num_tokens: Int[Array, "*n"], config: TimeConfig
+) -> Float[Array, "T *n"]:
+    """The sampler's ``num_steps + 1`` times from 1 to 0, evenly spaced, then moved by mu."""
+    mu = config.mu(num_tokens)
+    times = jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
+    return jax.vmap(lambda t: shift_time(jnp.broadcast_to(t, mu.shape), mu))(times)

@@ -1,0 +1,33 @@
+"""Attention within segments: a token attends to the tokens of its own example and to no other."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def attention(
+    q: Float[Array, "B S H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
+    segments: Int[Array, "B S"],
+    bias: Float[Array, "B H S S"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B S H K"]:
+    """Full attention between tokens of equal segment, softmax in float32.
+
+    Padding (segment 0) attends to padding, so that no row of the softmax is empty; what it
+    computes reaches no example.
+
+    Args:
+      q, k, v: queries, keys, values.
+      segments: example of each token, 0 = padding.
+      bias: added to the logits (T5's relative positions).
+      scale: of the logits; ``K ** -0.5`` where left out.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits = logits + bias
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    weights = jax.nn.softmax(jnp.where(same, logits, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bhqs,bshk->bqhk", weights.astype(v.dtype), v)

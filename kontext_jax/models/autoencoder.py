@@ -1,0 +1,337 @@
+"""The autoencoder of FLUX.1: images to latents an eighth of their size, and back.
+
+Follows Black Forest Labs' ``flux/modules/autoencoder.py`` name by name; ``diffusers`` calls it
+``AutoencoderKL``. The encoder gives mean and log-variance of each latent cell; latents are shifted
+and scaled to about unit variance. One token of the transformer is 2 x 2 cells: `pack_latents`.
+
+Images and latents are NHWC; pixels lie in [-1, 1]. Levels differ in shape, so nothing is stacked.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float, Key, UInt8
+
+from kontext_jax.models.attention import attention
+from kontext_jax.models.layers import linear
+
+PATCH = 2  # a token is PATCH x PATCH latent cells
+REMAT_POLICIES = ("full", "none")
+
+# Keeps the unit variance that a GroupNorm hands over, so that all blocks start out alike. torch's
+# default, which BFL trained from, has a third of that variance; the next norm undoes either.
+lecun = initializers.lecun_normal()
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class AutoencoderConfig:
+    """Sizes of the autoencoder; the defaults are FLUX.1's.
+
+    Attributes:
+      channels, channel_multipliers: width of each level, the finest first; each halves the size.
+      num_res_blocks: of each level of the encoder; the decoder has one more.
+      latent_channels: of a latent cell.
+      num_groups: of every GroupNorm.
+      scale_factor, shift_factor: ``latents = scale_factor * (z - shift_factor)``.
+      dtype: compute dtype; parameters are float32.
+      remat: what the backward pass recomputes: "full" keeps only the input of each level's
+        residual blocks, "none" all.
+    """
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 16
+    num_groups: int = 32
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+    dtype: str = "float32"
+    remat: str = "full"
+
+    def __post_init__(self):
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"channel_multipliers {self.channel_multipliers} must be numbers from 1 up."
+            )
+        if self.channels % self.num_groups:
+            raise ValueError(
+                f"channels {self.channels} does not divide into num_groups {self.num_groups}."
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.channels * multiple for multiple in self.channel_multipliers)
+
+    @property
+    def downsample(self) -> int:
+        """Pixels a latent cell, along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def token_channels(self) -> int:
+        return PATCH**2 * self.latent_channels
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Along one side."""
+        return PATCH * self.downsample
+
+    @classmethod
+    def flux(cls, **kwargs) -> "AutoencoderConfig":
+        """FLUX.1 [dev], [schnell] and Kontext: 83,819,683 parameters, 16 pixels a token."""
+        return cls(**kwargs)
+
+    @classmethod
+    def tiny(cls, **kwargs) -> "AutoencoderConfig":
+        """For laptops: 24 channels and 8 pixels a token; trains on two CPU cores in minutes."""
+        sizes = dict(
+            channels=16,
+            channel_multipliers=(1, 2, 4),
+            num_res_blocks=1,
+            latent_channels=6,
+            num_groups=8,
+            remat="none",
+        )
+        return cls(**(sizes | kwargs))
+
+
+class GroupNorm(nnx.Module):
+    """GroupNorm, eps 1e-6; statistics, scale and bias in float32, rounded once.
+
+    The variance is the mean square of centred values, not a difference of large numbers. Sums
+    run over space first and then over a group's channels, which leaves the channels innermost.
+    """
+
+    def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
+        del rngs  # starts as the plain norm
+        self.num_groups = config.num_groups
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("embed",))
+
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        y = x.astype(jnp.float32)
+        y = y - self._mean(y)
+        y = y * jax.lax.rsqrt(self._mean(jnp.square(y)) + 1e-6)
+        y = y * self.scale[...].reshape(1, 1, 1, -1) + self.bias[...].reshape(1, 1, 1, -1)
+        return y.astype(x.dtype)
+
+    def _mean(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 1 1 c"]:
+        """The mean of each group, given to each of its channels."""
+        per_channel = jnp.mean(x, axis=(1, 2)).reshape(x.shape[0], self.num_groups, -1)
+        per_group = jnp.mean(per_channel, axis=-1, keepdims=True)
+        return jnp.broadcast_to(per_group, per_channel.shape).reshape(x.shape[0], 1, 1, -1)
+
+
+def conv(
+    config: AutoencoderConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs, size=3, **kwargs
+) -> nnx.Conv:
+    """A square convolution; unless ``padding`` says otherwise it keeps the image's size."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        **({"padding": size // 2} | kwargs),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.float32,
+        kernel_init=lecun,
+        kernel_metadata={"axes": (None, None, "channels", "embed")},
+        bias_metadata={"axes": ("embed",)},
+        rngs=rngs,
+    )
+
+
+class ResnetBlock(nnx.Module):
+    """Twice GroupNorm, swish, 3 x 3 convolution; added to the input, or to a 1 x 1 map of it."""
+
+    def __init__(self, config: AutoencoderConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.norm1 = GroupNorm(config, inputs, rngs=rngs)
+        self.conv1 = conv(config, inputs, outputs, rngs=rngs)
+        self.norm2 = GroupNorm(config, outputs, rngs=rngs)
+        self.conv2 = conv(config, outputs, outputs, rngs=rngs)
+        same = inputs == outputs
+        self.nin_shortcut = None if same else conv(config, inputs, outputs, size=1, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class AttnBlock(nnx.Module):
+    """Attention of all cells of an image to one another, with one head of the full width."""
+
+    def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
+        axes, dtype = ("channels", "embed"), jnp.dtype(config.dtype)
+        make = functools.partial(linear, width, width, axes, rngs=rngs, dtype=dtype, init=lecun)
+        self.norm = GroupNorm(config, width, rngs=rngs)
+        self.q, self.k, self.v, self.proj_out = make(), make(), make(), make()
+
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        cells = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
+        image = jnp.ones(cells.shape[:2], jnp.int32)
+        out = attention(self.q(cells), self.k(cells), self.v(cells), image)
+        return x + self.proj_out(out.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halves the size. Zeros are added below and to the right only, unlike "SAME"."""
+
+    def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
+        self.conv = conv(config, width, width, strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ c"]:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Doubles the size by repeating pixels, then smooths by a convolution."""
+
+    def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
+        self.conv = conv(config, width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ c"]:
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+class Level(nnx.Module):
+    """The residual blocks of one resolution, ``widths`` before and after each, and a last step."""
+
+    def __init__(self, config: AutoencoderConfig, widths: list[int], step=None, *, rngs: nnx.Rngs):
+        pairs = itertools.pairwise(widths)
+        self.block = nnx.List(ResnetBlock(config, i, o, rngs=rngs) for i, o in pairs)
+        self.downsample = step(config, widths[-1], rngs=rngs) if step is Downsample else None
+        self.upsample = step(config, widths[-1], rngs=rngs) if step is Upsample else None
+        self.remat = config.remat
+
+    def __call__(self, x: Float[Array, "B _ _ i"]) -> Float[Array, "B _ _ o"]:
+        run = ResnetBlock.__call__
+        run = jax.checkpoint(run) if self.remat == "full" else run
+        for block in self.block:
+            x = run(block, x)
+        step = self.downsample or self.upsample
+        return x if step is None else step(x)
+
+
+class Mid(nnx.Module):
+    """The coarsest resolution, where every cell sees the whole image."""
+
+    def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
+        self.block_1 = ResnetBlock(config, width, width, rngs=rngs)
+        self.attn_1 = AttnBlock(config, width, rngs=rngs)
+        self.block_2 = ResnetBlock(config, width, width, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nnx.Module):
+    """Pixels to the mean and log-variance of each latent cell, side by side."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        widths, last = config.widths, len(config.widths) - 1
+        self.conv_in = conv(config, 3, widths[0], rngs=rngs)
+        self.down = nnx.List()
+        for i, width in enumerate(widths):
+            chain = [widths[max(i - 1, 0)]] + [width] * config.num_res_blocks
+            self.down.append(Level(config, chain, Downsample if i < last else None, rngs=rngs))
+        self.mid = Mid(config, widths[-1], rngs=rngs)
+        self.norm_out = GroupNorm(config, widths[-1], rngs=rngs)
+        self.conv_out = conv(config, widths[-1], 2 * config.latent_channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B _ _ 3"]) -> Float[Array, "B _ _ z"]:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to pixels. ``up[0]`` is the finest level and the last to be applied, as in BFL."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        widths, last = config.widths, len(config.widths) - 1
+        self.conv_in = conv(config, config.latent_channels, widths[-1], rngs=rngs)
+        self.mid = Mid(config, widths[-1], rngs=rngs)
+        self.up = nnx.List()
+        for i, width in enumerate(widths):
+            chain = [widths[min(i + 1, last)]] + [width] * (config.num_res_blocks + 1)
+            self.up.append(Level(config, chain, Upsample if i > 0 else None, rngs=rngs))
+        self.norm_out = GroupNorm(config, widths[0], rngs=rngs)
+        self.conv_out = conv(config, widths[0], 3, rngs=rngs)
+
+    def __call__(self, z: Float[Array, "B _ _ z"]) -> Float[Array, "B _ _ 3"]:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+class Autoencoder(nnx.Module):
+    """Images to scaled latents and back. See the module's docstring."""
+
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def moments(
+        self, images: Float[Array, "B _ _ 3"]
+    ) -> tuple[Float[Array, "B h w z"], Float[Array, "B h w z"]]:
+        """Mean and log-variance (in [-30, 20], as in diffusers) of unscaled latents, float32.
+
+        Raises:
+          ValueError: the images' sides are not multiples of a latent cell's.
+        """
+        (_, height, width, _), cell = images.shape, self.config.downsample
+        if height % cell or width % cell:
+            raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
+        mean, logvar = jnp.split(self.encoder(images.astype(self.config.dtype)), 2, axis=-1)
+        return mean.astype(jnp.float32), jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0)
+
+    def encode(
+        self, images: Float[Array, "B _ _ 3"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B h w z"]:
+        """Scaled latents, float32: the mean, as FLUX has it, or a sample if ``key`` is given."""
+        z, logvar = self.moments(images)
+        if key is not None:
+            z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape, z.dtype)
+        return self.config.scale_factor * (z - self.config.shift_factor)
+
+    def decode(self, latents: Float[Array, "B h w z"]) -> Float[Array, "B _ _ 3"]:
+        """Images of scaled latents, float32; pixels may lie a little outside [-1, 1]."""
+        z = latents.astype(jnp.float32) / self.config.scale_factor + self.config.shift_factor
+        return self.decoder(z.astype(self.config.dtype)).astype(jnp.float32)
+
+
+def pack_latents(latents: Float[Array, "B h w z"]) -> Float[Array, "B S C"]:
+    """Latents to tokens of 2 x 2 cells in raster order; feature ``z * 4 + row * 2 + column``."""
+    batch, height, width, channels = latents.shape
+    grid = (height // PATCH, width // PATCH)
+    x = latents.reshape(batch, grid[0], PATCH, grid[1], PATCH, channels)
+    x = jnp.transpose(x, (0, 1, 3, 5, 2, 4))
+    return x.reshape(batch, grid[0] * grid[1], channels * PATCH**2)
+
+
+def unpack_latents(tokens: Float[Array, "B S C"], size: tuple[int, int]) -> Float[Array, "B h w z"]:
+    """Tokens to latents of ``size`` = (height, width) in latent cells: undoes `pack_latents`."""
+    (batch, _, features), (height, width) = tokens.shape, size
+    x = tokens.reshape(batch, height // PATCH, width // PATCH, features // PATCH**2, PATCH, PATCH)
+    return jnp.transpose(x, (0, 1, 4, 2, 5, 3)).reshape(batch, height, width, -1)
+
+
+def to_pixels(images: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
+    """Bytes to float32 pixels in [-1, 1]: ``x / 127.5 - 1``."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(pixels: Float[Array, "*b h w 3"]) -> UInt8[Array, "*b h w 3"]:
+    """Pixels to bytes, clipped and rounded, as diffusers' image processor does."""
+    clipped = jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0)
+    return jnp.round(127.5 * (clipped + 1.0)).astype(jnp.uint8)

@@ -1,0 +1,327 @@
+"""FLUX.1: the rectified-flow transformer of text-to-image and, with context tokens, of Kontext.
+
+Follows Black Forest Labs' ``flux/model.py`` name by name. A row's sequence is
+``[text | image tokens]``; image tokens are the noisy target and its clean contexts, in any order,
+told apart by their position ids alone. 19 double-stream blocks keep separate weights for text and
+image and attend jointly; 38 single-stream blocks run attention and MLP in parallel on the joint
+sequence. Each kind is one stacked module, scanned, and rematerialised in the backward pass.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kontext_jax.models.attention import attention
+from kontext_jax.models.layers import (
+    MLPEmbedder,
+    Modulation,
+    QKNorm,
+    apply_rope,
+    linear,
+    modulate,
+    per_token,
+    rope,
+    stack,
+    timestep_embedding,
+    zeros,
+)
+from kontext_jax.sharding import constrain
+
+TIME_EMBED_DIM = 256
+REMAT_POLICIES = ("full", "none")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class FluxConfig:
+    """Sizes of the transformer; the defaults are FLUX.1 [dev] and Kontext [dev].
+
+    Attributes:
+      in_channels: channels of an image token: latent channels times the 2 x 2 patch.
+      vec_in_dim: channels of the pooled text vector.
+      context_in_dim: channels of a text token.
+      axes_dim: channels of a head given to the position axes (image index, row, column).
+      guidance_embed: whether the distilled guidance scale is an input ([dev], not [schnell]).
+      dtype: compute dtype; parameters are float32.
+      timestep_dtype: time and guidance are rounded to it first. PyTorch pipelines in bfloat16
+        round so, which moves the output by more than all other rounding together.
+      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all.
+    """
+
+    in_channels: int = 64
+    hidden_size: int = 3072
+    num_heads: int = 24
+    depth: int = 19
+    depth_single: int = 38
+    mlp_ratio: float = 4.0
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: float = 10000.0
+    guidance_embed: bool = True
+    dtype: str = "bfloat16"
+    timestep_dtype: str = "float32"
+    remat: str = "full"
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads."
+            )
+        if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
+            raise ValueError(
+                f"axes_dim {self.axes_dim} must be even numbers that add up to the head's "
+                f"{self.head_dim} channels (hidden_size / num_heads)."
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @classmethod
+    def dev(cls, **kwargs) -> "FluxConfig":
+        """FLUX.1 [dev] and Kontext [dev]: 11,901,408,320 parameters."""
+        return cls(**kwargs)
+
+    @classmethod
+    def schnell(cls, **kwargs) -> "FluxConfig":
+        """FLUX.1 [schnell]: as [dev] without the guidance input; 11,891,178,560 parameters."""
+        return cls(guidance_embed=False, **kwargs)
+
+    @classmethod
+    def tiny(cls, **kwargs) -> "FluxConfig":
+        """For laptops: learns the 32-pixel world on two CPU cores in minutes."""
+        sizes = dict(
+            in_channels=24,
+            hidden_size=128,
+            num_heads=4,
+            depth=2,
+            depth_single=4,
+            vec_in_dim=64,
+            context_in_dim=64,
+            axes_dim=(8, 12, 12),
+            guidance_embed=False,
+            dtype="float32",
+            remat="none",
+        )
+        return cls(**(sizes | kwargs))
+
+
+class SelfAttention(nnx.Module):
+    """One stream's projections around the joint attention of a double block."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        size, dtype = config.hidden_size, jnp.dtype(config.dtype)
+        self.num_heads = config.num_heads
+        self.qkv = linear(size, 3 * size, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        self.norm = QKNorm(config.head_dim, rngs=rngs)
+        self.proj = linear(size, size, ("heads", "embed"), rngs=rngs, dtype=dtype)
+
+    def project(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], ...]:
+        """Normalised queries and keys, and values."""
+        q, k, v = (_split_heads(part, self.num_heads) for part in jnp.split(self.qkv(x), 3, -1))
+        return *self.norm(q, k), v
+
+
+class MLP(nnx.Module):
+    """Linear, GELU (tanh), Linear. BFL names the layers by their place: 0 and 2."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        size, mlp_dim, dtype = config.hidden_size, config.mlp_dim, jnp.dtype(config.dtype)
+        self.in_layer = linear(size, mlp_dim, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.out_layer = linear(mlp_dim, size, ("mlp", "embed"), rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
+
+
+class DoubleStreamBlock(nnx.Module):
+    """Text and image with weights of their own, attending to one another."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        self.img_mod = Modulation(config.hidden_size, 2, rngs=rngs, dtype=dtype)
+        self.img_attn = SelfAttention(config, rngs=rngs)
+        self.img_mlp = MLP(config, rngs=rngs)
+        self.txt_mod = Modulation(config.hidden_size, 2, rngs=rngs, dtype=dtype)
+        self.txt_attn = SelfAttention(config, rngs=rngs)
+        self.txt_mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        img: Float[Array, "B S D"],
+        txt: Float[Array, "B L D"],
+        vec: Float[Array, "B N D"],
+        rotation: Float[Array, "B LS 1 R 2"],
+        segments: Int[Array, "B LS"],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B L D"]]:
+        num_text = txt.shape[1]
+        img_mod = self.img_mod(vec, segments[:, num_text:])
+        txt_mod = self.txt_mod(vec, segments[:, :num_text])
+        img_qkv = self.img_attn.project(modulate(img, *img_mod[:2]))
+        txt_qkv = self.txt_attn.project(modulate(txt, *txt_mod[:2]))
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
+        out = _merge_heads(attention(apply_rope(q, rotation), apply_rope(k, rotation), v, segments))
+        txt_out, img_out = out[:, :num_text], out[:, num_text:]
+
+        img = img + img_mod[2] * self.img_attn.proj(img_out)
+        img = img + img_mod[5] * self.img_mlp(modulate(img, *img_mod[3:5]))
+        txt = txt + txt_mod[2] * self.txt_attn.proj(txt_out)
+        txt = txt + txt_mod[5] * self.txt_mlp(modulate(txt, *txt_mod[3:5]))
+        return constrain(img, "batch seq act_embed"), constrain(txt, "batch seq act_embed")
+
+
+class SingleStreamBlock(nnx.Module):
+    """Attention and MLP in parallel on the joint sequence, sharing one input and output map."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        size, dtype = config.hidden_size, jnp.dtype(config.dtype)
+        self.num_heads = config.num_heads
+        self.modulation = Modulation(size, 1, rngs=rngs, dtype=dtype)
+        joint = 3 * size + config.mlp_dim
+        self.linear1 = linear(size, joint, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.linear2 = linear(
+            size + config.mlp_dim, size, ("mlp", "embed"), rngs=rngs, dtype=dtype
+        )
+        self.norm = QKNorm(config.head_dim, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B LS D"],
+        vec: Float[Array, "B N D"],
+        rotation: Float[Array, "B LS 1 R 2"],
+        segments: Int[Array, "B LS"],
+    ) -> Float[Array, "B LS D"]:
+        size = x.shape[-1]
+        shift, scale, gate = self.modulation(vec, segments)
+        joint = self.linear1(modulate(x, shift, scale))
+        *qkv, mlp = jnp.split(joint, [size, 2 * size, 3 * size], axis=-1)
+        q, k, v = (_split_heads(part, self.num_heads) for part in qkv)
+        q, k = self.norm(q, k)
+        out = _merge_heads(attention(apply_rope(q, rotation), apply_rope(k, rotation), v, segments))
+        joint = jnp.concatenate([out, jax.nn.gelu(mlp, approximate=True)], axis=-1)
+        return constrain(x + gate * self.linear2(joint), "batch seq act_embed")
+
+
+class LastLayer(nnx.Module):
+    """adaLN (shift, scale: BFL's order; diffusers stores scale, shift) and the map to channels."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        size, dtype = config.hidden_size, jnp.dtype(config.dtype)
+        make = functools.partial(linear, rngs=rngs, dtype=dtype, init=zeros)
+        self.linear = make(size, config.in_channels, ("embed", "channels"))
+        self.adaLN_modulation = make(size, 2 * size, ("embed", "mlp"))
+
+    def __call__(
+        self, x: Float[Array, "B S D"], vec: Float[Array, "B N D"], segments: Int[Array, "B S"]
+    ) -> Float[Array, "B S C"]:
+        shift, scale = jnp.split(self.adaLN_modulation(jax.nn.silu(vec)), 2, axis=-1)
+        return self.linear(modulate(x, per_token(shift, segments), per_token(scale, segments)))
+
+
+class Flux(nnx.Module):
+    """The velocity of image tokens, given text, pooled text and time. See the module's docstring."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
+        size, dtype = config.hidden_size, jnp.dtype(config.dtype)
+        self.config = config
+        embedder = functools.partial(MLPEmbedder, hidden_size=size, rngs=rngs, dtype=dtype)
+        self.img_in = linear(
+            config.in_channels, size, ("channels", "embed"), rngs=rngs, dtype=dtype
+        )
+        self.txt_in = linear(
+            config.context_in_dim, size, ("channels", "embed"), rngs=rngs, dtype=dtype
+        )
+        self.time_in = embedder(TIME_EMBED_DIM)
+        self.vector_in = embedder(config.vec_in_dim)
+        self.guidance_in = embedder(TIME_EMBED_DIM) if config.guidance_embed else None
+        self.double_blocks = stack(
+            lambda r: DoubleStreamBlock(config, rngs=r), config.depth, rngs
+        )
+        self.single_blocks = stack(
+            lambda r: SingleStreamBlock(config, rngs=r), config.depth_single, rngs
+        )
+        self.final_layer = LastLayer(config, rngs=rngs)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B S C"],
+        text: Float[Array, "B L T"],
+        pooled: Float[Array, "B N P"],
+        t: Float[Array, "B N"],
+        *,
+        positions: Int[Array, "B S A"],
+        segments: Int[Array, "B S"],
+        text_segments: Int[Array, "B L"],
+        guidance: Float[Array, "B N"] | None = None,
+    ) -> Float[Array, "B S C"]:
+        """Predicts ``noise - latents`` for every image token, in float32.
+
+        Args:
+          latents: noisy target tokens and clean context tokens.
+          text, pooled: the encoders' sequence, and one vector an example.
+          t: time of each example in [0, 1], 1 = noise.
+          positions: (image index, row, column) of the image tokens; text sits at (0, 0, 0).
+          segments, text_segments: example of each token, counted from 1; 0 = padding.
+          guidance: the distilled guidance scale; given if and only if the model has the input.
+
+        Raises:
+          ValueError: guidance is missing or not wanted.
+        """
+        txt_len = text.shape[1]
+        img = constrain(self.img_in(latents), "batch seq act_embed")
+        txt = constrain(self.txt_in(text), "batch seq act_embed")
+        vec = self._conditioning(t, guidance, pooled)
+        joint_segments = jnp.concatenate([text_segments, segments], axis=1)
+        rotation = self._rotation(positions, txt_len)
+
+        def double(carry, block):
+            return block(*carry, vec, rotation, joint_segments), None
+
+        def single(x, block):
+            return block(x, vec, rotation, joint_segments), None
+
+        if self.config.remat == "full":
+            double, single = jax.checkpoint(double), jax.checkpoint(single)
+        (img, txt), _ = jax.lax.scan(double, (img, txt), self.double_blocks)
+        x, _ = jax.lax.scan(single, jnp.concatenate([txt, img], axis=1), self.single_blocks)
+        return self.final_layer(x[:, txt_len:], vec, segments).astype(jnp.float32)
+
+    def _conditioning(self, t, guidance, pooled) -> Float[Array, "B N D"]:
+        if (guidance is not None) != self.config.guidance_embed:
+            wants = "needs" if self.config.guidance_embed else "has no"
+            raise ValueError(f"This FLUX {wants} guidance input (guidance_embed in its config).")
+        rounded = jnp.dtype(self.config.timestep_dtype)
+        dtype = jnp.dtype(self.config.dtype)
+
+        def embed(x):
+            # As PyTorch pipelines do, the factor 1000 is applied after the rounding.
+            scaled = (x.astype(rounded) * jnp.asarray(1000.0, rounded)).astype(jnp.float32)
+            return timestep_embedding(scaled).astype(dtype)
+
+        vec = self.time_in(embed(t))
+        if guidance is not None:
+            vec = vec + self.guidance_in(embed(guidance))
+        return vec + self.vector_in(pooled.astype(dtype))
+
+    def _rotation(self, positions, txt_len) -> Float[Array, "B LS 1 R 2"]:
+        text_positions = jnp.zeros((positions.shape[0], txt_len, positions.shape[2]), jnp.int32)
+        joint = jnp.concatenate([text_positions, positions], axis=1)
+        return rope(joint, self.config.axes_dim, self.config.theta)
+
+
+def _split_heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S H K"]:
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def _merge_heads(x: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
+    return x.reshape(*x.shape[:-2], -1)

@@ -1,0 +1,195 @@
+"""The parts FLUX is built of: linear maps with named axes, norms, modulation, RoPE, time embedding.
+
+Parameters carry the names of their axes as metadata (``axes=("embed", "mlp")``); ``sharding.py``
+turns the names into mesh axes. Blocks that repeat are stacked along a leading axis, which has no
+name and is never sharded.
+
+Everything that is sensitive to rounding is done in float32 whatever the compute dtype: norms,
+rotary angles (on the host, in float64), time embeddings.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float, Int
+
+from kontext_jax.geometry import MAX_POSITION
+
+xavier = initializers.xavier_uniform()
+zeros = initializers.zeros
+normal = initializers.normal(0.02)
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    axes: tuple[str, str],
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype,
+    init: initializers.Initializer = xavier,
+    use_bias: bool = True,
+) -> nnx.Linear:
+    """A linear map with float32 parameters, computing in ``dtype``; ``axes`` names (in, out)."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=init,
+        kernel_metadata={"axes": axes},
+        bias_metadata={"axes": axes[1:]},
+        rngs=rngs,
+    )
+
+
+def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
+    """Makes ``num_blocks`` blocks as one module whose arrays have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), num_blocks)
+    return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
+
+
+def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    """LayerNorm without affine parameters, eps 1e-6, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, eps 1e-6; scaled in float32, rounded once.
+
+    This is torch.nn.RMSNorm's rounding, and so that of diffusers.
+    """
+
+    def __init__(self, features: int, axes: tuple[str], *, rngs: nnx.Rngs):
+        del rngs  # starts at one
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=axes)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (y * scale).astype(x.dtype)
+
+
+class QKNorm(nnx.Module):
+    """RMSNorm of queries and keys over the head's channels, before RoPE."""
+
+    def __init__(self, head_dim: int, *, rngs: nnx.Rngs):
+        self.query_norm = RMSNorm(head_dim, ("head_dim",), rngs=rngs)
+        self.key_norm = RMSNorm(head_dim, ("head_dim",), rngs=rngs)
+
+    def __call__(
+        self, q: Float[Array, "B S H K"], k: Float[Array, "B S H K"]
+    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+def per_token(
+    per_example: Float[Array, "B N D"], segments: Int[Array, "B S"]
+) -> Float[Array, "B _ D"]:
+    """Gives each token its example's vector; padding gets the first example's, to no effect.
+
+    With one example a row the vector is left to broadcast: [B 1 D].
+    """
+    if per_example.shape[1] == 1:
+        return per_example
+    index = jnp.maximum(segments - 1, 0)[:, :, None]
+    return jnp.take_along_axis(per_example, index, axis=1)
+
+
+class Modulation(nnx.Module):
+    """adaLN: (shift, scale, gate), ``num_triples`` times, from each example's conditioning vector.
+
+    Starts at zero, so that every block starts as the identity (adaLN-Zero, arXiv 2212.09748).
+    """
+
+    def __init__(self, hidden_size: int, num_triples: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        self.num = 3 * num_triples
+        self.lin = linear(
+            hidden_size,
+            self.num * hidden_size,
+            ("embed", "mlp"),
+            rngs=rngs,
+            dtype=dtype,
+            init=zeros,
+        )
+
+    def __call__(
+        self, vec: Float[Array, "B N D"], segments: Int[Array, "B S"]
+    ) -> list[Float[Array, "B _ D"]]:
+        parts = jnp.split(self.lin(jax.nn.silu(vec)), self.num, axis=-1)
+        return [per_token(part, segments) for part in parts]
+
+
+def modulate(
+    x: Float[Array, "B S D"], shift: Float[Array, "B _ D"], scale: Float[Array, "B _ D"]
+) -> Float[Array, "B S D"]:
+    """``(1 + scale) * LayerNorm(x) + shift``."""
+    return (1 + scale) * layer_norm(x) + shift
+
+
+class MLPEmbedder(nnx.Module):
+    """``out_layer(silu(in_layer(x)))``: how FLUX brings time, guidance and pooled text to width D."""
+
+    def __init__(self, in_dim: int, hidden_size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
+        make = functools.partial(linear, rngs=rngs, dtype=dtype, init=normal)
+        self.in_layer = make(in_dim, hidden_size, ("channels", "embed"))
+        self.out_layer = make(hidden_size, hidden_size, ("embed", "mlp"))
+
+    def __call__(self, x: Float[Array, "B N I"]) -> Float[Array, "B N D"]:
+        return self.out_layer(jax.nn.silu(self.in_layer(x)))
+
+
+def timestep_embedding(t: Float[Array, "B N"], dim: int = 256) -> Float[Array, "B N E"]:
+    """Sinusoids of ``t``, cosines first, max period 10,000 (BFL ``layers.py``); float32.
+
+    FLUX passes 1000 times its time or guidance.
+    """
+    freqs = np.exp(-math.log(10000.0) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
+    angles = t.astype(jnp.float32)[..., None] * freqs[None, None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_tables(axes_dim: tuple[int, ...], theta: float) -> list[np.ndarray]:
+    """cos and sin of every (position, frequency) of each axis, in float64 rounded to float32.
+
+    Returns one array [MAX_POSITION, axes_dim[i] / 2, 2] an axis.
+    """
+    tables = []
+    for dim in axes_dim:
+        omega = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        angles = np.arange(MAX_POSITION, dtype=np.float64)[:, None] * omega
+        tables.append(np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))
+    return tables
+
+
+def rope(
+    positions: Int[Array, "B S A"], axes_dim: tuple[int, ...], theta: float
+) -> Float[Array, "B S 1 R 2"]:
+    """Rotation (cos, sin) of each token for R = sum(axes_dim) / 2 pairs of channels.
+
+    ``positions`` must lie in [0, MAX_POSITION); ``geometry`` refuses others on the host.
+    """
+    tables = rope_tables(axes_dim, theta)
+    parts = [jnp.asarray(table)[positions[..., i]] for i, table in enumerate(tables)]
+    return jnp.concatenate(parts, axis=2)[:, :, None]
+
+
+def apply_rope(
+    x: Float[Array, "B S H K"], rotation: Float[Array, "B S 1 R 2"]
+) -> Float[Array, "B S H K"]:
+    """Rotates neighbouring channels (2k, 2k + 1) in float32, then rounds to ``x``'s dtype."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = rotation[..., 0], rotation[..., 1]
+    rotated = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,256 @@
+"""The encoder of T5 v1.1: what FLUX reads its prompts with.
+
+Follows ``transformers``' ``modeling_t5.py`` (and so arXiv 1910.10683 with the gated GELU of
+arXiv 2002.05202): pre-norm blocks without biases, no mean in the norms, logits without the usual
+``1 / sqrt(d)``, and one table of relative-position biases, owned by the encoder and added in
+every layer. The blocks are one stacked module, scanned, and rematerialised in the backward pass.
+
+A row holds several prompts one after the other, told apart by segments; each is encoded as if it
+were alone. FLUX itself encodes one prompt a row, padded to 512 tokens *and attending to its
+pads*: for that, pass segments of all ones.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float, Int
+
+from kontext_jax.models.attention import attention
+from kontext_jax.models.layers import RMSNorm, linear, stack
+from kontext_jax.sharding import constrain
+
+REMAT_POLICIES = ("full", "none")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class T5Config:
+    """Sizes of the encoder; the defaults are T5 v1.1 XXL, FLUX's.
+
+    Attributes:
+      d_model: width, and channels of a text token.
+      d_kv: channels of a head; heads times d_kv need not be d_model.
+      d_ff: width of the gated MLP.
+      relative_attention_num_buckets: half of them for keys ahead of the query, half behind.
+      relative_attention_max_distance: from here on all distances share the last bucket.
+      dtype: compute dtype; parameters are float32.
+      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all.
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dtype: str = "bfloat16"
+    remat: str = "full"
+
+    def __post_init__(self):
+        buckets, distance = (
+            self.relative_attention_num_buckets,
+            self.relative_attention_max_distance,
+        )
+        if buckets < 4 or buckets % 4 or distance <= buckets // 4:
+            raise ValueError(
+                f"relative_attention_num_buckets {buckets} must be a multiple of 4, and "
+                f"relative_attention_max_distance {distance} more than a quarter of it."
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+
+    @classmethod
+    def xxl(cls, **kwargs) -> "T5Config":
+        """google/t5-v1_1-xxl, the encoder alone: 4,762,310,656 parameters."""
+        return cls(**kwargs)
+
+    @classmethod
+    def tiny_bytes(cls, **kwargs) -> "T5Config":
+        """For laptops: reads bytes (``ByT5Tokenizer``: id = byte + 3, pad 0, end 1)."""
+        sizes = dict(
+            vocab_size=384,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dtype="float32",
+            remat="none",
+        )
+        return cls(**(sizes | kwargs))
+
+
+class T5Attention(nnx.Module):
+    """Self-attention with biased, unscaled logits. Initialised so that these have unit variance."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        size, inner = config.d_model, config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        make = functools.partial(_linear, config, rngs=rngs)
+        self.q = make(size, inner, ("embed", "heads"), std=(size * config.d_kv) ** -0.5)
+        self.k = make(size, inner, ("embed", "heads"), std=size**-0.5)
+        self.v = make(size, inner, ("embed", "heads"), std=size**-0.5)
+        self.o = make(inner, size, ("heads", "embed"), std=inner**-0.5)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        bias: Float[Array, "1 H L L"],
+        segments: Int[Array, "B L"],
+    ) -> Float[Array, "B L D"]:
+        q, k, v = (
+            project(x).reshape(*x.shape[:-1], self.num_heads, -1)
+            for project in (self.q, self.k, self.v)
+        )
+        # Broadcast here, not outside the scan, so that the rows' copies are never stored.
+        bias = jnp.broadcast_to(bias, (x.shape[0], *bias.shape[1:]))
+        out = attention(q, k, v, segments, bias=bias, scale=1.0)
+        return self.o(out.reshape(*x.shape[:-1], -1))
+
+
+class T5GatedMLP(nnx.Module):
+    """``wo(gelu(wi_0 x) * wi_1 x)``, GELU by its tanh approximation."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        size, mlp_dim = config.d_model, config.d_ff
+        make = functools.partial(_linear, config, rngs=rngs)
+        self.wi_0 = make(size, mlp_dim, ("embed", "mlp"), std=size**-0.5)
+        self.wi_1 = make(size, mlp_dim, ("embed", "mlp"), std=size**-0.5)
+        self.wo = make(mlp_dim, size, ("mlp", "embed"), std=mlp_dim**-0.5)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return self.wo(jax.nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x))
+
+
+class T5Block(nnx.Module):
+    """Attention and MLP, each behind an RMSNorm and added to its input."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.d_model, ("embed",), rngs=rngs)
+        self.attention = T5Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.d_model, ("embed",), rngs=rngs)
+        self.mlp = T5GatedMLP(config, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        bias: Float[Array, "1 H L L"],
+        segments: Int[Array, "B L"],
+    ) -> Float[Array, "B L D"]:
+        x = x + self.attention(self.attention_norm(x), bias, segments)
+        x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, "batch seq act_embed")
+
+
+class T5Encoder(nnx.Module):
+    """Text ids to one vector a token. See the module's docstring."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.shared = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.float32,
+            embedding_init=initializers.normal(1.0),
+            embedding_metadata={"axes": ("vocab", "embed")},
+            rngs=rngs,
+        )
+        bias_shape = (config.relative_attention_num_buckets, config.num_heads)
+        self.relative_attention_bias = nnx.Param(
+            initializers.normal(config.d_model**-0.5)(rngs.params(), bias_shape, jnp.float32),
+            axes=(None, "heads"),
+        )
+        self.blocks = stack(lambda r: T5Block(config, rngs=r), config.num_layers, rngs)
+        self.final_layer_norm = RMSNorm(config.d_model, ("embed",), rngs=rngs)
+
+    def __call__(
+        self, text_ids: Int[Array, "B L"], segments: Int[Array, "B L"]
+    ) -> Float[Array, "B L T"]:
+        """Encodes the prompts of each row; the result has the compute dtype.
+
+        Args:
+          text_ids: the prompts' token ids, one prompt after the other.
+          segments: prompt of each token, the tokens of a prompt side by side; 0 = padding, whose
+            vectors mean nothing. All ones where pads are part of the prompt, as FLUX has it.
+        """
+        bias = self._position_bias(text_ids.shape[1])
+
+        def step(x, block):
+            return block(x, bias, segments), None
+
+        if self.config.remat == "full":
+            step = jax.checkpoint(step)
+        x = constrain(self.shared(text_ids), "batch seq act_embed")
+        x, _ = jax.lax.scan(step, x, self.blocks)
+        return self.final_layer_norm(x)
+
+    def _position_bias(self, length: int) -> Float[Array, "1 H L L"]:
+        """Bias of each (head, query, key): differences of index are right within a segment."""
+        index = np.arange(length)
+        buckets = relative_position_buckets(
+            index[None, :] - index[:, None],
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
+        return jnp.transpose(self.relative_attention_bias[buckets], (2, 0, 1))[None]
+
+
+def relative_position_buckets(
+    distance: Int[np.ndarray, "L L"], num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "L L"]:
+    """The bucket of ``distance`` = key index - query index, on the host.
+
+    Keys at or before the query take the first half of the buckets, keys after it the second. Of
+    a half, the first half holds one distance a bucket; the rest grow in steps of equal ratio up
+    to ``max_distance`` and beyond. In float32, as PyTorch does: the steps' edges depend on it.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    size = np.abs(distance)
+    ratio = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
+    steps = ratio / np.float32(np.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + steps.astype(np.int32), half - 1)
+    return np.where(distance > 0, half, 0) + np.where(size < exact, size, far)
+
+
+def pool(
+    text: Float[Array, "B L T"], text_segments: Int[Array, "B L"], num_examples: int
+) -> Float[Array, "B N T"]:
+    """The mean vector of each example's tokens, float32; zeros for an example without tokens.
+
+    Stands in for CLIP's pooled vector in runs that have no CLIP.
+    """
+    examples = jnp.arange(1, num_examples + 1)
+    member = (text_segments[:, None, :] == examples[None, :, None]).astype(jnp.float32)
+    count = jnp.sum(member, axis=-1, keepdims=True)
+    weights = member / jnp.maximum(count, 1.0)
+    return jnp.einsum(
+        "bnl,blt->bnt", weights, text.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _linear(
+    config: T5Config,
+    in_features: int,
+    out_features: int,
+    axes: tuple[str, str],
+    *,
+    std: float,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    return linear(
+        in_features,
+        out_features,
+        axes,
+        rngs=rngs,
+        dtype=jnp.dtype(config.dtype),
+        init=initializers.normal(std),
+        use_bias=False,
+    )

@@ -1,0 +1,43 @@
+"""What is trained, and by which loss: one seam for every recipe.
+
+An `Objective` names its players, the networks it trains, in the order in which a step updates
+them. One train step (``train_state.py``) serves all objectives and asks none of them what it is.
+"""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float, Key
+
+from kontext_jax.types import Batch, Metrics
+
+Network = Any
+"""An NNX module, or a dict of them: a pytree of parameters."""
+
+
+class Objective(Protocol):
+    """One recipe. Losses and metrics are *sums*, so that microbatches of any weight add up."""
+
+    players: tuple[str, ...]
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Network]:
+        """A new network for each player."""
+        ...
+
+    def frozen(self) -> dict[str, str]:
+        """Networks that are used but not trained: name -> the run that they come from."""
+        ...
+
+    def prepare(self, frozen: dict[str, Network], batch: Batch) -> Any:
+        """What the losses need of a batch, without gradient."""
+        ...
+
+    def loss(
+        self,
+        player: str,
+        models: dict[str, Network],
+        frozen: dict[str, Network],
+        inputs: Any,
+        key: Key[Array, ""],
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Metrics]]:
+        """(sum of losses, (weight, sums of metrics)); the step divides sums by the weight."""
+        ...

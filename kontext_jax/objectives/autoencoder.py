@@ -1,0 +1,86 @@
+"""Training the latent autoencoder: reconstruction and a light pull towards a normal prior.
+
+    L = mean |x - x'| + mean (x - x')^2 + kl_weight * KL(q(z | x) || N(0, 1)) / cells
+
+The absolute error keeps edges sharp, the square keeps large errors rare (Rombach et al.,
+arXiv 2112.10752, section G, without the perceptual and adversarial terms).
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
+from kontext_jax.types import Batch, Metrics
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class AutoencoderObjectiveConfig:
+    """The network and the weight of its regularisation.
+
+    Attributes:
+      kl_weight: of the divergence from N(0, 1), a latent cell and channel.
+    """
+
+    kind: str = "autoencoder"
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    kl_weight: float = 1e-6
+
+
+class AutoencoderObjective:
+    """Reconstructs every image of the batch, targets and contexts alike."""
+
+    players = ("autoencoder",)
+
+    def __init__(self, config: AutoencoderObjectiveConfig):
+        self.config = config
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Autoencoder]:
+        return {"autoencoder": Autoencoder(self.config.autoencoder, rngs=nnx.Rngs(key))}
+
+    def frozen(self) -> dict[str, str]:
+        return {}
+
+    def prepare(self, frozen: dict, batch: Batch) -> Batch:
+        return batch
+
+    def loss(
+        self, player: str, models: dict, frozen: dict, inputs: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Metrics]]:
+        """Sums over images; the weight is the number of images."""
+        sums: dict[str, Float[Array, ""]] = {}
+        for i, size in enumerate(sorted(inputs.images)):
+            images = inputs.images[size]
+            used = (inputs.image_segments[size].reshape(-1) > 0).astype(jnp.float32)
+            terms = self._terms(
+                models["autoencoder"],
+                to_pixels(images.reshape(-1, *images.shape[2:])),
+                jax.random.fold_in(key, i),
+            )
+            for name, per_image in terms.items():
+                sums[name] = sums.get(name, 0.0) + jnp.sum(per_image * used)
+            sums["weight"] = sums.get("weight", 0.0) + jnp.sum(used)
+        weight = sums.pop("weight")
+        loss = sums["l1"] + sums["l2"] + self.config.kl_weight * sums["kl"]
+        return loss, (weight, sums)
+
+    def _terms(
+        self, model: Autoencoder, images: Float[Array, "B h w 3"], key: Key[Array, ""]
+    ) -> dict[str, Float[Array, " B"]]:
+        """Means over each image's pixels or latent cells."""
+        mean, logvar = model.moments(images)
+        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        scale, shift = self.config.autoencoder.scale_factor, self.config.autoencoder.shift_factor
+        error = model.decode(scale * (z - shift)) - images
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+        axes = (1, 2, 3)
+        return {
+            "l1": jnp.mean(jnp.abs(error), axes),
+            "l2": jnp.mean(jnp.square(error), axes),
+            "kl": jnp.mean(kl, axes),
+            "latent_mean": jnp.mean(mean, axes),
+            "latent_square": jnp.mean(jnp.square(mean), axes),
+        }

@@ -1,0 +1,76 @@
+"""From settings to an optax optimizer: AdamW with warmup, decay and clipping."""
+
+from dataclasses import dataclass
+
+import jax
+import optax
+
+SCHEDULES = ("constant", "cosine")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
+      warmup_steps: linear from zero.
+      weight_decay: on kernels only; norms, biases and embeddings are left alone.
+      clip_norm: gradients of larger global norm are scaled down to it.
+      ema_decay: of the averaged parameters; the average starts faster, see `ema_decay_at`.
+      accumulate_steps: microbatches a step; the batch is split into so many.
+    """
+
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 500
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+    accumulate_steps: int = 1
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}.")
+
+
+def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step."""
+    after = max(num_steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        rest = optax.cosine_decay_schedule(config.learning_rate, after)
+    else:
+        rest = optax.constant_schedule(config.learning_rate)
+    warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+    return optax.join_schedules([warmup, rest], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=is_kernel,
+        ),
+    )
+
+
+def is_kernel(params):
+    """A tree of bools: which parameters are kernels of linear maps or convolutions."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "kernel" in jax.tree_util.keystr(path), params
+    )
+
+
+def ema_decay_at(step, decay: float):
+    """min(decay, (1 + step) / (10 + step)): early averages forget the initial parameters."""
+    step = step.astype("float32")
+    return jax.numpy.minimum(decay, (1 + step) / (10 + step))

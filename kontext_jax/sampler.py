@@ -1,0 +1,92 @@
+"""Integrating the flow from noise to an image: Euler steps along FLUX's schedule."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from kontext_jax import flow
+from kontext_jax.models.flux import Flux
+from kontext_jax.types import Tokens
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class SamplerConfig:
+    """How to sample.
+
+    Attributes:
+      num_steps: evaluations of the transformer (two each with ``cfg_scale``).
+      guidance: the distilled guidance scale, for transformers that have the input.
+      cfg_scale: classifier-free scale; 1 is off. ``v = v_neg + scale (v_pos - v_neg)``.
+    """
+
+    num_steps: int = 28
+    guidance: float = 2.5
+    cfg_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps {self.num_steps} must be at least 1.")
+
+
+def sample(
+    transformer: Flux,
+    tokens: Tokens,
+    key: Key[Array, ""],
+    config: SamplerConfig,
+    time: flow.TimeConfig,
+    negative: Tokens | None = None,
+) -> Float[Array, "B S C"]:
+    """Latents of the targets; contexts keep their clean latents.
+
+    Each example's noise depends on ``key`` and its id alone. Targets of different size in one row
+    follow schedules of their own.
+
+    Args:
+      transformer: the velocity.
+      tokens: contexts, text and layout; the targets' latents are not looked at.
+      key: of the initial noise.
+      config: steps and guidance.
+      time: the shift of the schedule.
+      negative: the same rows with the negative prompt; needed if ``cfg_scale`` is not 1.
+
+    Raises:
+      ValueError: ``negative`` is missing or not used.
+    """
+    if (negative is not None) != (config.cfg_scale != 1.0):
+        raise ValueError("A negative prompt goes with a cfg_scale other than 1, and only with it.")
+    num_examples = tokens.example_ids.shape[1]
+    member = jax.nn.one_hot(tokens.segments - 1, num_examples)
+    counts = jnp.sum(member * tokens.is_target[:, :, None], axis=1).astype(jnp.int32)
+    times = flow.schedule(config.num_steps, counts, time)
+    is_target = tokens.is_target[:, :, None]
+    index = jnp.maximum(tokens.segments - 1, 0)
+    guided = transformer.config.guidance_embed
+
+    def velocity(x, t, given):
+        return transformer(
+            x,
+            given.text,
+            given.pooled,
+            t,
+            positions=given.positions,
+            segments=given.segments,
+            text_segments=given.text_segments,
+            guidance=jnp.full_like(t, config.guidance) if guided else None,
+        )
+
+    def step(x, interval):
+        t, t_next = interval
+        v = velocity(x, t, tokens)
+        if negative is not None:
+            v_negative = velocity(x, t, negative)
+            v = v_negative + config.cfg_scale * (v - v_negative)
+        dt = jnp.take_along_axis(t_next - t, index, axis=1)[:, :, None]
+        return jnp.where(is_target, x + dt * v, x), None
+
+    keys = flow.example_keys(key, tokens.example_ids)
+    noise = flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
+    x = jnp.where(is_target, noise, tokens.latents)
+    x, _ = jax.lax.scan(step, x, (times[:-1], times[1:]))
+    return x

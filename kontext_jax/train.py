@@ -1,0 +1,191 @@
+"""Trains any objective: ``python -m kontext_jax.train --config=configs/X.py --workdir=DIR``.
+
+Reads top to bottom: config -> mesh -> data -> objective -> state -> loop. Started again with the
+same arguments, it goes on exactly where its last checkpoint was taken.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from kontext_jax.checkpoint import Checkpointer
+from kontext_jax.config import Config, fingerprint, to_dict
+from kontext_jax.data.pipeline import Loader
+from kontext_jax.optim import make_optimizer
+from kontext_jax.runs import load_autoencoder
+from kontext_jax.sharding import batch_sharding, make_mesh
+from kontext_jax.sheets import make_sheet_maker
+from kontext_jax.train_state import abstract_state, init_state, make_train_step
+from kontext_jax.types import Batch, Metrics
+from kontext_jax.writer import Writer
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, :variant.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+def train(config: Config, workdir: Path) -> dict[str, float]:
+    """Runs to ``config.num_steps`` and returns the last logged metrics.
+
+    Raises:
+      TrainingStopped: too many steps without a finite gradient, or too many unreadable records.
+      FileNotFoundError, ValueError: bad data, checkpoint or settings.
+    """
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    mesh = make_mesh(config.mesh)
+    loader = Loader(
+        config.data,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    objective = config.make_objective()
+    frozen = {name: load_autoencoder(run, mesh) for name, run in objective.frozen().items()}
+    optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+    abstract, shardings = abstract_state(objective, optimizers, mesh)
+    if checkpointer.latest_step() is None:
+        state = init_state(objective, optimizers, mesh, config.seed)
+    else:
+        state, position = checkpointer.restore(abstract, shardings)
+        loader.restore(position)
+    start = int(state.step)
+    _announce(config, mesh, loader, abstract, start)
+
+    writer = Writer(workdir, config.num_steps, start)
+    make_sheet = make_sheet_maker(config, mesh)
+    meta = {"config": to_dict(config), "fingerprint": fingerprint(config), "metrics": {}}
+    train_step = jax.jit(
+        make_train_step(objective, optimizers, config.optim, config.seed),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    window = Window(config)
+    with jax.set_mesh(mesh):
+        for step in range(start + 1, config.num_steps + 1):
+            local = next(loader)
+            batch = jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
+            )
+            state, metrics = train_step(state, frozen, batch)
+            window.add(local, metrics)
+            last = step == config.num_steps
+            if step % config.log_every == 0 or last:
+                meta["metrics"] = window.summary()
+                writer.metrics(step, meta["metrics"])
+            began = time.monotonic()
+            if config.sheets.every and (step % config.sheets.every == 0 or last):
+                writer.image("sheet", step, make_sheet(state.ema, frozen))
+            if step % config.checkpoint.every == 0 or last:
+                checkpointer.save(state, loader.state(), meta)
+            window.pause(time.monotonic() - began)
+            writer.pause(time.monotonic() - began)
+    checkpointer.close()
+    writer.close()
+    loader.close()
+    return meta["metrics"]
+
+
+class Window:
+    """Gathers the metrics of the steps between two lines of the log, without waiting for them."""
+
+    def __init__(self, config: Config):
+        self._config = config
+        self._seen = self._unreadable = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._metrics: list[dict] = []
+        self._examples = 0
+        self._began, self._paused = time.monotonic(), 0.0
+
+    def add(self, batch: Batch, metrics: Metrics) -> None:
+        """Counts one step; ``batch`` is this process's part of it."""
+        self._metrics.append(metrics)
+        self._examples += int(np.sum(batch.example_ids >= 0)) * jax.process_count()
+
+    def pause(self, seconds: float) -> None:
+        """Keeps time spent on saving and pictures out of the rates."""
+        self._paused += seconds
+
+    def summary(self) -> dict[str, float]:
+        """Means over the window, and rates; starts the next window.
+
+        Raises:
+          TrainingStopped: the run should not go on.
+        """
+        steps = jax.device_get(self._metrics)
+        seconds = time.monotonic() - self._began - self._paused
+        values = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
+        in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
+        unreadable = sum(int(step["skipped_records"]) for step in steps)
+        values |= {"skipped_in_a_row": in_a_row, "skipped_records": unreadable}
+        values |= {
+            "steps_per_second": len(steps) / seconds,
+            "examples_per_second": self._examples / seconds,
+        }
+        self._seen += self._examples + unreadable
+        self._unreadable += unreadable
+        self._stop_if_hopeless(in_a_row)
+        self._start()
+        return values
+
+    def _stop_if_hopeless(self, in_a_row: int) -> None:
+        if in_a_row >= self._config.max_skipped_in_a_row:
+            raise TrainingStopped(
+                f"{in_a_row} steps in a row had a loss or gradient that is not finite, and were "
+                "skipped. Go on from the last checkpoint with a lower optim.learning_rate, or "
+                "look at the data of these steps."
+            )
+        if self._unreadable > self._config.data.max_skipped * self._seen:
+            raise TrainingStopped(
+                f"{self._unreadable} of {self._seen} records could not be read, more than "
+                f"data.max_skipped = {self._config.data.max_skipped}. Mend {self._config.data.path}"
+                " or raise the limit."
+            )
+
+
+def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> None:
+    """Says what is about to run."""
+    sizes = {
+        player: sum(x.size for x in jax.tree.leaves(network))
+        for player, network in abstract.params.items()
+    }
+    plan = loader.plan
+    shape = "x".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1"
+    print(
+        f"{config.objective.kind}: "
+        + ", ".join(f"{player} {size:,} parameters" for player, size in sizes.items())
+        + f"; {mesh.size} {mesh.devices.flat[0].platform} device(s), mesh {shape}\n"
+        f"data: {plan.num_examples} examples in {plan.num_rows} rows an epoch, "
+        f"{plan.fill:.1%} of image tokens and {plan.text_fill:.1%} of text tokens used, "
+        f"{config.data.batch_size} rows a step\n"
+        f"steps {start} to {config.num_steps}",
+        flush=True,
+    )
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
+    if WORKDIR.value is None or CONFIG.value is None:
+        sys.exit("train needs --config=configs/X.py[:variant] and --workdir=DIR.")
+    try:
+        train(CONFIG.value, Path(WORKDIR.value))
+    except (TrainingStopped, FileNotFoundError, ValueError) as error:
+        logging.debug("Where it happened:", exc_info=True)
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,160 @@
+"""The state of a run, and the one step that moves it on."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from kontext_jax.objectives import Network, Objective
+from kontext_jax.optim import OptimConfig, ema_decay_at
+from kontext_jax.sharding import shardings_of
+from kontext_jax.types import Batch, Metrics
+
+
+@struct.dataclass
+class TrainState:
+    """All that changes in a run. Randomness is no part of it: keys are made from seed and step.
+
+    Attributes:
+      step: steps taken, skipped ones included.
+      skipped: steps whose loss or gradient was not finite, and which changed no parameter.
+      skipped_in_a_row: how many of these were the last steps, one after the other.
+      params, opt_state, ema: by player.
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    params: dict[str, Network]
+    opt_state: dict[str, optax.OptState]
+    ema: dict[str, Network]
+
+
+def abstract_state(
+    objective: Objective, optimizers: dict[str, optax.GradientTransformation], mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of a state, without computing anything."""
+    state = jax.eval_shape(lambda: _new_state(objective, optimizers, jax.random.key(0)))
+    return state, shardings_of(state, mesh)
+
+
+def init_state(
+    objective: Objective,
+    optimizers: dict[str, optax.GradientTransformation],
+    mesh: Mesh,
+    seed: int,
+) -> TrainState:
+    """A new state, every leaf of it made where it will live."""
+    # Shardings must be asked for: `jit(optimizer.init)` alone leaves the moments replicated.
+    _, shardings = abstract_state(objective, optimizers, mesh)
+    make = jax.jit(
+        lambda key: _new_state(objective, optimizers, key), out_shardings=shardings
+    )
+    return make(jax.random.key(seed))
+
+
+def _new_state(objective, optimizers, key) -> TrainState:
+    params = objective.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        skipped=zero,
+        skipped_in_a_row=zero,
+        params=params,
+        opt_state={player: optimizers[player].init(params[player]) for player in params},
+        ema=jax.tree.map(jnp.copy, params),
+    )
+
+
+def make_train_step(
+    objective: Objective,
+    optimizers: dict[str, optax.GradientTransformation],
+    config: OptimConfig,
+    seed: int,
+) -> Callable[[TrainState, dict[str, Network], Batch], tuple[TrainState, Metrics]]:
+    """The train step of any objective: ``(state, frozen, batch) -> (state, metrics)``.
+
+    Each player in turn: gradient of its loss over all microbatches, clipping, update, average.
+    A player whose loss or gradient is not finite keeps what it has, and the step counts as
+    skipped.
+    """
+
+    def train_step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params, opt_state, ema = dict(state.params), dict(state.opt_state), dict(state.ema)
+        metrics, all_finite = {}, jnp.asarray(True)
+        for i, player in enumerate(objective.players):
+
+            def loss_fn(network, microbatch, player=player, i=i):
+                models = params | {player: network}
+                inputs = objective.prepare(frozen, microbatch)
+                return objective.loss(player, models, frozen, inputs, jax.random.fold_in(key, i))
+
+            loss, sums, grads = _accumulate(loss_fn, params[player], batch, config.accumulate_steps)
+            grad_norm = optax.global_norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            updates, new_opt_state = optimizers[player].update(
+                grads, opt_state[player], params[player]
+            )
+            decay = ema_decay_at(state.step, config.ema_decay)
+            new = optax.apply_updates(params[player], updates)
+            new_ema = optax.incremental_update(new, ema[player], 1 - decay)
+
+            keep = lambda new, old, ok=finite: jax.tree.map(  # noqa: E731
+                lambda a, b: jnp.where(ok, a, b), new, old
+            )
+            params[player] = keep(new, params[player])
+            opt_state[player] = keep(new_opt_state, opt_state[player])
+            ema[player] = keep(new_ema, ema[player])
+            all_finite &= finite
+            named = {"loss": loss, "grad_norm": grad_norm} | sums
+            metrics |= {f"{player}/{name}": value for name, value in named.items()}
+
+        bad = 1 - all_finite.astype(jnp.int32)
+        skipped_in_a_row = (state.skipped_in_a_row + 1) * bad
+        metrics |= {"skipped_records": jnp.sum(batch.skipped), "skipped_in_a_row": skipped_in_a_row}
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=skipped_in_a_row,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        return state, metrics
+
+    return train_step
+
+
+def _accumulate(loss_fn, network, batch: Batch, num_microbatches: int):
+    """(loss, metrics, gradient) of the whole batch, one microbatch after the other.
+
+    Sums are added up and divided by the total weight once, so that any split gives the same.
+    """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def sums_of(microbatch):
+        (loss, (weight, metrics)), grads = grad_fn(network, microbatch)
+        return loss, weight, metrics, grads
+
+    if num_microbatches == 1:
+        sums = sums_of(batch)
+    else:
+        # Row r goes to microbatch r % num: every device keeps the rows it has.
+        split = jax.tree.map(
+            lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        first = jax.tree.map(lambda x: x[0], split)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, first))
+
+        def add(total, microbatch):
+            return jax.tree.map(jnp.add, total, sums_of(microbatch)), None
+
+        sums, _ = jax.lax.scan(add, zeros, split)
+    loss, weight, metrics, grads = sums
+    scale = 1.0 / jnp.maximum(weight, 1.0)
+    return loss * scale, *jax.tree.map(lambda x: x * scale, (metrics, grads))

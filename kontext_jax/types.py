@@ -1,0 +1,109 @@
+"""The types that pass from stage to stage, and the letters used in every shape annotation.
+
+Path of the data::
+
+    Triple -> Example -> Batch (packed) -> Tokens -> loss(player) -> TrainState
+     host      host      host -> device    device     objective      sharded step
+
+Shape legend: B rows, S image tokens per row, L text tokens per row, N examples per row, M image
+slots per row, C channels of a token (64 in FLUX), T channels of a text token, P channels of the
+pooled text vector, D width, H heads, K channels of a head, A position axes (3: image index, row,
+column), h w pixels.
+
+A *row* is one sequence of the transformer. It holds up to N examples, told apart by *segments*:
+token s belongs to example ``segments[s] - 1`` of its row, and 0 marks padding. A batch of
+unpacked images is the case N = 1, not another code path.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+
+CATEGORIES = ("local", "global", "text", "character", "style", "text_to_image")
+"""KontextBench's five kinds of edit, and images made from text alone."""
+
+
+class Triple(NamedTuple):
+    """One relational example: make ``target`` from ``contexts`` by following ``prompt``.
+
+    Attributes:
+      id: stable and unique within the data set; everything cached is keyed by it.
+      target: the image to make.
+      contexts: images to start from, each of its own size; empty for text-to-image.
+      prompt: the instruction, or the caption of the image where there is no context.
+      category: one of ``CATEGORIES``.
+      details: JSON of what the builder knows of the truth; its own checker reads it.
+    """
+
+    id: str
+    target: UInt8[np.ndarray, "h w 3"]
+    contexts: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+    prompt: str
+    category: str
+    details: str = "{}"
+
+
+class Example(NamedTuple):
+    """A triple brought to its bucket's sizes, with its prompt as token ids: ready to be packed."""
+
+    id: str
+    target: UInt8[np.ndarray, "h w 3"]
+    contexts: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+    text_ids: Int[np.ndarray, " l"]
+
+
+@struct.dataclass
+class Batch:
+    """What the loader yields. Every shape is static; every leaf has the row axis first.
+
+    Attributes:
+      images: pixels grouped by size, key "HxW", so that encoders see dense arrays.
+      image_segments: for each slot of ``images``, the segment it belongs to; 0 = empty slot.
+      source: which encoded token fills each place of the row, counting through all slots of all
+        sizes, sizes in sorted order of their keys; 0 where ``segments`` is 0.
+      positions: (image index, row, column) of each token, see ``geometry``.
+      segments: example of each token, counted from 1; 0 = padding.
+      is_target: tokens of the image to make; noise and loss apply to these only.
+      offsets: index of the token within its example; with ``example_ids`` it keys the noise.
+      text_ids: the prompts of the row, one after the other.
+      text_segments: example of each text token, counted from 1; 0 = padding.
+      example_ids: global index of each example, below 2**31; -1 = no example in this place.
+      skipped: examples of the row left out because their record could not be read.
+    """
+
+    images: dict[str, UInt8[Array | np.ndarray, "B M _ _ 3"]]
+    image_segments: dict[str, Int[Array | np.ndarray, "B M"]]
+    source: Int[Array | np.ndarray, "B S"]
+    positions: Int[Array | np.ndarray, "B S A"]
+    segments: Int[Array | np.ndarray, "B S"]
+    is_target: Bool[Array | np.ndarray, "B S"]
+    offsets: Int[Array | np.ndarray, "B S"]
+    text_ids: Int[Array | np.ndarray, "B L"]
+    text_segments: Int[Array | np.ndarray, "B L"]
+    example_ids: Int[Array | np.ndarray, "B N"]
+    skipped: Int[Array | np.ndarray, " B"]
+
+
+@struct.dataclass
+class Tokens:
+    """What the transformer, the objectives and the sampler consume.
+
+    ``latents`` are clean; ``text`` is the encoder's sequence and ``pooled`` one vector an example.
+    The other fields are those of `Batch`.
+    """
+
+    latents: Float[Array, "B S C"]
+    positions: Int[Array, "B S A"]
+    segments: Int[Array, "B S"]
+    is_target: Bool[Array, "B S"]
+    offsets: Int[Array, "B S"]
+    text: Float[Array, "B L T"]
+    text_segments: Int[Array, "B L"]
+    pooled: Float[Array, "B N P"]
+    example_ids: Int[Array, "B N"]
+
+
+Metrics = dict[str, Shaped[Array, ""]]
+"""Scalars to log, by name."""

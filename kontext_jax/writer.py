@@ -1,0 +1,91 @@
+"""What a run tells: one line on the console, `metrics.jsonl`, TensorBoard, pictures."""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+
+class Writer:
+    """Logs a run in its workdir. Only the first process writes; on the others all is silent."""
+
+    def __init__(self, workdir: Path, num_steps: int, start_step: int = 0):
+        """Opens the logs, and drops what an earlier try wrote after ``start_step``."""
+        self._active = jax.process_index() == 0
+        self._num_steps = num_steps
+        self._folder = Path(workdir)
+        self._started, self._first = time.monotonic(), start_step
+        self._paused = 0.0
+        if not self._active:
+            return
+        # Imported here: it takes a second, and readers of the package need not pay for it.
+        from tensorboardX import SummaryWriter
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._path = self._folder / "metrics.jsonl"
+        _drop_after(self._path, start_step)
+        self._board = SummaryWriter(
+            str(self._folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Writes numbers to the files, and the main ones to the console."""
+        if not self._active:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        shown = [f"{name.split('/')[-1]} {_short(value)}" for name, value in values.items()]
+        print(f"step {step}/{self._num_steps}  {'  '.join(shown)}  ETA {self._eta(step)}", flush=True)
+
+    def image(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Writes ``name-step.png`` and the same to TensorBoard."""
+        if not self._active:
+            return
+        path = self._folder / f"{name}-{step:07d}.png"
+        Image.fromarray(image).save(path)
+        self._board.add_image(name, image, step, dataformats="HWC")
+        print(f"wrote {path}", flush=True)
+
+    def pause(self, seconds: float) -> None:
+        """Keeps time spent on saving and pictures out of the estimate."""
+        self._paused += seconds
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._active:
+            self._board.close()
+
+    def _eta(self, step: int) -> str:
+        spent = time.monotonic() - self._started - self._paused
+        left = spent / max(step - self._first, 1) * (self._num_steps - step)
+        return str(datetime.timedelta(seconds=round(left)))
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes the lines of steps that will be run again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _step_of(line, step + 1) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str, otherwise: int) -> int:
+    """The step of a line; a line that a kill cut short counts as ``otherwise``."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return otherwise

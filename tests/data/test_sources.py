@@ -1,0 +1,201 @@
+"""Reading: what comes out is what went in, and a broken record is named and nothing more."""
+
+import pickle
+from concurrent import futures
+
+import grain
+import numpy as np
+import pytest
+
+from kontext_jax.data import store
+from kontext_jax.data.index import index_path
+from kontext_jax.data.sources import CorruptRecordError, TripleSource
+from kontext_jax.types import Triple
+
+NUM = 12
+
+
+def make(number: int) -> Triple:
+    """A triple with 0, 1 or 2 contexts, each image of a size of its own."""
+    rng = np.random.default_rng(number)
+
+    def image(height: int, width: int) -> np.ndarray:
+        return rng.integers(0, 256, (height, width, 3), np.uint8)
+
+    contexts = tuple(image(3 + place, 5 + number) for place in range(number % 3))
+    category = "style" if contexts else "text_to_image"
+    return Triple(
+        f"näme/{number}",
+        image(8 + number, 16),
+        contexts,
+        "größer " * number,
+        category,
+        f'{{"number": {number}}}',
+    )
+
+
+def assert_same(made: Triple, read: Triple) -> None:
+    for field in ("id", "prompt", "category", "details"):
+        assert getattr(made, field) == getattr(read, field)
+    for a, b in zip((made.target, *made.contexts), (read.target, *read.contexts), strict=True):
+        assert b.dtype == np.uint8
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A data set in three shards."""
+    splits = {"train": map(make, range(NUM)), "validation": [make(NUM)]}
+    store.write(splits, tmp_path / "set", num_shards=3)
+    return tmp_path / "set"
+
+
+def test_round_trip_is_exact_and_in_order(path):
+    source = TripleSource(path, "train")
+    assert len(source) == NUM
+    for number, triple in enumerate(source):
+        assert_same(make(number), triple)
+    assert_same(make(NUM - 1), source[-1])
+    assert_same(make(2), source[np.int64(2)])
+    assert source[0].target.flags.writeable
+
+
+@pytest.mark.parametrize("index", [NUM, -NUM - 1])
+def test_index_out_of_range(path, index):
+    with pytest.raises(IndexError, match=f"no record {index}"):
+        TripleSource(path, "train")[index]
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_index_is_in_reading_order(path, scanned):
+    if scanned:
+        index_path(path, "train").unlink()
+    source = TripleSource(path, "train")
+    index, triples = source.index, list(source)
+    assert len(index) == NUM
+    assert index.ids.tolist() == [triple.id for triple in triples]
+    assert index.categories.tolist() == [triple.category for triple in triples]
+    assert index.target_sizes.tolist() == [list(triple.target.shape[:2]) for triple in triples]
+    assert index.context_counts.tolist() == [len(triple.contexts) for triple in triples]
+    assert index.context_sizes.tolist() == [
+        list(context.shape[:2]) for triple in triples for context in triple.contexts
+    ]
+    assert index.prompt_bytes.tolist() == [len(triple.prompt.encode()) for triple in triples]
+
+
+def test_fingerprint_is_that_of_the_contents(path, tmp_path):
+    original = TripleSource(path, "train").fingerprint
+    assert original != TripleSource(path, "validation").fingerprint
+
+    store.write({"train": map(make, range(NUM))}, tmp_path / "resharded", num_shards=1)
+    assert TripleSource(tmp_path / "resharded", "train").fingerprint == original
+    index_path(path, "train").unlink()
+    assert TripleSource(path, "train").fingerprint == original
+
+    def one_pixel_off(number: int) -> Triple:
+        triple = make(number)
+        if number == 5:
+            triple.target[0, 0, 0] ^= 1
+        return triple
+
+    store.write({"train": map(one_pixel_off, range(NUM))}, tmp_path / "edited")
+    assert TripleSource(tmp_path / "edited", "train").fingerprint != original
+
+
+def test_pickled_without_its_index(path):
+    source = TripleSource(path, "train")
+    assert source.fingerprint and source[3]  # what is cached and open must not be in the way
+    copy = pickle.loads(pickle.dumps(source))
+    assert not {"index", "fingerprint"} & vars(copy).keys()
+    assert copy.fingerprint == source.fingerprint
+    assert_same(make(3), copy[3])
+
+
+def test_threads_and_grain_read_the_same(path):
+    source = TripleSource(path, "train")
+    numbers = list(range(NUM)) * 8
+    with futures.ThreadPoolExecutor(8) as pool:
+        for number, triple in zip(numbers, pool.map(source.__getitem__, numbers), strict=True):
+            assert_same(make(number), triple)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    dataset = grain.MapDataset.source(source).to_iter_dataset(options)
+    for number, triple in enumerate(dataset):
+        assert_same(make(number), triple)
+
+
+@pytest.mark.parametrize("broken", ["target", "context"])
+def test_a_broken_image_is_named_and_the_others_read(tmp_path, monkeypatch, broken):
+    good = store.encode_png
+    shape = make(4).target.shape if broken == "target" else make(4).contexts[0].shape
+    monkeypatch.setattr(
+        store, "encode_png", lambda image: good(image)[: 60 if image.shape == shape else None]
+    )
+    store.write({"train": map(make, range(NUM))}, tmp_path / "set")
+    source = TripleSource(tmp_path / "set", "train")
+    message = f'Record 4 \\("näme/4"\\) of the split "train" of {tmp_path}/set cannot be read'
+    with pytest.raises(CorruptRecordError, match=message):
+        source[4]
+    assert_same(make(3), source[3])
+    assert_same(make(5), source[5])
+
+
+def _flip_bytes(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return (
+        content[:middle]
+        + bytes(b ^ 255 for b in content[middle : middle + 64])
+        + content[middle + 64 :]
+    )
+
+
+@pytest.mark.parametrize(
+    "damage", [_flip_bytes, lambda content: content[: len(content) // 2], lambda content: b""]
+)
+def test_a_damaged_shard_harms_its_own_records_only(tmp_path, damage):
+    large = [
+        make(number)._replace(
+            target=np.random.default_rng(number).integers(0, 256, (96, 96, 3), np.uint8)
+        )
+        for number in range(NUM)
+    ]
+    store.write({"train": large}, tmp_path / "set", num_shards=3)
+    [shard] = (tmp_path / "set").glob("triples-train*-00001-of-*")
+    shard.write_bytes(damage(shard.read_bytes()))
+    source = TripleSource(tmp_path / "set", "train")
+    corrupt = []
+    for number in range(NUM):
+        try:
+            assert_same(large[number], source[number])
+        except CorruptRecordError as error:
+            assert f"Record {number} " in str(error)
+            corrupt.append(number)
+    assert corrupt and set(corrupt) <= {4, 5, 6, 7}
+
+
+def test_what_cannot_be_opened_is_named(path, tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"no data set in .*nowhere: make one .*data\.build"
+    ):
+        TripleSource(tmp_path / "nowhere", "train")
+    with pytest.raises(ValueError, match='no split "test"; it has: train, validation'):
+        TripleSource(path, "test")
+    info = path / "dataset_info.json"
+    info.write_text(info.read_text().replace('"1"', '"0"'))
+    with pytest.raises(ValueError, match='The split "validation" of .* is empty'):
+        TripleSource(path, "validation")
+    next(path.glob("triples-train*-00001-of-*")).unlink()
+    with pytest.raises(FileNotFoundError, match="lacks its file triples-train"):
+        TripleSource(path, "train")
+
+
+def test_a_data_set_of_another_schema_is_refused(path):
+    features = path / "features.json"
+    features.write_text(features.read_text().replace('"contexts"', '"inputs"'))
+    with pytest.raises(ValueError, match="lack the fields contexts"):
+        TripleSource(path, "train")
+
+
+def test_the_index_of_another_data_set_is_refused(path):
+    index_path(path, "validation").replace(index_path(path, "train"))
+    with pytest.raises(ValueError, match=f"lists 1 records where the split has {NUM}"):
+        _ = TripleSource(path, "train").index

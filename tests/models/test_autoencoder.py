@@ -1,0 +1,239 @@
+"""The autoencoder against formulas written out in NumPy, float64."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kontext_jax.models import autoencoder as ae
+from kontext_jax.sharding import RULES
+
+TINY = ae.AutoencoderConfig.tiny()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ae.Autoencoder(TINY, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 24, 3)), jnp.float32)
+
+
+def randomise(module, seed=0):
+    """Moves every parameter off its start, so that scales and biases count too."""
+    rng = np.random.default_rng(seed)
+    for param in jax.tree.leaves(nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Param)):
+        param[...] = param[...] + jnp.asarray(0.2 * rng.normal(size=param.shape), jnp.float32)
+    return module
+
+
+def float64(param) -> np.ndarray:
+    return np.asarray(param[...], np.float64)
+
+
+def group_norm(x, norm):
+    batch, height, width, channels = x.shape
+    groups = x.reshape(batch, height * width, norm.num_groups, channels // norm.num_groups)
+    mean = groups.mean(axis=(1, 3), keepdims=True)
+    var = groups.var(axis=(1, 3), keepdims=True)
+    x = ((groups - mean) / np.sqrt(var + 1e-6)).reshape(x.shape)
+    return x * float64(norm.scale) + float64(norm.bias)
+
+
+def convolve(x, layer, stride=1, before=1, after=1):
+    """Explicit loops over output pixels; ``before`` and ``after`` zeros on each side."""
+    kernel, bias = float64(layer.kernel), float64(layer.bias)
+    size = kernel.shape[0]
+    x = np.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
+    height, width = ((n - size) // stride + 1 for n in x.shape[1:3])
+    out = np.zeros((x.shape[0], height, width, kernel.shape[3]))
+    for row in range(height):
+        for column in range(width):
+            top, left = stride * row, stride * column
+            window = x[:, top : top + size, left : left + size]
+            out[:, row, column] = np.einsum("bijc,ijco->bo", window, kernel) + bias
+    return out
+
+
+def swish(x):
+    return x / (1 + np.exp(-x))
+
+
+def test_flux_has_83_819_683_parameters():
+    start = time.perf_counter()
+    config = ae.AutoencoderConfig.flux()
+    abstract = jax.eval_shape(lambda: ae.Autoencoder(config, rngs=nnx.Rngs(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    assert count == 83_819_683
+    assert len(jax.tree.leaves(abstract)) == 244
+    assert time.perf_counter() - start < 2
+    assert (config.downsample, config.token_channels, config.pixels_per_token) == (8, 64, 16)
+
+
+def test_every_parameter_names_its_axes(model):
+    for param in jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Param)):
+        axes = param.get_metadata()["axes"]
+        assert len(axes) == param.ndim
+        assert {axis for axis in axes if axis is not None} <= set(RULES)
+
+
+def test_shapes_of_both_ways(model, images):
+    latents = jax.eval_shape(lambda m, x: m.encode(x), model, images)
+    assert latents.shape == (2, 4, 6, 6)
+    assert (TINY.downsample, TINY.token_channels, TINY.pixels_per_token) == (4, 24, 8)
+    assert jax.eval_shape(lambda m, z: m.decode(z), model, latents).shape == images.shape
+
+    half = ae.AutoencoderConfig.tiny(dtype="bfloat16")
+    half = jax.eval_shape(lambda: ae.Autoencoder(half, rngs=nnx.Rngs(0)))
+    latents = jax.eval_shape(lambda m, x: m.encode(x), half, images)
+    decoded = jax.eval_shape(lambda m, z: m.decode(z), half, latents)
+    assert latents.dtype == decoded.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half))
+
+
+def test_group_norm_is_exact_far_from_zero():
+    norm = randomise(ae.GroupNorm(TINY, 16, rngs=nnx.Rngs(0)))
+    x = 3000 + np.random.default_rng(1).normal(size=(2, 8, 8, 16))
+    x = jnp.asarray(x, jnp.float32)
+    # E[x^2] - E[x]^2 in float32 would be wrong in the first digit.
+    np.testing.assert_allclose(norm(x), group_norm(np.asarray(x, np.float64), norm), atol=2e-3)
+
+
+def test_group_norm_rounds_once():
+    norm = randomise(ae.GroupNorm(TINY, 16, rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 4, 16)), jnp.bfloat16)
+    exact = norm(x.astype(jnp.float32))
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(norm(x), exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("outputs", [8, 16])
+def test_resnet_block_is_its_formula(outputs):
+    block = randomise(ae.ResnetBlock(TINY, 8, outputs, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).normal(size=(2, 5, 4, 8)).astype(np.float32)
+    h = convolve(swish(group_norm(x.astype(np.float64), block.norm1)), block.conv1)
+    h = convolve(swish(group_norm(h, block.norm2)), block.conv2)
+    shortcut = x if outputs == 8 else convolve(x, block.nin_shortcut, before=0, after=0)
+    np.testing.assert_allclose(block(jnp.asarray(x)), shortcut + h, atol=2e-5)
+
+
+def test_attention_block_is_its_formula():
+    block = randomise(ae.AttnBlock(TINY, 16, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).normal(size=(2, 3, 4, 16)).astype(np.float32)
+
+    def project(cells, layer):
+        return cells @ float64(layer.kernel) + float64(layer.bias)
+
+    cells = group_norm(x.astype(np.float64), block.norm).reshape(2, 12, 16)
+    q, k, v = (project(cells, layer) for layer in (block.q, block.k, block.v))
+    weights = np.exp(q @ k.swapaxes(1, 2) / math.sqrt(16))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected = x + project(weights @ v, block.proj_out).reshape(x.shape)
+    np.testing.assert_allclose(block(jnp.asarray(x)), expected, atol=2e-5)
+
+
+def test_downsample_pads_below_and_to_the_right():
+    step = randomise(ae.Downsample(TINY, 8, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).normal(size=(2, 6, 8, 8)).astype(np.float32)
+    expected = convolve(x.astype(np.float64), step.conv, stride=2, before=0, after=1)
+    assert expected.shape == (2, 3, 4, 8)
+    np.testing.assert_allclose(step(jnp.asarray(x)), expected, atol=1e-5)
+
+
+def test_upsample_repeats_pixels():
+    step = randomise(ae.Upsample(TINY, 8, rngs=nnx.Rngs(0)))
+    x = np.random.default_rng(1).normal(size=(1, 2, 3, 8)).astype(np.float32)
+    doubled = np.zeros((1, 4, 6, 8))
+    for row in range(4):
+        for column in range(6):
+            doubled[:, row, column] = x[:, row // 2, column // 2]
+    np.testing.assert_allclose(step(jnp.asarray(x)), convolve(doubled, step.conv), atol=1e-5)
+
+
+def test_the_decoder_applies_its_finest_level_last(model):
+    outputs = [level.block[-1].conv2.kernel.shape[-1] for level in model.decoder.up]
+    assert outputs == [16, 32, 64]
+    assert [level.upsample is not None for level in model.decoder.up] == [False, True, True]
+    assert [level.downsample is not None for level in model.encoder.down] == [True, True, False]
+
+
+def test_log_variance_is_clamped(images):
+    model = ae.Autoencoder(TINY, rngs=nnx.Rngs(0))
+    shift = np.zeros(12, np.float32)
+    shift[:2], shift[6:9], shift[9:] = 100, 100, -100
+    model.encoder.conv_out.bias[...] = jnp.asarray(shift)
+    mean, logvar = jax.jit(lambda m, x: m.moments(x))(model, images)
+    assert float(jnp.max(mean)) > 90
+    np.testing.assert_array_equal(logvar[..., :3], 20.0)
+    np.testing.assert_array_equal(logvar[..., 3:], -30.0)
+
+
+def test_encode_scales_the_mean_or_a_sample(model, images):
+    key = jax.random.key(7)
+    run = jax.jit(lambda m, x: (m.moments(x), m.encode(x), m.encode(x, key)))
+    (mean, logvar), latents, sample = run(model, images)
+    np.testing.assert_allclose(latents, 0.3611 * (mean - 0.1159), atol=1e-6)
+    noise = jax.random.normal(key, mean.shape)
+    np.testing.assert_allclose(sample - latents, 0.3611 * jnp.exp(logvar / 2) * noise, atol=1e-5)
+
+
+def test_gradients_are_finite_and_the_same_rematerialised(images):
+    def loss(model, x):
+        return jnp.mean(jnp.square(model.decode(model.encode(x, jax.random.key(1))) - x))
+
+    grads = {}
+    for remat in ae.REMAT_POLICIES:
+        config = ae.AutoencoderConfig.tiny(remat=remat, channel_multipliers=(1, 2))
+        model = ae.Autoencoder(config, rngs=nnx.Rngs(0))
+        grads[remat] = jax.tree.leaves(jax.jit(jax.grad(loss))(model, images))
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads["none"])
+    # The keys' bias alone has none: it moves all logits of a query alike.
+    assert sum(float(jnp.max(jnp.abs(g))) < 1e-6 for g in grads["none"]) == 1 + 1
+    for a, b in zip(grads["none"], grads["full"], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_pack_latents_is_its_loop_and_unpack_its_inverse():
+    latents = np.random.default_rng(0).normal(size=(2, 4, 6, 5)).astype(np.float32)
+    expected = np.zeros((2, 6, 20), np.float32)
+    for row, column, channel in np.ndindex(4, 6, 5):
+        token = (row // 2) * 3 + column // 2
+        feature = channel * 4 + (row % 2) * 2 + column % 2
+        expected[:, token, feature] = latents[:, row, column, channel]
+    packed = ae.pack_latents(jnp.asarray(latents))
+    np.testing.assert_array_equal(packed, expected)
+    np.testing.assert_array_equal(ae.unpack_latents(packed, (4, 6)), latents)
+
+
+def test_bytes_survive_the_way_to_pixels_and_back():
+    values = jnp.arange(256, dtype=jnp.uint8)
+    images = jnp.broadcast_to(values.reshape(16, 16, 1), (16, 16, 3))
+    pixels = ae.to_pixels(images)
+    assert float(pixels.min()) == -1 and float(pixels.max()) == 1
+    np.testing.assert_array_equal(ae.to_uint8(pixels), images)
+    np.testing.assert_array_equal(ae.to_uint8(3 * pixels)[0], 0)
+    np.testing.assert_array_equal(ae.to_uint8(3 * pixels)[-1], 255)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"channels": 20}, "channels 20 does not divide into num_groups 8"),
+        ({"channel_multipliers": (1, 0)}, r"channel_multipliers \(1, 0\)"),
+        ({"remat": "some"}, "remat 'some' is not one of full, none"),
+    ],
+)
+def test_wrong_sizes_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ae.AutoencoderConfig.tiny(**wrong)
+
+
+def test_images_must_divide_into_cells(model):
+    with pytest.raises(ValueError, match="10 x 16 pixels need sides divisible by 4"):
+        model.encode(jnp.zeros((1, 10, 16, 3)))

@@ -1,0 +1,223 @@
+"""The T5 encoder against a forward pass written out in NumPy, float64."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kontext_jax.models import t5
+from kontext_jax.sharding import RULES
+
+TINY = t5.T5Config.tiny_bytes()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The tiny encoder with its norms off one and its position biases large enough to count."""
+    model = t5.T5Encoder(TINY, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for norm in (model.blocks.attention_norm, model.blocks.mlp_norm, model.final_layer_norm):
+        norm.scale[...] = jnp.asarray(rng.uniform(0.5, 1.5, norm.scale.shape), jnp.float32)
+    model.relative_attention_bias[...] = 8 * model.relative_attention_bias[...]
+    return model
+
+
+@jax.jit
+def encode(model, text_ids, segments):
+    return model(text_ids, segments)
+
+
+def random_ids(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(1, 384, shape), jnp.int32)
+
+
+def float64(param) -> np.ndarray:
+    return np.asarray(param[...], np.float64)
+
+
+def expected_bucket(distance: int) -> int:
+    """Of 32 buckets up to 128, in whole numbers: far buckets start at 8 * 2 ** (j / 2)."""
+    half, size = (16 if distance > 0 else 0), abs(distance)
+    far = 8 + sum(size**2 >= 64 * 2**j for j in range(1, 8))
+    return half + (size if size < 8 else far)
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def reference(model, ids: np.ndarray) -> np.ndarray:
+    """One prompt through the encoder: the published formulas, head by head."""
+    x = float64(model.shared.embedding)[ids]
+    length, blocks = len(ids), model.blocks
+    table = float64(model.relative_attention_bias)
+    buckets = [[expected_bucket(key - query) for key in range(length)] for query in range(length)]
+    bias = table[np.array(buckets)]
+    for layer in range(TINY.num_layers):
+        q, k, v, o = (float64(getattr(blocks.attention, name).kernel)[layer] for name in "qkvo")
+        h = rms_norm(x, float64(blocks.attention_norm.scale)[layer])
+        heads = []
+        for head in range(TINY.num_heads):
+            at = slice(head * TINY.d_kv, (head + 1) * TINY.d_kv)
+            weights = np.exp((h @ q[:, at]) @ (h @ k[:, at]).T + bias[:, :, head])
+            weights /= weights.sum(axis=-1, keepdims=True)
+            heads.append(weights @ (h @ v[:, at]))
+        x = x + np.concatenate(heads, axis=-1) @ o
+        h = rms_norm(x, float64(blocks.mlp_norm.scale)[layer])
+        wi_0, wi_1, wo = (
+            float64(getattr(blocks.mlp, name).kernel)[layer] for name in ("wi_0", "wi_1", "wo")
+        )
+        x = x + (gelu(h @ wi_0) * (h @ wi_1)) @ wo
+    return rms_norm(x, float64(model.final_layer_norm.scale))
+
+
+def test_xxl_has_4_762_310_656_parameters():
+    abstract = jax.eval_shape(lambda: t5.T5Encoder(t5.T5Config.xxl(), rngs=nnx.Rngs(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
+    layer = 4 * 4096 * 64 * 64 + 3 * 4096 * 10240 + 2 * 4096
+    assert count == 32128 * 4096 + 32 * 64 + 24 * layer + 4096 == 4_762_310_656
+
+
+def test_every_parameter_names_its_axes(model):
+    for param in jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Param)):
+        axes = param.get_metadata()["axes"]
+        assert {axis for axis in axes if axis is not None} <= set(RULES)
+
+
+def test_weights_start_as_in_transformers():
+    model = t5.T5Encoder(TINY, rngs=nnx.Rngs(0))
+    width, d_kv, inner, d_ff = TINY.d_model, TINY.d_kv, TINY.num_heads * TINY.d_kv, TINY.d_ff
+    attention, mlp = model.blocks.attention, model.blocks.mlp
+    for param, std in (
+        (model.shared.embedding, 1.0),
+        (attention.q.kernel, (width * d_kv) ** -0.5),
+        (attention.k.kernel, width**-0.5),
+        (attention.v.kernel, width**-0.5),
+        (attention.o.kernel, inner**-0.5),
+        (mlp.wi_0.kernel, width**-0.5),
+        (mlp.wi_1.kernel, width**-0.5),
+        (mlp.wo.kernel, d_ff**-0.5),
+        (model.relative_attention_bias, width**-0.5),
+    ):
+        assert float(jnp.std(param[...])) == pytest.approx(std, rel=0.12)
+
+
+def test_buckets_of_distances():
+    distance = np.arange(-600, 601)[None]
+    buckets = t5.relative_position_buckets(distance, 32, 128)
+    np.testing.assert_array_equal(buckets[0], [expected_bucket(int(d)) for d in distance[0]])
+    assert set(buckets[0]) == set(range(32)) - {16}
+
+
+def test_the_encoder_is_its_formula(model):
+    ids = random_ids(2, 40)
+    out = encode(model, ids, jnp.ones_like(ids))
+    assert out.shape == (2, 40, 64) and out.dtype == jnp.float32
+    for row in range(2):
+        np.testing.assert_allclose(out[row], reference(model, np.asarray(ids[row])), atol=2e-5)
+
+
+LENGTHS = (9, 3, 17)
+
+
+def packed_row(pad: int):
+    """Three prompts in one row of 32, the rest filled with ``pad``."""
+    prompts = [random_ids(1, length, seed=length) for length in LENGTHS]
+    rest = 32 - sum(LENGTHS)
+    ids = jnp.concatenate([*prompts, jnp.full((1, rest), pad, jnp.int32)], axis=1)
+    segments = jnp.asarray(np.repeat([1, 2, 3, 0], [*LENGTHS, rest])[None], jnp.int32)
+    return prompts, ids, segments
+
+
+def test_prompts_of_a_row_are_encoded_as_if_alone(model):
+    prompts, ids, segments = packed_row(pad=0)
+    out = encode(model, ids, segments)
+    alone = [encode(model, prompt, jnp.ones_like(prompt)) for prompt in prompts]
+    np.testing.assert_allclose(out[:, : sum(LENGTHS)], jnp.concatenate(alone, 1), atol=2e-5)
+
+    _, other_pads, _ = packed_row(pad=5)
+    other = encode(model, other_pads, segments)
+    np.testing.assert_array_equal(out[:, : sum(LENGTHS)], other[:, : sum(LENGTHS)])
+
+
+def test_gradients_of_a_packed_row_are_those_of_its_prompts(model):
+    prompts, ids, segments = packed_row(pad=0)
+    weight = jnp.asarray(np.random.default_rng(3).normal(size=(1, 32, 64)), jnp.float32)
+
+    def packed(model):
+        mask = (segments > 0).astype(jnp.float32)[..., None]
+        return jnp.sum(model(ids, segments) * weight * mask)
+
+    def separate(model):
+        total, start = jnp.zeros(()), 0
+        for prompt in prompts:
+            out = model(prompt, jnp.ones_like(prompt))
+            total += jnp.sum(out * weight[:, start : start + prompt.shape[1]])
+            start += prompt.shape[1]
+        return total
+
+    one = jax.tree.leaves(jax.jit(jax.grad(packed))(model))
+    three = jax.tree.leaves(jax.jit(jax.grad(separate))(model))
+    for a, b in zip(one, three, strict=True):
+        assert float(jnp.max(jnp.abs(b))) > 0
+        np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.max(jnp.abs(b))))
+
+
+def test_pads_count_where_the_caller_says_so(model):
+    ids = random_ids(1, 12).at[:, 8:].set(0)
+    alone = encode(model, ids[:, :8], jnp.ones((1, 8), jnp.int32))
+    with_pads = encode(model, ids, jnp.ones((1, 12), jnp.int32))
+    assert float(jnp.max(jnp.abs(with_pads[:, :8] - alone))) > 0.01
+
+
+def test_rematerialised_gradients_are_the_same():
+    ids = random_ids(1, 8)
+    grads = []
+    for remat in t5.REMAT_POLICIES:
+        model = t5.T5Encoder(t5.T5Config.tiny_bytes(remat=remat), rngs=nnx.Rngs(0))
+        loss = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(ids, jnp.ones_like(ids))))))
+        grads.append(jax.tree.leaves(loss(model)))
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_bfloat16_keeps_float32_parameters(model):
+    half = t5.T5Encoder(t5.T5Config.tiny_bytes(dtype="bfloat16"), rngs=nnx.Rngs(0))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half))
+    full = t5.T5Encoder(TINY, rngs=nnx.Rngs(0))
+    ids = random_ids(1, 16)
+    out, exact = (encode(m, ids, jnp.ones_like(ids)) for m in (half, full))
+    assert out.dtype == jnp.bfloat16
+    error = jnp.sqrt(jnp.mean(jnp.square(out.astype(jnp.float32) - exact)))
+    assert float(error) < 0.03
+
+
+def test_pool_is_the_mean_of_each_example():
+    text = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(np.float32)
+    segments = np.array([[1, 1, 1, 2, 2, 0, 0], [2, 2, 3, 3, 3, 3, 0]], np.int32)
+    pooled = t5.pool(jnp.asarray(text), jnp.asarray(segments), 4)
+    expected = np.zeros((2, 4, 5), np.float32)
+    expected[0, 0], expected[0, 1] = text[0, :3].mean(0), text[0, 3:5].mean(0)
+    expected[1, 1], expected[1, 2] = text[1, :2].mean(0), text[1, 2:6].mean(0)
+    np.testing.assert_allclose(pooled, expected, atol=1e-6)
+    assert t5.pool(jnp.asarray(text, jnp.bfloat16), jnp.asarray(segments), 4).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"relative_attention_num_buckets": 30}, "num_buckets 30 must be a multiple of 4"),
+        ({"relative_attention_max_distance": 8}, "max_distance 8 more than a quarter"),
+        ({"remat": "some"}, "remat 'some' is not one of full, none"),
+    ],
+)
+def test_wrong_sizes_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        t5.T5Config.tiny_bytes(**wrong)
