@@ -96,14 +96,15 @@ class QKNorm(nnx.Module):
 def per_token(
     per_example: Float[Array, "B N D"], segments: Int[Array, "B S"]
 ) -> Float[Array, "B _ D"]:
-    """Gives each token its example's vector; padding gets the first example's, to no effect.
+    """Gives each token its example's vector; padding gets zeros, to no effect.
 
-    With one example a row the vector is left to broadcast: [B 1 D].
+    With one example a row the vector is left to broadcast: [B 1 D]. Otherwise a product with
+    one-hot rows, which is exact, and whose gradient is a product too and not a scatter.
     """
     if per_example.shape[1] == 1:
         return per_example
-    index = jnp.maximum(segments - 1, 0)[:, :, None]
-    return jnp.take_along_axis(per_example, index, axis=1)
+    member = jax.nn.one_hot(segments - 1, per_example.shape[1], dtype=per_example.dtype)
+    return jnp.einsum("bsn,bnd->bsd", member, per_example, precision="highest")
 
 
 class Modulation(nnx.Module):

@@ -203,8 +203,8 @@ class T5Encoder(nnx.Module):
 
 
 def relative_position_buckets(
-    distance: Int[np.ndarray, "L L"], num_buckets: int, max_distance: int
-) -> Int[np.ndarray, "L L"]:
+    distance: Int[np.ndarray, "q k"], num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "q k"]:
     """The bucket of ``distance`` = key index - query index, on the host.
 
     Keys at or before the query take the first half of the buckets, keys after it the second. Of

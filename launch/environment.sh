@@ -1,0 +1,20 @@
+# Sourced by the other scripts: makes .venv beside the README if need be, and activates it.
+# Any Python from 3.11 on will do; PYTHON names one. Nothing outside .venv is changed.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "Python 3.11 or newer is needed; '$python' is not. Set PYTHON=/path/to/python3.11." >&2
+  exit 1
+fi
+
+stamp=.venv/installed
+if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
+  echo "installing into .venv (once; two minutes or so)"
+  "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --upgrade pip
+  .venv/bin/python -m pip install --quiet --editable '.[emoji]' --group dev
+  touch "$stamp"
+fi
+source .venv/bin/activate

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one.
+# Further arguments go to pytest: launch/test.sh -k packing
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+
+ruff check --quiet .
+ruff format --quiet --check .
+
+arguments=(-n "${TEST_PROCESSES:-2}" --dist worksteal)
+if [[ "${1:-}" == --all ]]; then
+  shift
+  arguments+=(-m "")
+fi
+JAX_PLATFORMS=cpu python -m pytest -q "${arguments[@]}" "$@"
