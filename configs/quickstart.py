@@ -1,8 +1,12 @@
 """The quickstart: a 32-pixel world of edits, learned on two CPU cores in minutes.
 
-    python -m kontext_jax.data.build --source=world --output=data/world
-    python -m kontext_jax.train --config=configs/quickstart.py:autoencoder --workdir=runs/autoencoder
-    python -m kontext_jax.train --config=configs/quickstart.py --workdir=runs/flow
+launch/quickstart.sh runs all of it, in this order:
+
+    python -m kontext_jax.data.build --source=world --output=runs/quickstart/world
+    python -m kontext_jax.train --config=configs/quickstart.py:autoencoder \\
+        --workdir=runs/quickstart/autoencoder
+    python -m kontext_jax.train --config=configs/quickstart.py:flow --workdir=runs/quickstart/flow
+    python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=runs/quickstart
 """
 
 from kontext_jax.checkpoint import CheckpointConfig
@@ -20,7 +24,7 @@ from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 
-DATA = "data/world"
+DATA = "runs/quickstart/world"
 AUTOENCODER = "runs/quickstart/autoencoder"
 
 
@@ -39,9 +43,7 @@ def autoencoder() -> Config:
     return Config(
         objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
         data=data(batch_size=8),
-        optim=OptimConfig(
-            learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99
-        ),
+        optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
         checkpoint=CheckpointConfig(every=400, keep=1),
         sheets=SheetConfig(every=400),
         num_steps=800,

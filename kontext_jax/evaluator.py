@@ -109,9 +109,7 @@ def _pack(
     batches, layouts = [], []
     for start in range(0, len(rows), size_of_batch):
         group = rows[start : start + size_of_batch]
-        assembled = [
-            assemble([examples[i] for i in row], row, plan.slots, data) for row in group
-        ]
+        assembled = [assemble([examples[i] for i in row], row, plan.slots, data) for row in group]
         batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *assembled))
         layouts.append(
             [(r, s, i) for r, row in enumerate(group) for s, i in enumerate(row, start=1)]

@@ -88,9 +88,7 @@ def sample_time(
     return jax.nn.sigmoid(logit + config.mu(num_tokens))
 
 
-def example_keys(
-    key: Key[Array, ""], example_ids: Int[Array, "B N"]
-) -> Key[Array, "B N"]:
+def example_keys(key: Key[Array, ""], example_ids: Int[Array, "B N"]) -> Key[Array, "B N"]:
     """A key for each example, whatever row, device or host it is on."""
     return jax.vmap(jax.vmap(lambda example: jax.random.fold_in(key, example)))(example_ids)
 
@@ -123,7 +121,7 @@ def token_noise(
 
 def schedule(
     num_steps: int, num_tokens: Int[Array, "*n"], config: TimeConfig
-) -> Float[Array, "T *n"]:
+) -> Float[Array, " steps *n"]:
     """The sampler's ``num_steps + 1`` times from 1 to 0, evenly spaced, then moved by mu."""
     mu = config.mu(num_tokens)
     times = jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)

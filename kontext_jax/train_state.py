@@ -51,9 +51,7 @@ def init_state(
     """A new state, every leaf of it made where it will live."""
     # Shardings must be asked for: `jit(optimizer.init)` alone leaves the moments replicated.
     _, shardings = abstract_state(objective, optimizers, mesh)
-    make = jax.jit(
-        lambda key: _new_state(objective, optimizers, key), out_shardings=shardings
-    )
+    make = jax.jit(lambda key: _new_state(objective, optimizers, key), out_shardings=shardings)
     return make(jax.random.key(seed))
 
 

@@ -43,7 +43,9 @@ class Writer:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         shown = [f"{name.split('/')[-1]} {_short(value)}" for name, value in values.items()]
-        print(f"step {step}/{self._num_steps}  {'  '.join(shown)}  ETA {self._eta(step)}", flush=True)
+        print(
+            f"step {step}/{self._num_steps}  {'  '.join(shown)}  ETA {self._eta(step)}", flush=True
+        )
 
     def image(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes ``name-step.png`` and the same to TensorBoard."""

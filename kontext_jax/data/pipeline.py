@@ -163,21 +163,21 @@ def assemble(
 
 
 def _empty_row(slots: dict[str, int], packing: PackingConfig) -> Batch:
-    s, l, n = packing.image_tokens, packing.text_tokens, packing.max_examples
+    places, text_places = packing.image_tokens, packing.text_tokens
     return Batch(
         images={
             key: np.zeros((count, *map(int, key.split("x")), 3), np.uint8)
             for key, count in slots.items()
         },
         image_segments={key: np.zeros(count, np.int32) for key, count in slots.items()},
-        source=np.zeros(s, np.int32),
-        positions=np.zeros((s, 3), np.int32),
-        segments=np.zeros(s, np.int32),
-        is_target=np.zeros(s, bool),
-        offsets=np.zeros(s, np.int32),
-        text_ids=np.zeros(l, np.int32),
-        text_segments=np.zeros(l, np.int32),
-        example_ids=np.full(n, -1, np.int32),
+        source=np.zeros(places, np.int32),
+        positions=np.zeros((places, 3), np.int32),
+        segments=np.zeros(places, np.int32),
+        is_target=np.zeros(places, bool),
+        offsets=np.zeros(places, np.int32),
+        text_ids=np.zeros(text_places, np.int32),
+        text_segments=np.zeros(text_places, np.int32),
+        example_ids=np.full(packing.max_examples, -1, np.int32),
         skipped=np.zeros((), np.int32),
     )
 

@@ -38,9 +38,7 @@ class Tokenizer:
         if config.tokenizer == "byt5":
             self._tokenizer = ByT5Tokenizer()
         elif Path(config.tokenizer).is_dir():
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                config.tokenizer, local_files_only=True
-            )
+            self._tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, local_files_only=True)
         else:
             raise FileNotFoundError(
                 f"No tokenizer folder at {config.tokenizer!r}: set text.tokenizer to 'byt5' or to "
@@ -58,7 +56,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def reserve(self, prompt_bytes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Places to keep for prompts of so many UTF-8 bytes: exact for bytes, else an upper bound."""
+        """Places to keep for prompts of so many UTF-8 bytes: exact for bytes, else a bound."""
         if self.config.pad:
             return np.full_like(prompt_bytes, self.config.max_tokens)
         return np.minimum(prompt_bytes + 1, self.config.max_tokens)

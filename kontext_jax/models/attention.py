@@ -10,7 +10,7 @@ def attention(
     k: Float[Array, "B S H K"],
     v: Float[Array, "B S H K"],
     segments: Int[Array, "B S"],
-    bias: Float[Array, "B H S S"] | None = None,
+    bias: Float[Array, "_ H S S"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B S H K"]:
     """Full attention between tokens of equal segment, softmax in float32.
@@ -25,9 +25,11 @@ def attention(
       scale: of the logits; ``K ** -0.5`` where left out.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    logits = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         logits = logits + bias
     same = segments[:, None, :, None] == segments[:, None, None, :]
     weights = jax.nn.softmax(jnp.where(same, logits, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bhqs,bshk->bqhk", weights.astype(v.dtype), v)
+    out = jnp.einsum("bhqs,bhsk->bhqk", weights.astype(v.dtype), v)
+    return jnp.swapaxes(out, 1, 2)

@@ -18,7 +18,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Key, UInt8
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import linear
+from kontext_jax.models.layers import Linear
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
 REMAT_POLICIES = ("full", "none")
@@ -169,7 +169,7 @@ class AttnBlock(nnx.Module):
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         axes, dtype = ("channels", "embed"), jnp.dtype(config.dtype)
-        make = functools.partial(linear, width, width, axes, rngs=rngs, dtype=dtype, init=lecun)
+        make = functools.partial(Linear, width, width, axes, rngs=rngs, dtype=dtype, init=lecun)
         self.norm = GroupNorm(config, width, rngs=rngs)
         self.q, self.k, self.v, self.proj_out = make(), make(), make(), make()
 

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from kontext_jax.models.attention import attention
 from kontext_jax.models.layers import (
+    Linear,
     MLPEmbedder,
     Modulation,
     QKNorm,
     apply_rope,
-    linear,
     modulate,
     per_token,
     rope,
@@ -111,7 +111,7 @@ class FluxConfig:
             axes_dim=(8, 12, 12),
             guidance_embed=False,
             dtype="float32",
-            remat="none",
+            remat="full",
         )
         return cls(**(sizes | kwargs))
 
@@ -122,9 +122,9 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
         self.num_heads = config.num_heads
-        self.qkv = linear(size, 3 * size, ("embed", "heads"), rngs=rngs, dtype=dtype)
+        self.qkv = Linear(size, 3 * size, ("embed", "heads"), rngs=rngs, dtype=dtype)
         self.norm = QKNorm(config.head_dim, rngs=rngs)
-        self.proj = linear(size, size, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        self.proj = Linear(size, size, ("heads", "embed"), rngs=rngs, dtype=dtype)
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], ...]:
         """Normalised queries and keys, and values."""
@@ -137,8 +137,8 @@ class MLP(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, mlp_dim, dtype = config.hidden_size, config.mlp_dim, jnp.dtype(config.dtype)
-        self.in_layer = linear(size, mlp_dim, ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.out_layer = linear(mlp_dim, size, ("mlp", "embed"), rngs=rngs, dtype=dtype)
+        self.in_layer = Linear(size, mlp_dim, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.out_layer = Linear(mlp_dim, size, ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return self.out_layer(jax.nn.gelu(self.in_layer(x), approximate=True))
@@ -188,10 +188,8 @@ class SingleStreamBlock(nnx.Module):
         self.num_heads = config.num_heads
         self.modulation = Modulation(size, 1, rngs=rngs, dtype=dtype)
         joint = 3 * size + config.mlp_dim
-        self.linear1 = linear(size, joint, ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.linear2 = linear(
-            size + config.mlp_dim, size, ("mlp", "embed"), rngs=rngs, dtype=dtype
-        )
+        self.linear1 = Linear(size, joint, ("embed", "mlp"), rngs=rngs, dtype=dtype)
+        self.linear2 = Linear(size + config.mlp_dim, size, ("mlp", "embed"), rngs=rngs, dtype=dtype)
         self.norm = QKNorm(config.head_dim, rngs=rngs)
 
     def __call__(
@@ -217,7 +215,7 @@ class LastLayer(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
-        make = functools.partial(linear, rngs=rngs, dtype=dtype, init=zeros)
+        make = functools.partial(Linear, rngs=rngs, dtype=dtype, init=zeros)
         self.linear = make(size, config.in_channels, ("embed", "channels"))
         self.adaLN_modulation = make(size, 2 * size, ("embed", "mlp"))
 
@@ -229,24 +227,22 @@ class LastLayer(nnx.Module):
 
 
 class Flux(nnx.Module):
-    """The velocity of image tokens, given text, pooled text and time. See the module's docstring."""
+    """The velocity of image tokens, given text, its pooled vector, and time."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
         self.config = config
         embedder = functools.partial(MLPEmbedder, hidden_size=size, rngs=rngs, dtype=dtype)
-        self.img_in = linear(
+        self.img_in = Linear(
             config.in_channels, size, ("channels", "embed"), rngs=rngs, dtype=dtype
         )
-        self.txt_in = linear(
+        self.txt_in = Linear(
             config.context_in_dim, size, ("channels", "embed"), rngs=rngs, dtype=dtype
         )
         self.time_in = embedder(TIME_EMBED_DIM)
         self.vector_in = embedder(config.vec_in_dim)
         self.guidance_in = embedder(TIME_EMBED_DIM) if config.guidance_embed else None
-        self.double_blocks = stack(
-            lambda r: DoubleStreamBlock(config, rngs=r), config.depth, rngs
-        )
+        self.double_blocks = stack(lambda r: DoubleStreamBlock(config, rngs=r), config.depth, rngs)
         self.single_blocks = stack(
             lambda r: SingleStreamBlock(config, rngs=r), config.depth_single, rngs
         )

@@ -21,7 +21,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import RMSNorm, linear, stack
+from kontext_jax.models.layers import Linear, RMSNorm, stack
 from kontext_jax.sharding import constrain
 
 REMAT_POLICIES = ("full", "none")
@@ -245,7 +245,7 @@ def _linear(
     std: float,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    return linear(
+    return Linear(
         in_features,
         out_features,
         axes,

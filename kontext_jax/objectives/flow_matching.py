@@ -101,9 +101,7 @@ def per_example_loss(
     )
     sample_time = jax.vmap(jax.vmap(lambda k, n: flow.sample_time(k, n, time)))
     t = sample_time(time_keys, counts.astype(jnp.int32))
-    noise = flow.token_noise(
-        noise_keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1]
-    )
+    noise = flow.token_noise(noise_keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
     velocity = predict_velocity(transformer, tokens, noise, t, guidance)
     square = jnp.mean(jnp.square(velocity - flow.velocity(tokens.latents, noise)), axis=-1)
     present = (counts > 0).astype(jnp.float32)
