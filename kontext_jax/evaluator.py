@@ -1,4 +1,4 @@
-"""Images of a fixed set of triples: what sheets show and what metrics are computed on."""
+"""Images of a fixed set of examples: what sheets show and what metrics are computed on."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,36 +11,34 @@ from jaxtyping import Array, Float, UInt8
 
 from kontext_jax import flow
 from kontext_jax.data.packing import Plan, Shape, size_key
-from kontext_jax.data.pipeline import DataConfig, assemble, prepare
-from kontext_jax.data.text import Tokenizer
+from kontext_jax.data.pipeline import DataConfig, assemble
 from kontext_jax.encoders import encode_images, encode_text, to_tokens
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards
-from kontext_jax.types import Batch, Example, Triple
+from kontext_jax.types import Batch, Example
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 
 
 class Generator:
-    """Samples the targets of given triples: packed, sharded over the mesh, with fixed noise.
+    """Samples the targets of given examples: packed, sharded over the mesh, with fixed noise.
 
     An example's image does not depend on the others, on the packing, or on the devices.
     """
 
     def __init__(
         self,
-        triples: Sequence[Triple],
+        examples: Sequence[Example],
         data: DataConfig,
         sampler: SamplerConfig,
         time: flow.TimeConfig,
         mesh: Mesh,
         seed: int = 0,
     ):
-        """Packs the triples; their targets' pixels are left out, only the sizes are used."""
-        tokenizer = Tokenizer(data.text)
+        """Packs the examples; their targets' pixels are left out, only the sizes are used."""
         self._mesh = mesh
-        self._examples = [_blind(prepare(triple, tokenizer, data.geometry)) for triple in triples]
+        self._examples = [_blind(example) for example in examples]
         self._batches, self._layout = _pack(self._examples, data, mesh)
         self._key = jax.random.key(seed)
         self._latents = jax.jit(
@@ -51,7 +49,7 @@ class Generator:
         self._decode = jax.jit(_decode, static_argnames="size")
 
     def __call__(self, model: dict, autoencoder: Autoencoder) -> list[Image]:
-        """An image for each triple, in their order.
+        """An image for each example, in their order.
 
         Args:
           model: the player's networks, ``transformer`` and ``text_encoder``.

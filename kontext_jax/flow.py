@@ -120,7 +120,7 @@ def token_noise(
 
 
 def schedule(
-    num_steps: int, num_tokens: Int[Array, "*n"], config: TimeConfig
+    num_steps: int, num_tokens: Int[Array, "*n"] | int, config: TimeConfig
 ) -> Float[Array, " steps *n"]:
     """The sampler's ``num_steps + 1`` times from 1 to 0, evenly spaced, then moved by mu."""
     mu = config.mu(num_tokens)

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, from_dict
 from kontext_jax.models.autoencoder import Autoencoder
-from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.sharding import shardings_of
 
 
@@ -25,10 +24,20 @@ def load_config(workdir: str | Path) -> Config:
 
 
 def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema"):
-    """(network, config) of one player, laid out over the mesh."""
+    """(network, config) of one player, laid out over the mesh.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the run trained something else.
+    """
     checkpointer = _open(workdir)
     config = from_dict(checkpointer.meta()["config"])
     objective = config.make_objective()
+    if player not in objective.players:
+        raise ValueError(
+            f"{workdir} is a run of {config.objective.kind}, which trains "
+            f"{', '.join(objective.players)} and no {player}."
+        )
     abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0)))[player]
     network = checkpointer.restore_network(player, abstract, shardings_of(abstract, mesh), params)
     return network, config
@@ -41,7 +50,6 @@ def load_autoencoder(workdir: str | Path, mesh: Mesh) -> Autoencoder:
     what the run last measured on its training images.
     """
     network, config = load_player(workdir, "autoencoder", mesh)
-    assert isinstance(config.objective, AutoencoderObjectiveConfig)
     metrics = _open(workdir).meta()["metrics"]
     mean = metrics["autoencoder/latent_mean"]
     variance = metrics["autoencoder/latent_square"] - mean**2

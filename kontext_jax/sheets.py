@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from kontext_jax.config import Config
+from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator, reconstruct
 from kontext_jax.types import Triple
@@ -101,7 +102,8 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     triples = [source[i] for i in np.linspace(0, len(source) - 1, number).astype(int)]
     if config.objective.kind == "autoencoder":
         return lambda networks, frozen: _reconstructions(networks["autoencoder"], triples)
-    generate = Generator(triples, config.data, config.sheets.sampler, config.objective.time, mesh)
+    examples = prepare_all(triples, config.data)
+    generate = Generator(examples, config.data, config.sheets.sampler, config.objective.time, mesh)
 
     def edits(networks, frozen):
         images = generate(networks["model"], frozen["autoencoder"])

@@ -4,15 +4,15 @@ Reads top to bottom: config -> mesh -> data -> objective -> state -> loop. Start
 same arguments, it goes on exactly where its last checkpoint was taken.
 """
 
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from kontext_jax import cli
 from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, fingerprint, to_dict
 from kontext_jax.data.pipeline import Loader
@@ -28,7 +28,7 @@ CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of config
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(cli.UserError):
     """The run cannot go on; the message says why and what to do."""
 
 
@@ -174,18 +174,11 @@ def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> Non
     )
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
+def main() -> None:
     if WORKDIR.value is None or CONFIG.value is None:
-        sys.exit("train needs --config=configs/X.py[:variant] and --workdir=DIR.")
-    try:
-        train(CONFIG.value, Path(WORKDIR.value))
-    except (TrainingStopped, FileNotFoundError, ValueError) as error:
-        logging.debug("Where it happened:", exc_info=True)
-        sys.exit(f"{type(error).__name__}: {error}")
+        raise cli.UserError("give --config=configs/X.py[:variant] and --workdir=DIR.")
+    train(CONFIG.value, Path(WORKDIR.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run("train", main)

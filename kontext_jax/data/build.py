@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from absl import app, flags, logging
+from absl import flags
 
+from kontext_jax import cli
 from kontext_jax.data import emoji, folder, store, world
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.types import Triple
@@ -123,19 +124,11 @@ def _reported(name: str, split: Split) -> Iterator[Triple]:
             )
 
 
-def main(argv: list[str]) -> None:
-    """Runs the command; a mistake of the user's ends in one sentence and exit code 1."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # TFDS is chatty
-    try:
-        if len(argv) > 1:
-            raise ValueError(f"unexpected argument {argv[1]!r}: flags look like --name=value.")
-        print(run(flags.FLAGS))
-    except (ImportError, OSError, ValueError) as error:
-        logging.debug("The error in full:", exc_info=True)  # --verbosity=1
-        sys.exit(f"build: {error}")
+def main() -> None:
+    """Runs the command."""
+    define_flags()
+    cli.run("build", lambda: print(run(flags.FLAGS)))
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    main()

@@ -136,7 +136,21 @@ def _check(fields: Any, where: str) -> None:
 
 
 def _load(path: pathlib.Path, where: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image upright, transparency laid on white."""
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def load_image(path: os.PathLike | str) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image file, upright, transparency laid on white.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it cannot be decoded.
+    """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"There is no image {path}.")
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
@@ -145,4 +159,4 @@ def _load(path: pathlib.Path, where: str) -> UInt8[np.ndarray, "h w 3"]:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.array(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on bad bytes
-        raise ValueError(f"{where}: the image {path} cannot be decoded: {error}.") from error
+        raise ValueError(f"the image {path} cannot be decoded: {error}.") from error

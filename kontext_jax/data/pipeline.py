@@ -103,6 +103,12 @@ def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> E
     return Example(triple.id, fit(triple.target), contexts, tokenizer(triple.prompt))
 
 
+def prepare_all(triples: Sequence[Triple], config: DataConfig) -> list[Example]:
+    """`prepare` for each of some triples."""
+    tokenizer = Tokenizer(config.text)
+    return [prepare(triple, tokenizer, config.geometry) for triple in triples]
+
+
 def assemble(
     examples: Sequence[Example | None],
     ids: Sequence[int],

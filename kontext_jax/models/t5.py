@@ -244,7 +244,7 @@ def _linear(
     *,
     std: float,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     return Linear(
         in_features,
         out_features,

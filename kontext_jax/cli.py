@@ -1,0 +1,37 @@
+"""What all commands share: quiet libraries, and one clear sentence for a user's mistake."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+
+class UserError(Exception):
+    """Something only the user can mend; the message says what and how."""
+
+
+def run(name: str, body: Callable[[], None]) -> None:
+    """Parses the flags and runs the command; its exit code is 1 after any error that it names.
+
+    ``--verbosity=1`` shows where an error came from.
+    """
+
+    def main(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell all they do
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}; flags look like --name=value.")
+            body()
+        except (UserError, ImportError, OSError, ValueError) as error:
+            if flags.FLAGS.verbosity > 0:
+                raise
+            sys.exit(f"{name}: {error}")
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            sys.exit(f"{name}: {error}")
+
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,140 @@
+"""One self-contained page: how well, how fast, what it looks like."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kontext_jax.sheets import SheetRow, draw_sheet
+from kontext_jax.types import Triple
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto;
+       padding: 0 1em; }
+h1, h2 { font-weight: 600; line-height: 1.2; } h2 { margin-top: 2em; }
+table { border-collapse: collapse; } td, th { padding: .3em 1em; text-align: right; }
+th { border-bottom: 2px solid #888; } tr:last-child td { border-top: 1px solid #bbb;
+font-weight: 600; } td:first-child, th:first-child { text-align: left; }
+.baseline { color: #777; } img, svg { max-width: 100%; height: auto; } p { max-width: 45em; }
+"""
+
+TITLES = {"model": "model", "copy": "copying the context", "untrained": "untrained model"}
+
+
+def write_report(
+    path: Path,
+    summary: Mapping,
+    examples: Sequence[tuple[Triple, np.ndarray, Mapping]],
+    curves: Mapping[str, str],
+) -> None:
+    """Writes the page.
+
+    Args:
+      path: of the HTML file.
+      summary: what ``evaluate`` found.
+      examples: (triple, result, its line of results) to show.
+      curves: title -> workdir of the runs whose losses are drawn.
+    """
+    success = summary["methods"]["model"]["edit_success"]["all"]
+    seconds = {k: v for k, v in summary["seconds"].items() if not k.startswith("of_it")}
+    parts = [
+        f"<h1>{success:.1%} of {summary['num_examples']} held-out edits carried out</h1>",
+        f"<p>Checkpoint <code>{html.escape(summary['checkpoint'])}</code>, "
+        f"{summary['num_steps']} sampling steps. A checker reads every picture back and says "
+        "whether the instruction was carried out, and whether the rest was kept.</p>",
+        "<h2>Edit success</h2>",
+        _table(summary["methods"], "edit_success"),
+        "<h2>Preservation of the rest</h2>",
+        _table(summary["methods"], "preservation"),
+        "<h2>Held-out examples</h2>",
+        "<p>The first of each category in turn, not chosen by their results.</p>",
+        _picture(_sheet(examples)),
+        "<h2>Training</h2>",
+        *(_curve(title, Path(run)) for title, run in curves.items()),
+        "<h2>Time</h2>",
+        _times(seconds),
+    ]
+    page = (
+        "<!doctype html><html lang=en><meta charset=utf-8><title>kontext_jax report</title>"
+        f"<meta name=viewport content='width=device-width'><style>{STYLE}</style><body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+    path.write_text(page)
+
+
+def _table(methods: Mapping[str, Mapping], metric: str) -> str:
+    head = "".join(f"<th>{TITLES.get(name, name)}</th>" for name in methods)
+    rows = []
+    for category, count in methods["model"]["count"].items():
+        cells = []
+        for name in methods:
+            rate = methods[name][metric][category]
+            css = "" if name == "model" else " class=baseline"
+            cells.append(f"<td{css}>{'–' if rate is None else format(rate, '.1%')}</td>")
+        label = category.replace("_", " ")
+        rows.append(f"<tr><td>{label}</td>{''.join(cells)}<td>{count}</td></tr>")
+    return f"<table><tr><th></th>{head}<th>examples</th></tr>{''.join(rows)}</table>"
+
+
+def _times(seconds: Mapping[str, float]) -> str:
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{value:.0f} s</td></tr>" for name, value in seconds.items()
+    )
+    total = sum(seconds.values())
+    return (
+        f"<table><tr><th>stage</th><th></th></tr>{rows}"
+        f"<tr><td>together</td><td>{total:.0f} s</td></tr></table>"
+    )
+
+
+def _sheet(examples: Sequence[tuple[Triple, np.ndarray, Mapping]]) -> np.ndarray:
+    rows = [
+        SheetRow(triple.contexts, triple.prompt, [image], triple.target, _verdict(result))
+        for triple, image, result in examples
+    ]
+    half = -(-len(rows) // 2)
+    columns = [draw_sheet(rows[:half], cell=96), draw_sheet(rows[half:], cell=96)]
+    height = max(column.shape[0] for column in columns)
+    padded = [
+        np.pad(c, ((0, height - c.shape[0]), (0, 0), (0, 0)), constant_values=255) for c in columns
+    ]
+    return np.concatenate(padded, axis=1)
+
+
+def _verdict(result: Mapping) -> str:
+    words = ["edited" if result["edited"] else "NOT EDITED"]
+    if result["preserved"] is not None:
+        words.append("rest kept" if result["preserved"] else "REST CHANGED")
+    return f"{result['category'].replace('_', ' ')}: {', '.join(words)}"
+
+
+def _picture(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='held-out examples' src='data:image/png;base64,{data}'>"
+
+
+def _curve(title: str, run: Path) -> str:
+    """The loss by step, as inline SVG; on a log scale, for it falls by orders of magnitude."""
+    # Imported here: it is slow, and only the report draws.
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    name = next(name for name in lines[0] if name.endswith("/loss"))
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([line["step"] for line in lines], [line[name] for line in lines], color="#2a5db0")
+    axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
