@@ -38,9 +38,7 @@ class Checkpointer:
             self.folder,
             item_handlers=items
             | {name: ocp.JsonCheckpointHandler() for name in ("counters", "data", "meta")},
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, read_only=config is None, create=config is not None
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=config is not None),
         )
 
     def latest_step(self) -> int | None:

@@ -56,7 +56,7 @@ class TimeConfig:
 
 
 def interpolate(
-    latents: Float[Array, "*b"], noise: Float[Array, "*b"], t: Float[Array, "*b"]
+    latents: Float[Array, "*b"], noise: Float[Array, "*b"], t: Float[Array, "*#b"]
 ) -> Float[Array, "*b"]:
     """Equation (1)."""
     return (1 - t) * latents + t * noise
@@ -68,7 +68,7 @@ def velocity(latents: Float[Array, "*b"], noise: Float[Array, "*b"]) -> Float[Ar
 
 
 def denoise(
-    x_t: Float[Array, "*b"], v: Float[Array, "*b"], t: Float[Array, "*b"]
+    x_t: Float[Array, "*b"], v: Float[Array, "*b"], t: Float[Array, "*#b"]
 ) -> Float[Array, "*b"]:
     """Equation (3)."""
     return x_t - t * v

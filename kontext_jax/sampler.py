@@ -58,9 +58,9 @@ def sample(
         raise ValueError("A negative prompt goes with a cfg_scale other than 1, and only with it.")
     num_examples = tokens.example_ids.shape[1]
     member = jax.nn.one_hot(tokens.segments - 1, num_examples)
-    counts = jnp.sum(member * tokens.is_target[:, :, None], axis=1).astype(jnp.int32)
-    times = flow.schedule(config.num_steps, counts, time)
     is_target = tokens.is_target[:, :, None]
+    counts = jnp.sum(jnp.where(is_target, member, 0.0), axis=1).astype(jnp.int32)
+    times = flow.schedule(config.num_steps, counts, time)
     index = jnp.maximum(tokens.segments - 1, 0)
     guided = transformer.config.guidance_embed
 

@@ -1,6 +1,7 @@
 """The state of a run, and the one step that moves it on."""
 
 from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from kontext_jax.sharding import shardings_of
 from kontext_jax.types import Batch, Metrics
 
 
+@no_type_check  # trees of its structure also hold shapes and shardings
 @struct.dataclass
 class TrainState:
     """All that changes in a run. Randomness is no part of it: keys are made from seed and step.

@@ -15,7 +15,7 @@ token s belongs to example ``segments[s] - 1`` of its row, and 0 marks padding. 
 unpacked images is the case N = 1, not another code path.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 from flax import struct
@@ -54,6 +54,7 @@ class Example(NamedTuple):
     text_ids: Int[np.ndarray, " l"]
 
 
+@no_type_check  # trees of its structure also hold shapes, shardings, microbatches
 @struct.dataclass
 class Batch:
     """What the loader yields. Every shape is static; every leaf has the row axis first.

@@ -83,14 +83,19 @@ def setup(randomised) -> Setup:
         time=flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0),
     )
     objective = FlowMatching(config)
-    models = randomised(objective.init(jax.random.key(0)))
-    autoencoder = Autoencoder(AutoencoderConfig.tiny(), rngs=nnx.Rngs(1))
+    models = randomised(jax.jit(objective.init)(jax.random.key(0)))
+    autoencoder = jax.jit(lambda: Autoencoder(AutoencoderConfig.tiny(), rngs=nnx.Rngs(1)))()
     return Setup(objective, models, randomised(autoencoder))
 
 
+@jax.jit
+def encoded(models, autoencoder, batch: Batch) -> Tokens:
+    text, pooled = encode_text(models["model"]["text_encoder"], batch)
+    return to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
+
+
 def tokens_of(setup: Setup, batch: Batch) -> Tokens:
-    text, pooled = encode_text(setup.models["model"]["text_encoder"], batch)
-    return to_tokens(batch, encode_images(setup.autoencoder, batch), text, pooled)
+    return encoded(setup.models, setup.autoencoder, batch)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Prompts to token ids, the way FLUX's T5 wants them: truncated, with the end-of-text token."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ class Tokenizer:
         Raises:
           FileNotFoundError: ``config.tokenizer`` is no folder.
         """
-        # Imported here: reading prompts is all that the loader's workers need transformers for.
+        # Imported here, for it is slow; it would also advise to install PyTorch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer, ByT5Tokenizer
 
         self.config = config

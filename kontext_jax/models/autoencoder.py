@@ -18,10 +18,9 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Key, UInt8
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import Linear
+from kontext_jax.models.layers import Linear, check_remat, remat
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
-REMAT_POLICIES = ("full", "none")
 
 # Keeps the unit variance that a GroupNorm hands over, so that all blocks start out alike. torch's
 # default, which BFL trained from, has a third of that variance; the next norm undoes either.
@@ -62,8 +61,7 @@ class AutoencoderConfig:
             raise ValueError(
                 f"channels {self.channels} does not divide into num_groups {self.num_groups}."
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+        check_remat(self.remat)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -211,8 +209,7 @@ class Level(nnx.Module):
         self.remat = config.remat
 
     def __call__(self, x: Float[Array, "B _ _ i"]) -> Float[Array, "B _ _ o"]:
-        run = ResnetBlock.__call__
-        run = jax.checkpoint(run) if self.remat == "full" else run
+        run = remat(ResnetBlock.__call__, self.remat)
         for block in self.block:
             x = run(block, x)
         step = self.downsample or self.upsample

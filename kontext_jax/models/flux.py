@@ -22,8 +22,10 @@ from kontext_jax.models.layers import (
     Modulation,
     QKNorm,
     apply_rope,
+    check_remat,
     modulate,
     per_token,
+    remat,
     rope,
     stack,
     timestep_embedding,
@@ -32,7 +34,6 @@ from kontext_jax.models.layers import (
 from kontext_jax.sharding import constrain
 
 TIME_EMBED_DIM = 256
-REMAT_POLICIES = ("full", "none")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -76,8 +77,7 @@ class FluxConfig:
                 f"axes_dim {self.axes_dim} must be even numbers that add up to the head's "
                 f"{self.head_dim} channels (hidden_size / num_heads)."
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+        check_remat(self.remat)
 
     @property
     def head_dim(self) -> int:
@@ -286,10 +286,10 @@ class Flux(nnx.Module):
         def single(x, block):
             return block(x, vec, rotation, joint_segments), None
 
-        if self.config.remat == "full":
-            double, single = jax.checkpoint(double), jax.checkpoint(single)
-        (img, txt), _ = jax.lax.scan(double, (img, txt), self.double_blocks)
-        x, _ = jax.lax.scan(single, jnp.concatenate([txt, img], axis=1), self.single_blocks)
+        policy = self.config.remat
+        (img, txt), _ = jax.lax.scan(remat(double, policy), (img, txt), self.double_blocks)
+        x = jnp.concatenate([txt, img], axis=1)
+        x, _ = jax.lax.scan(remat(single, policy), x, self.single_blocks)
         return self.final_layer(x[:, txt_len:], vec, segments).astype(jnp.float32)
 
     def _conditioning(self, t, guidance, pooled) -> Float[Array, "B N D"]:

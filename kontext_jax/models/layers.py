@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from kontext_jax.geometry import MAX_POSITION
 
+REMAT_POLICIES = ("full", "none")
+
 xavier = initializers.xavier_uniform()
 zeros = initializers.zeros
 normal = initializers.normal(0.02)
@@ -66,6 +68,21 @@ def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
     """Makes ``num_blocks`` blocks as one module whose arrays have a leading layer axis."""
     keys = jax.random.split(rngs.params(), num_blocks)
     return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
+
+
+def check_remat(policy: str) -> None:
+    """Refuses names that `remat` does not know.
+
+    Raises:
+      ValueError: it is one of them.
+    """
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat {policy!r} is not one of {', '.join(REMAT_POLICIES)}.")
+
+
+def remat(block, policy: str):
+    """``block``, its insides recomputed in the backward pass under "full", kept under "none"."""
+    return jax.checkpoint(block) if policy == "full" else block
 
 
 def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

@@ -21,10 +21,8 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import Linear, RMSNorm, stack
+from kontext_jax.models.layers import Linear, RMSNorm, check_remat, remat, stack
 from kontext_jax.sharding import constrain
-
-REMAT_POLICIES = ("full", "none")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -62,8 +60,7 @@ class T5Config:
                 f"relative_attention_num_buckets {buckets} must be a multiple of 4, and "
                 f"relative_attention_max_distance {distance} more than a quarter of it."
             )
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}.")
+        check_remat(self.remat)
 
     @classmethod
     def xxl(cls, **kwargs) -> "T5Config":
@@ -185,10 +182,8 @@ class T5Encoder(nnx.Module):
         def step(x, block):
             return block(x, bias, segments), None
 
-        if self.config.remat == "full":
-            step = jax.checkpoint(step)
         x = constrain(self.shared(text_ids), "batch seq act_embed")
-        x, _ = jax.lax.scan(step, x, self.blocks)
+        x, _ = jax.lax.scan(remat(step, self.config.remat), x, self.blocks)
         return self.final_layer_norm(x)
 
     def _position_bias(self, length: int) -> Float[Array, "1 H L L"]:

@@ -4,7 +4,7 @@ An `Objective` names its players, the networks it trains, in the order in which 
 them. One train step (``train_state.py``) serves all objectives and asks none of them what it is.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
 
@@ -14,6 +14,7 @@ Network = Any
 """An NNX module, or a dict of them: a pytree of parameters."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """One recipe. Losses and metrics are *sums*, so that microbatches of any weight add up."""
 

@@ -92,7 +92,7 @@ def per_example_loss(
     """
     num_examples = tokens.example_ids.shape[1]
     member = jax.nn.one_hot(tokens.segments - 1, num_examples)  # [B S N]; padding: all zero
-    target = member * tokens.is_target[:, :, None]
+    target = jnp.where(tokens.is_target[:, :, None], member, 0.0)
     counts = jnp.sum(target, axis=1)
 
     keys = flow.example_keys(key, tokens.example_ids)
