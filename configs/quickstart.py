@@ -10,7 +10,7 @@ launch/quickstart.sh runs all of it, in this order:
 """
 
 from kontext_jax.checkpoint import CheckpointConfig
-from kontext_jax.config import Config, SheetConfig
+from kontext_jax.config import Config, SheetConfig, pick
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
@@ -70,5 +70,8 @@ def flow() -> Config:
     )
 
 
+VARIANTS = {"autoencoder": autoencoder, "flow": flow}
+
+
 def get_config(variant: str = "flow") -> Config:
-    return {"autoencoder": autoencoder, "flow": flow}[variant]()
+    return pick(VARIANTS, variant)

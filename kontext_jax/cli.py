@@ -2,8 +2,18 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
+
+
+def _check_config_file(argv: list[str]) -> None:
+    """Says so in one line if there is no such file; ml_collections would list all it tried."""
+    for argument in argv:
+        if argument.startswith("--config="):
+            path = argument.removeprefix("--config=").split(":")[0]
+            if not Path(path).is_file():
+                raise ValueError(f"there is no config file {path}.")
 
 
 class UserError(Exception):
@@ -30,8 +40,9 @@ def run(name: str, body: Callable[[], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
+            _check_config_file(argv)
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            sys.exit(f"{name}: {error}")
+            sys.exit(f"{name}: {error.args[0] if error.args else error}")
 
     app.run(main, flags_parser=parse)

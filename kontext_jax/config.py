@@ -5,7 +5,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,17 @@ class Config:
     def make_objective(self) -> Objective:
         """The objective that ``objective.kind`` names."""
         return OBJECTIVES[self.objective.kind](self.objective)
+
+
+def pick(variants: Mapping[str, Callable[[], Config]], name: str) -> Config:
+    """The config that ``--config=file.py:name`` asks for.
+
+    Raises:
+      ValueError: the file has no such variant.
+    """
+    if name not in variants:
+        raise ValueError(f"there is no variant {name!r}; there are {', '.join(variants)}.")
+    return variants[name]()
 
 
 def to_dict(config) -> dict[str, Any]:

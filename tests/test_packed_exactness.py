@@ -22,6 +22,8 @@ from kontext_jax.types import Batch, Example, Tokens
 
 GEOMETRY = geometry.GeometryConfig(sizes=((32, 32), (32, 16), (16, 24)), pixels_per_token=8)
 SAMPLER = SamplerConfig(num_steps=3)
+# Steep, so that a wrong count of target tokens would show.
+TIME = flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0)
 # (target, contexts, bytes of the prompt): text-to-image, one context, several.
 LAYOUTS = [
     ((32, 32), [], 9),
@@ -72,20 +74,31 @@ def alone(number: int) -> Batch:
     return as_batch([one], [IDS[number]], tokens, len(one.text_ids), max_examples=1)
 
 
+def only(numbers) -> Batch:
+    """The packed row without the other examples: their records could not be read."""
+    full = packed_row(EXAMPLES)
+    slots = {key: images.shape[1] for key, images in full.images.items()}
+    packing = PackingConfig(image_tokens=80, text_tokens=40, max_examples=5)
+    config = DataConfig(geometry=GEOMETRY, packing=packing)
+    row = assemble(
+        [e if i in numbers else None for i, e in enumerate(EXAMPLES)], IDS, slots, config
+    )
+    return jax.tree.map(lambda x: x[None], row)
+
+
 @pytest.fixture(scope="module")
-def setup(randomised) -> Setup:
+def setup(random_network) -> Setup:
     config = FlowMatchingConfig(
         transformer=FluxConfig.tiny(
             hidden_size=32, num_heads=2, depth=1, depth_single=1, axes_dim=(4, 6, 6)
         ),
         text_encoder=T5Config.tiny_bytes(num_layers=1),
-        # One example's times depend on its own size: a large mu shows a count gone wrong.
-        time=flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0),
+        time=TIME,
     )
     objective = FlowMatching(config)
-    models = randomised(jax.jit(objective.init)(jax.random.key(0)))
-    autoencoder = jax.jit(lambda: Autoencoder(AutoencoderConfig.tiny(), rngs=nnx.Rngs(1)))()
-    return Setup(objective, models, randomised(autoencoder))
+    models = random_network(lambda: objective.init(jax.random.key(0)))
+    autoencoder = random_network(lambda: Autoencoder(AutoencoderConfig.tiny(), rngs=nnx.Rngs(0)))
+    return Setup(objective, models, autoencoder)
 
 
 @jax.jit
@@ -94,39 +107,29 @@ def encoded(models, autoencoder, batch: Batch) -> Tokens:
     return to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
 
 
-def tokens_of(setup: Setup, batch: Batch) -> Tokens:
-    return encoded(setup.models, setup.autoencoder, batch)
-
-
 @jax.jit
-def example_losses(models, tokens: Tokens):
-    time = flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0)
-    return per_example_loss(models["model"]["transformer"], tokens, time, 1.0, jax.random.key(5))
-
-
-@jax.jit
-def sampled(models, tokens: Tokens):
+def run(models, tokens: Tokens):
+    """Losses, times and presence of the examples, and sampled latents."""
     transformer = models["model"]["transformer"]
-    return sample(transformer, tokens, jax.random.key(6), SAMPLER, flow.TimeConfig())
+    losses = per_example_loss(transformer, tokens, TIME, 1.0, jax.random.key(5))
+    return *losses, sample(transformer, tokens, jax.random.key(6), SAMPLER, TIME)
 
 
-def loss_and_gradient(setup: Setup, batch: Batch):
-    """As the train step takes them, without dividing by the weight."""
+@pytest.fixture(scope="module")
+def packed(setup) -> Tokens:
+    return encoded(setup.models, setup.autoencoder, packed_row(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def gradient(setup):
+    """A function from a batch to (loss, (weight, metrics)), gradient: sums, as the step adds."""
     frozen = {"autoencoder": setup.autoencoder}
 
     def loss(models, batch):
         inputs = setup.objective.prepare(frozen, batch)
         return setup.objective.loss("model", models, frozen, inputs, jax.random.key(5))
 
-    (loss, (weight, _)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-        setup.models, batch
-    )
-    return loss, weight, grads
-
-
-@pytest.fixture(scope="module")
-def packed(setup) -> Tokens:
-    return tokens_of(setup, packed_row(EXAMPLES))
+    return partial(jax.jit(jax.value_and_grad(loss, has_aux=True)), setup.models)
 
 
 def places(tokens: Tokens, number: int) -> np.ndarray:
@@ -135,27 +138,26 @@ def places(tokens: Tokens, number: int) -> np.ndarray:
 
 @pytest.mark.parametrize("number", range(3))
 def test_an_example_is_the_same_packed_and_alone(setup, packed, number):
-    single = tokens_of(setup, alone(number))
+    single = encoded(setup.models, setup.autoencoder, alone(number))
     mine, text = places(packed, number), np.asarray(packed.text_segments[0]) == number + 1
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
     close(packed.latents[0, mine], single.latents[0])
     close(packed.text[0, text], single.text[0])
     close(packed.pooled[0, number], single.pooled[0, 0])
 
-    losses, times, present = example_losses(setup.models, packed)
-    loss, time, _ = example_losses(setup.models, single)
+    losses, times, present, images = run(setup.models, packed)
+    loss, time, _, image = run(setup.models, single)
     assert present.tolist() == [[1, 1, 1, 0, 0]] and not losses[0, 3:].any()
     close(times[0, number], time[0, 0])
     close(losses[0, number], loss[0, 0])
-    close(sampled(setup.models, packed)[0, mine], sampled(setup.models, single)[0])
+    close(images[0, mine], image[0])
 
 
-def test_gradients_of_a_packed_row_are_the_sum_of_its_examples(setup):
-    loss, weight, grads = loss_and_gradient(setup, packed_row(EXAMPLES))
-    assert weight == 3
-    alone_loss, _, alone_grads = jax.tree.map(
-        lambda *parts: sum(parts), *[loss_and_gradient(setup, alone(n)) for n in range(3)]
-    )
+def test_gradients_of_a_packed_row_are_the_sum_of_its_examples(gradient):
+    (loss, (weight, _)), grads = gradient(packed_row(EXAMPLES))
+    parts = [gradient(only([number])) for number in range(3)]
+    (alone_loss, (alone_weight, _)), alone_grads = jax.tree.map(lambda *x: sum(x), *parts)
+    assert weight == alone_weight == 3
     np.testing.assert_allclose(loss, alone_loss, rtol=1e-4)
     for (path, mine), theirs in zip(
         jax.tree.leaves_with_path(grads), jax.tree.leaves(alone_grads), strict=True
@@ -169,60 +171,49 @@ def test_gradients_of_a_packed_row_are_the_sum_of_its_examples(setup):
 def test_an_example_cannot_see_another(setup, packed, changed):
     """Other pixels, other prompt: only that example moves, and the others not by a bit."""
     examples = [e if i != changed else example(i, seed=1) for i, e in enumerate(EXAMPLES)]
-    other = tokens_of(setup, packed_row(examples))
-    losses, _, _ = example_losses(setup.models, packed)
-    other_losses, _, _ = example_losses(setup.models, other)
-    result, other_result = sampled(setup.models, packed), sampled(setup.models, other)
+    other = encoded(setup.models, setup.autoencoder, packed_row(examples))
+    losses, _, _, images = run(setup.models, packed)
+    other_losses, _, _, other_images = run(setup.models, other)
     for number in range(3):
         mine = places(packed, number)
         if number == changed:
-            assert losses[0, number] != other_losses[0, number]
-            assert not np.allclose(result[0, mine], other_result[0, mine], atol=1e-3)
+            assert abs(losses[0, number] - other_losses[0, number]) > 1e-4
+            assert not np.allclose(images[0, mine], other_images[0, mine], atol=1e-3)
         else:
             np.testing.assert_array_equal(losses[0, number], other_losses[0, number])
-            np.testing.assert_array_equal(result[0, mine], other_result[0, mine])
+            np.testing.assert_array_equal(images[0, mine], other_images[0, mine])
 
 
 @pytest.mark.parametrize("what", ["context", "prompt"])
 def test_context_and_prompt_reach_the_target(setup, packed, what):
     one = EXAMPLES[1]
-    other = (
-        one._replace(contexts=(255 - one.contexts[0],))
-        if what == "context"
-        else one._replace(text_ids=one.text_ids[::-1].copy())
-    )
-    tokens = tokens_of(setup, packed_row([EXAMPLES[0], other, EXAMPLES[2]]))
+    if what == "context":
+        other = one._replace(contexts=(255 - one.contexts[0],))
+    else:
+        other = one._replace(text_ids=one.text_ids[::-1].copy())
+    row = packed_row([EXAMPLES[0], other, EXAMPLES[2]])
+    images = run(setup.models, encoded(setup.models, setup.autoencoder, row))[-1]
     target = places(packed, 1) & np.asarray(packed.is_target[0])
-    change = sampled(setup.models, tokens)[0, target] - sampled(setup.models, packed)[0, target]
-    assert np.abs(change).max() > 1e-3
+    assert np.abs(images - run(setup.models, packed)[-1])[0, target].max() > 1e-3
 
 
-def test_padding_is_finite_and_without_gradient(setup, packed):
-    """What lies in the padding changes nothing, whatever it is."""
+def test_what_lies_in_the_padding_changes_nothing(setup, packed):
     empty = np.asarray(packed.segments) == 0
     assert empty.any()
     dirty = packed.replace(
         latents=jnp.where(empty[..., None], 1e3, packed.latents),
         positions=jnp.where(empty[..., None], 17, packed.positions),
+        text=jnp.where(packed.text_segments[..., None] == 0, 1e3, packed.text),
     )
-    assert np.isfinite(sampled(setup.models, dirty)).all()
-    for a, b in zip(
-        example_losses(setup.models, packed), example_losses(setup.models, dirty), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    *clean, clean_images = run(setup.models, packed)
+    *losses, images = run(setup.models, dirty)
+    assert np.isfinite(images).all()
+    np.testing.assert_array_equal(images[~empty], clean_images[~empty])
+    jax.tree.map(np.testing.assert_array_equal, losses, clean)
 
 
-def test_a_row_without_examples_has_no_loss_and_no_gradient(setup):
-    full = packed_row(EXAMPLES)
-    row = assemble(
-        [None, None],
-        IDS[:2],
-        {key: images.shape[1] for key, images in full.images.items()},
-        DataConfig(
-            geometry=GEOMETRY,
-            packing=PackingConfig(image_tokens=80, text_tokens=40, max_examples=5),
-        ),
-    )
-    loss, weight, grads = loss_and_gradient(setup, jax.tree.map(lambda x: x[None], row))
-    assert loss == 0 and weight == 0 and row.skipped == 2
+def test_a_row_without_examples_has_no_loss_and_no_gradient(gradient):
+    row = only([])
+    (loss, (weight, _)), grads = gradient(row)
+    assert loss == 0 and weight == 0 and row.skipped == 3
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
