@@ -34,7 +34,7 @@ def data(batch_size: int) -> DataConfig:
         batch_size=batch_size,
         caption_dropout=0.0,
         geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
-        packing=PackingConfig(image_tokens=64, text_tokens=128, max_examples=4),
+        packing=PackingConfig(image_tokens=64, text_tokens=72, max_examples=4),
         text=TextConfig(max_tokens=64),
     )
 

@@ -43,6 +43,7 @@ def run(name: str, body: Callable[[], None]) -> None:
             _check_config_file(argv)
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            sys.exit(f"{name}: {error.args[0] if error.args else error}")
+            # ml_collections hands on the whole traceback of a config file; its end says it all.
+            sys.exit(f"{name}: {str(error.args[0] if error.args else error).splitlines()[-1]}")
 
     app.run(main, flags_parser=parse)

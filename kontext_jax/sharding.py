@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "channels": ("fsdp",),
     "head_dim": ("fsdp",),
     "vocab": ("tensor", "fsdp"),
+    "buckets": ("fsdp",),
     # Activations.
     "batch": BATCH_AXES,
     "seq": ("context",),
@@ -53,7 +54,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // rest
+        sizes[sizes.index(-1)] = len(devices) // max(rest, 1)
     if min(sizes) < 1 or math.prod(sizes) != len(devices):
         asked = ", ".join(f"{axis}={getattr(config, axis)}" for axis in MESH_AXES)
         raise ValueError(
@@ -65,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     )
 
 
-def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh) -> P:
+def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> P:
     """The partition of an array of ``shape`` whose last axes are called ``names``.
 
     Axes in front of the named ones (the layers of stacked blocks) are not split.

@@ -95,7 +95,7 @@ def make_train_step(
                 return objective.loss(player, models, frozen, inputs, jax.random.fold_in(key, i))
 
             loss, sums, grads = _accumulate(loss_fn, params[player], batch, config.accumulate_steps)
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]

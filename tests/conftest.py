@@ -1,13 +1,17 @@
 """Every test runs strictly: eight CPU devices, no silent promotion of dtypes or ranks."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
+from flax import nnx
 
 # Networks here are so small that compiling them is what takes time; unoptimised it takes half.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
@@ -15,6 +19,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for flags
+
+
+def _leniently(make_optimizer):
+    """Optax promotes dtypes itself; all that is not Optax stays strict."""
+
+    def make(*args, **kwargs):
+        optimizer = make_optimizer(*args, **kwargs)
+
+        def update(*args, **kwargs):
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                return optimizer.update(*args, **kwargs)
+
+        return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+    return make
+
+
+optax.adamw = _leniently(optax.adamw)
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +82,67 @@ def world_folder(tmp_path_factory) -> Path:
     splits = {"train": world.triples(40, split="train")}
     store.write(splits | {"validation": world.triples(6, split="validation")}, folder)
     return folder
+
+
+class Recipe(NamedTuple):
+    """An objective with networks for it, and ``rows(numbers)``: a batch of so many examples a row.
+
+    All sizes divide by eight, so that eight devices can split every array.
+    """
+
+    objective: Any
+    params: dict
+    frozen: dict
+    rows: Callable[[Sequence[int]], Any]
+
+
+@pytest.fixture(scope="session")
+def recipe(random_network) -> Recipe:
+    """Flow matching with networks as small as can be, on edits of 16 pixels."""
+    from kontext_jax.data.packing import PackingConfig
+    from kontext_jax.data.pipeline import DataConfig, assemble
+    from kontext_jax.geometry import GeometryConfig
+    from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+    from kontext_jax.models.flux import FluxConfig
+    from kontext_jax.models.t5 import T5Config
+    from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+    from kontext_jax.types import Example
+
+    config = FlowMatchingConfig(
+        transformer=FluxConfig.tiny(
+            hidden_size=32,
+            num_heads=2,
+            depth=1,
+            depth_single=1,
+            axes_dim=(4, 6, 6),
+            vec_in_dim=32,
+            context_in_dim=32,
+            mlp_ratio=2.0,
+        ),
+        text_encoder=T5Config.tiny_bytes(num_layers=1, d_model=32, d_kv=8, d_ff=32, num_heads=8),
+    )
+    objective = FlowMatching(config)
+    frozen_config = AutoencoderConfig.tiny(channels=8)
+    params = random_network(lambda: objective.init(jax.random.key(0)))
+    autoencoder = random_network(lambda: Autoencoder(frozen_config, rngs=nnx.Rngs(0)))
+    data = DataConfig(
+        geometry=GeometryConfig(sizes=((16, 16),), pixels_per_token=8),
+        packing=PackingConfig(image_tokens=24, text_tokens=24, max_examples=3),
+    )
+
+    def rows(numbers: Sequence[int], seed: int = 0):
+        rng = np.random.default_rng(seed)
+
+        def example(number: int) -> Example:
+            images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+            ids = rng.integers(3, 259, 8).astype(np.int32)
+            return Example(f"{number}", images[0], tuple(images[1 : 1 + number % 2]), ids)
+
+        assembled, first = [], 0
+        for number in numbers:
+            ids = list(range(first, first + number))
+            assembled.append(assemble([example(i) for i in ids], ids, {"16x16": 6}, data))
+            first += number
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *assembled)
+
+    return Recipe(objective, params, {"autoencoder": autoencoder}, rows)

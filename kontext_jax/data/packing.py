@@ -19,8 +19,8 @@ from jaxtyping import Int
 
 from kontext_jax.geometry import GeometryConfig, Size, num_tokens
 
-OPEN_ROWS = 128  # candidates for best fit; more gains nothing measurable
-WINDOW = 4096  # examples sorted by size at a time: large ones first pack better
+OPEN_ROWS = 256  # candidates for best fit; more gains nothing measurable
+WINDOW = 512  # examples sorted by size at a time: large ones first pack better
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -141,9 +141,10 @@ def _best_fit(
 ) -> list[list[int]]:
     """Puts each item where it leaves the fewest image tokens free, of the rows that can take it."""
     order = rng.permutation(len(costs))
+    share = (costs[:, :2] / capacity[:2]).sum(axis=1)  # of a row, images and text together
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
-        order[start : start + WINDOW] = window[np.argsort(-costs[window, 0], kind="stable")]
+        order[start : start + WINDOW] = window[np.argsort(-share[window], kind="stable")]
     rows: list[list[int]] = []
     open_rows = np.empty(0, np.int64)
     free = np.empty((0, 3), np.int64)

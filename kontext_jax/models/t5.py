@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn import initializers
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax.models.attention import attention
 from kontext_jax.models.layers import Linear, RMSNorm, check_remat, remat, stack
@@ -159,10 +159,8 @@ class T5Encoder(nnx.Module):
             embedding_metadata={"axes": ("vocab", "embed")},
             rngs=rngs,
         )
-        bias_shape = (config.relative_attention_num_buckets, config.num_heads)
         self.relative_attention_bias = nnx.Param(
-            initializers.normal(config.d_model**-0.5)(rngs.params(), bias_shape, jnp.float32),
-            axes=(None, "heads"),
+            _local_windows(config, rngs.params()), axes=("buckets", "heads")
         )
         self.blocks = stack(lambda r: T5Block(config, rngs=r), config.num_layers, rngs)
         self.final_layer_norm = RMSNorm(config.d_model, ("embed",), rngs=rngs)
@@ -197,9 +195,29 @@ class T5Encoder(nnx.Module):
         return jnp.transpose(self.relative_attention_bias[buckets], (2, 0, 1))[None]
 
 
+def _local_windows(config: T5Config, key: Key[Array, ""]) -> Float[Array, "buckets H"]:
+    """Initial position biases: head h falls off by 2^(-4 h / H) a token, as in ALiBi.
+
+    T5 starts from noise alone (arXiv 1910.10683), and its heads from means over the whole prompt;
+    bytes are read as words much sooner by heads that start out looking at their neighbours
+    (arXiv 2108.12409 for the slopes' form). Imported weights overwrite both.
+    """
+    num_buckets, num_heads = config.relative_attention_num_buckets, config.num_heads
+    distances = np.arange(-config.relative_attention_max_distance + 1, 1)
+    buckets = relative_position_buckets(
+        distances, num_buckets, config.relative_attention_max_distance
+    )
+    nearest = np.zeros(num_buckets // 2)  # of each bucket of one half; the halves are alike
+    nearest[buckets] = -distances  # ordered from far to near, so that the nearest is kept
+    slopes = 2.0 ** (-4.0 * np.arange(num_heads) / num_heads)
+    windows = -np.outer(np.tile(nearest, 2), slopes).astype(np.float32)
+    noise = jax.random.normal(key, windows.shape) * config.d_model**-0.5
+    return jnp.maximum(windows, -8.0) + noise
+
+
 def relative_position_buckets(
-    distance: Int[np.ndarray, "q k"], num_buckets: int, max_distance: int
-) -> Int[np.ndarray, "q k"]:
+    distance: Int[np.ndarray, "*d"], num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "*d"]:
     """The bucket of ``distance`` = key index - query index, on the host.
 
     Keys at or before the query take the first half of the buckets, keys after it the second. Of

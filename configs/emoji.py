@@ -1,0 +1,127 @@
+"""Real images: edits between artists' icons, of mixed sizes, with no, one or two contexts.
+
+    mkdir icons && (cd icons && npm pack @iconify-json/{noto,noto-v1,twemoji,fluent-emoji-flat})
+    python -m kontext_jax.data.build --source=emoji --input=icons --output=data/emoji \\
+        --sizes=32,40,48 --num_train=20000
+    python -m kontext_jax.train --config=configs/emoji.py:autoencoder \\
+        --workdir=runs/emoji/autoencoder
+    python -m kontext_jax.train --config=configs/emoji.py:flow --workdir=runs/emoji/flow
+
+The variants `autoencoder` and `flow` are for two CPU cores and take about half an hour together.
+`autoencoder_gpu` and `flow_gpu` are the same at 64 to 96 pixels, wider and deeper, for one GPU;
+build their data with --sizes=64,80,96 --num_train=200000.
+"""
+
+from kontext_jax.checkpoint import CheckpointConfig
+from kontext_jax.config import Config, SheetConfig, pick
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.text import TextConfig
+from kontext_jax.flow import TimeConfig
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.models.t5 import T5Config
+from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
+from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
+
+SMALL = (32, 40, 48)
+LARGE = (64, 80, 96)
+
+
+def data(sides: tuple[int, ...], image_tokens: int, batch_size: int) -> DataConfig:
+    return DataConfig(
+        path="data/emoji",
+        batch_size=batch_size,
+        caption_dropout=0.05,
+        geometry=GeometryConfig(sizes=tuple((side, side) for side in sides), pixels_per_token=8),
+        packing=PackingConfig(
+            image_tokens=image_tokens, text_tokens=image_tokens * 2 // 3, max_examples=16
+        ),
+        text=TextConfig(max_tokens=96),
+    )
+
+
+def autoencoder() -> Config:
+    return Config(
+        objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
+        data=data(SMALL, image_tokens=192, batch_size=4),
+        optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
+        checkpoint=CheckpointConfig(every=500, keep=1),
+        sheets=SheetConfig(every=1000),
+        num_steps=1000,
+        log_every=20,
+    )
+
+
+def flow() -> Config:
+    return Config(
+        objective=FlowMatchingConfig(
+            transformer=FluxConfig.tiny(hidden_size=192, axes_dim=(8, 20, 20)),
+            text_encoder=T5Config.tiny_bytes(),
+            autoencoder_from="runs/emoji/autoencoder",
+            time=TimeConfig(mean=0.5),
+        ),
+        data=data(SMALL, image_tokens=192, batch_size=8),
+        optim=OptimConfig(
+            learning_rate=2e-3, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.999
+        ),
+        checkpoint=CheckpointConfig(every=250, keep=1),
+        sheets=SheetConfig(every=500, num_examples=24, sampler=SamplerConfig(num_steps=20)),
+        num_steps=3000,
+        log_every=25,
+    )
+
+
+def autoencoder_gpu() -> Config:
+    config = autoencoder()
+    config.objective.autoencoder = AutoencoderConfig.tiny(
+        channels=64, num_res_blocks=2, latent_channels=8, num_groups=32, dtype="bfloat16"
+    )
+    config.data = data(LARGE, image_tokens=768, batch_size=16)
+    config.optim = OptimConfig(
+        learning_rate=3e-4, schedule="cosine", warmup_steps=500, ema_decay=0.999
+    )
+    config.num_steps = 20_000
+    return config
+
+
+def flow_gpu() -> Config:
+    config = flow()
+    config.objective.transformer = FluxConfig.tiny(
+        in_channels=32,
+        hidden_size=512,
+        num_heads=8,
+        axes_dim=(16, 24, 24),
+        depth=6,
+        depth_single=12,
+        vec_in_dim=256,
+        context_in_dim=256,
+        dtype="bfloat16",
+        remat="full",
+    )
+    config.objective.text_encoder = T5Config.tiny_bytes(
+        d_model=256, d_kv=64, d_ff=512, num_layers=4, dtype="bfloat16"
+    )
+    config.data = data(LARGE, image_tokens=768, batch_size=64)
+    config.optim = OptimConfig(
+        learning_rate=5e-4, schedule="cosine", warmup_steps=1000, b2=0.99, ema_decay=0.9995
+    )
+    config.sheets.every = 5000
+    config.checkpoint.every = 2500
+    config.num_steps = 100_000
+    return config
+
+
+VARIANTS = {
+    "autoencoder": autoencoder,
+    "flow": flow,
+    "autoencoder_gpu": autoencoder_gpu,
+    "flow_gpu": flow_gpu,
+}
+
+
+def get_config(variant: str = "flow") -> Config:
+    return pick(VARIANTS, variant)

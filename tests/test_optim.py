@@ -1,0 +1,83 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax import optim
+from kontext_jax.optim import OptimConfig
+
+
+def test_constant_schedule_after_a_linear_warmup():
+    rate = optim.learning_rate(OptimConfig(learning_rate=0.4, warmup_steps=4), num_steps=20)
+    np.testing.assert_allclose(
+        [rate(step) for step in (0, 1, 2, 4, 5, 19)], [0, 0.1, 0.2, 0.4, 0.4, 0.4], rtol=1e-6
+    )
+
+
+def test_cosine_schedule_ends_at_zero_with_the_run():
+    config = OptimConfig(learning_rate=0.4, warmup_steps=4, schedule="cosine")
+    rate = optim.learning_rate(config, num_steps=24)
+    expected = [0.2] + [0.2 * (1 + np.cos(np.pi * done)) for done in (0, 0.25, 0.5, 0.95, 1)]
+    np.testing.assert_allclose(
+        [rate(step) for step in (2, 4, 9, 14, 23, 24)], expected, rtol=1e-5, atol=1e-8
+    )
+
+
+def test_without_warmup_the_first_step_is_whole():
+    rate = optim.learning_rate(OptimConfig(learning_rate=0.4, warmup_steps=0), num_steps=10)
+    np.testing.assert_allclose([rate(0), rate(9)], 0.4)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="schedule 'linear' is not one of constant, cosine"):
+        OptimConfig(schedule="linear")
+
+
+def test_kernels_alone_decay(recipe):
+    config = OptimConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.2)
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = recipe.params["model"]
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    num_kernels = 0
+    for (path, update), x in zip(
+        jax.tree.leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if x.ndim >= 2 and "embedding" not in name and "bias" not in name and "scale" not in name:
+            np.testing.assert_allclose(update, -0.5 * 0.2 * x, rtol=1e-6, err_msg=name)
+            num_kernels += 1
+        else:
+            assert not np.any(update), name
+    assert num_kernels > 20
+
+
+@pytest.mark.parametrize(("norm", "clipped"), [(10.0, 1.0), (0.5, 0.5)])
+def test_gradients_are_clipped_to_their_global_norm(norm, clipped):
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, clip_norm=1.0, b1=0.9)
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"bias": jnp.ones(5)}}
+    grads = jax.tree.map(lambda x: x * norm / 3, params)  # 9 numbers of norm / 3
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    moments = next(
+        part.mu
+        for part in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    )
+    for moment in jax.tree.leaves(moments):
+        np.testing.assert_allclose(moment, 0.1 * clipped / 3, rtol=1e-5)
+
+
+def test_adamw_s_first_step_is_the_learning_rate():
+    config = OptimConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.0)
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = {"bias": jnp.zeros(3)}
+    updates, _ = optimizer.update(
+        {"bias": jnp.array([1.0, -2.0, 0.5])}, optimizer.init(params), params
+    )
+    np.testing.assert_allclose(updates["bias"], [-0.1, 0.1, -0.1], rtol=1e-5)
+
+
+def test_early_averages_forget():
+    decay = [optim.ema_decay_at(jnp.asarray(step), 0.99) for step in (0, 9, 989, 10_000)]
+    np.testing.assert_allclose(decay, [1 / 10, 10 / 19, 0.99, 0.99], rtol=1e-6)

@@ -1,0 +1,133 @@
+"""One step: exact updates with a toy of two players, and accumulation on packed rows."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kontext_jax.optim import OptimConfig, make_optimizer
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train_state import TrainState, init_state, make_train_step
+
+
+class Chase:
+    """``leader`` runs to a target, ``follower`` to the leader: half the squared distance each."""
+
+    players = ("leader", "follower")
+
+    def init(self, key):
+        return {"leader": {"kernel": jnp.zeros((2, 1))}, "follower": {"bias": jnp.ones(2)}}
+
+    def frozen(self):
+        return {}
+
+    def prepare(self, frozen, batch):
+        return frozen["target"], jnp.sum(batch.example_ids >= 0).astype(jnp.float32)
+
+    def loss(self, player, models, frozen, inputs, key):
+        target, weight = inputs
+        leader, follower = models["leader"]["kernel"][:, 0], models["follower"]["bias"]
+        gap = leader - target if player == "leader" else follower - leader
+        return weight * 0.5 * jnp.sum(jnp.square(gap)), (weight, {"gap": weight * jnp.sum(gap)})
+
+
+class Chased(NamedTuple):
+    state: TrainState
+    step: object
+    batch: object
+
+
+def start(recipe, optimizer, **config) -> Chased:
+    optimizers = dict.fromkeys(Chase.players, optimizer)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = init_state(Chase(), optimizers, mesh, seed=0)
+    step = jax.jit(make_train_step(Chase(), optimizers, OptimConfig(**config), seed=0))
+    return Chased(state, step, recipe.rows([1, 3]))
+
+
+def target(value):
+    return {"target": jnp.full(2, value)}
+
+
+def test_players_take_turns_and_averages_follow(recipe):
+    state, step, batch = start(recipe, optax.sgd(0.5), ema_decay=0.9)
+    state, metrics = step(state, target(4.0), batch)
+    np.testing.assert_allclose(state.params["leader"]["kernel"], 2.0)  # halfway to 4
+    np.testing.assert_allclose(state.params["follower"]["bias"], 1.5)  # halfway to the new leader
+    np.testing.assert_allclose(state.ema["leader"]["kernel"], 0.9 * 2.0)  # decay 1 / 10
+    np.testing.assert_allclose(state.ema["follower"]["bias"], 0.1 * 1.0 + 0.9 * 1.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["leader/loss"], 16)
+    np.testing.assert_allclose(metrics["leader/grad_norm"], 4 * np.sqrt(2), rtol=1e-6)
+    np.testing.assert_allclose(metrics["follower/gap"], -2)
+    state, _ = step(state, target(4.0), batch)
+    decay = 2 / 11
+    np.testing.assert_allclose(
+        state.ema["leader"]["kernel"], decay * 1.8 + (1 - decay) * 3.0, rtol=1e-6
+    )
+    assert (state.step, state.skipped) == (2, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_a_bad_batch_changes_nothing_but_the_counters(recipe, bad):
+    """1e30 is finite, and so is its loss's gradient, but not the loss."""
+    optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
+    state, step, batch = start(recipe, optimizer)
+    good, _ = step(state, target(1.0), batch)
+    state, metrics = step(good, target(bad), batch)
+    for name in ("params", "opt_state", "ema"):
+        before, after = getattr(good, name)["leader"], getattr(state, name)["leader"]
+        jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (2, 1, 1)
+    assert metrics["skipped_in_a_row"] == 1
+
+    state, _ = step(state, target(bad), batch)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (3, 2, 2)
+    state, metrics = step(state, target(1.0), batch)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (4, 2, 0)
+    assert np.isfinite(metrics["leader/loss"])
+    assert np.any(state.params["leader"]["kernel"] != good.params["leader"]["kernel"])
+
+
+def test_unreadable_records_are_counted(recipe):
+    state, step, batch = start(recipe, optax.sgd(0.5))
+    _, metrics = step(state, target(0.0), batch.replace(skipped=np.array([2, 3], np.int32)))
+    assert metrics["skipped_records"] == 5
+
+
+@pytest.fixture(scope="module")
+def packed_step(recipe):
+    """A function (accumulate_steps, batch) -> (state, metrics) after one step."""
+    optimizers = {"model": make_optimizer(OptimConfig(warmup_steps=0, eps=1e-3), num_steps=10)}
+    zero = jnp.zeros((), jnp.int32)
+    moments = {"model": optimizers["model"].init(recipe.params["model"])}
+    state = TrainState(zero, zero, zero, recipe.params, moments, recipe.params)
+
+    def run(accumulate_steps, batch):
+        config = OptimConfig(accumulate_steps=accumulate_steps)
+        step = make_train_step(recipe.objective, optimizers, config, seed=0)
+        return jax.jit(step)(state, recipe.frozen, batch)
+
+    return run
+
+
+@pytest.mark.parametrize("accumulate_steps", [4])
+def test_accumulation_weighs_examples_not_rows(recipe, packed_step, accumulate_steps):
+    """Rows of 3, 0, 1 and 2 examples: a mean of the rows' means would be another update."""
+    batch = recipe.rows([3, 0, 1, 2])
+    state, metrics = packed_step(1, batch)
+    split_state, split_metrics = packed_step(accumulate_steps, batch)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(split_metrics[name], value, rtol=1e-5, err_msg=name)
+    moved = False
+    for leaf, split, old in zip(
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((split_state.params, split_state.opt_state)),
+        jax.tree.leaves((recipe.params, state.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(split, leaf, rtol=1e-4, atol=1e-6)
+        moved |= bool(np.abs(leaf - old).max() > 1e-5)
+    assert moved
