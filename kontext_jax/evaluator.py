@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, UInt8
 from kontext_jax import flow
 from kontext_jax.data.packing import Plan, Shape, size_key
 from kontext_jax.data.pipeline import DataConfig, assemble
+from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images, encode_text, to_tokens
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.sampler import SamplerConfig, sample
@@ -39,11 +40,11 @@ class Generator:
         """Packs the examples; their targets' pixels are left out, only the sizes are used."""
         self._mesh = mesh
         self._examples = [_blind(example) for example in examples]
-        self._batches, self._layout = _pack(self._examples, data, mesh)
+        self._batches, self._layout = _pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
         self._key = jax.random.key(seed)
         self._latents = jax.jit(
-            lambda model, autoencoder, batch, key: _sample(
-                model, autoencoder, batch, key, sampler, time
+            lambda model, autoencoder, batches, key: _sample(
+                model, autoencoder, batches, key, sampler, time
             )
         )
         self._decode = jax.jit(_decode, static_argnames="size")
@@ -57,10 +58,11 @@ class Generator:
         """
         tokens: dict[int, np.ndarray] = {}
         with jax.set_mesh(self._mesh):
-            for batch, layout in zip(self._batches, self._layout, strict=True):
-                on_device = jax.device_put(batch, batch_sharding(self._mesh))
+            for batches, layout in zip(self._batches, self._layout, strict=True):
+                on_device = jax.device_put(batches, batch_sharding(self._mesh))
                 latents = self._latents(model, autoencoder, on_device, self._key)
                 latents = multihost_utils.process_allgather(latents, tiled=True)
+                batch = batches[0]
                 for row, segment, example in layout:
                     mine = (batch.segments[row] == segment) & batch.is_target[row]
                     tokens[example] = np.asarray(latents)[row, mine]
@@ -89,9 +91,12 @@ def _blind(example: Example) -> Example:
 
 
 def _pack(
-    examples: Sequence[Example], data: DataConfig, mesh: Mesh
-) -> tuple[list[Batch], list[list[tuple[int, int, int]]]]:
-    """Batches of full size, and for each the (row, segment, example) of everything in it."""
+    examples: Sequence[Example], data: DataConfig, mesh: Mesh, with_negatives: bool
+) -> tuple[list[list[Batch]], list[list[tuple[int, int, int]]]]:
+    """Batches of full size, and for each the (row, segment, example) of everything in it.
+
+    ``with_negatives`` puts beside each batch the same one with empty prompts.
+    """
 
     def size(image):
         return image.shape[1], image.shape[0]
@@ -104,21 +109,30 @@ def _pack(
     shards = num_batch_shards(mesh)
     size_of_batch = -(-min(data.batch_size, len(rows)) // shards) * shards
     rows += [[]] * (-len(rows) % size_of_batch)
+    prompts = [examples]
+    if with_negatives:
+        empty = Tokenizer(data.text)("")
+        prompts.append([example._replace(text_ids=empty) for example in examples])
     batches, layouts = [], []
     for start in range(0, len(rows), size_of_batch):
         group = rows[start : start + size_of_batch]
-        assembled = [assemble([examples[i] for i in row], row, plan.slots, data) for row in group]
-        batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *assembled))
+        batches.append([])
+        for given in prompts:
+            assembled = [assemble([given[i] for i in row], row, plan.slots, data) for row in group]
+            batches[-1].append(jax.tree.map(lambda *leaves: np.stack(leaves), *assembled))
         layouts.append(
             [(r, s, i) for r, row in enumerate(group) for s, i in enumerate(row, start=1)]
         )
     return batches, layouts
 
 
-def _sample(model, autoencoder, batch, key, config, time) -> Float[Array, "B S C"]:
-    text, pooled = encode_text(model["text_encoder"], batch)
-    tokens = to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
-    return sample(model["transformer"], tokens, key, config, time)
+def _sample(model, autoencoder, batches, key, config, time) -> Float[Array, "B S C"]:
+    latents = encode_images(autoencoder, batches[0])
+    tokens = [
+        to_tokens(batch, latents, *encode_text(model["text_encoder"], batch)) for batch in batches
+    ]
+    negative = tokens[1] if len(tokens) > 1 else None
+    return sample(model["transformer"], tokens[0], key, config, time, negative)
 
 
 def _decode(

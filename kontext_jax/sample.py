@@ -1,7 +1,7 @@
 """Makes or edits one image.
 
 python -m kontext_jax.sample --checkpoint=DIR --prompt="make it night" --context=a.png \\
-    --output=out.png [--num_steps=28 --guidance=2.5 --size=WxH --seed=0 --params=ema]
+    --output=out.png [--num_steps=28 --guidance=2.5 --cfg_scale=1 --size=WxH --seed=0 --params=ema]
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "image file to write")
     flags.DEFINE_integer("num_steps", 28, "evaluations of the transformer", lower_bound=1)
     flags.DEFINE_float("guidance", 2.5, "for transformers with a guidance input")
+    flags.DEFINE_float("cfg_scale", 1.0, "classifier-free scale; 1 is off")
     flags.DEFINE_string("size", None, "WxH; by default that of the first context, or of training")
     flags.DEFINE_integer("seed", 0, "of the initial noise")
     flags.DEFINE_enum("params", "ema", ["ema", "params"], "averaged or raw parameters")
@@ -115,7 +116,9 @@ def main() -> None:
         options.checkpoint,
         options.prompt,
         [load_image(path) for path in options.context],
-        SamplerConfig(num_steps=options.num_steps, guidance=options.guidance),
+        SamplerConfig(
+            num_steps=options.num_steps, guidance=options.guidance, cfg_scale=options.cfg_scale
+        ),
         size=parse_size(options.size) if options.size else None,
         seed=options.seed,
         params=options.params,

@@ -1,0 +1,119 @@
+"""The commands, as a user types them: the whole path, and what a mistake looks like."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kontext_jax.sample import parse_size
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"kontext_jax.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def ok(module: str, *arguments: str) -> str:
+    done = run(module, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refused(module: str, *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    done = run(module, *arguments)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines and "Traceback" not in done.stderr
+    return lines[-1]
+
+
+@pytest.mark.slow
+def test_the_whole_path_from_nothing_to_a_report(tmp_path):
+    data, autoencoder, flow = (str(tmp_path / name) for name in ("world", "autoencoder", "flow"))
+    sizes = ["--num_train=48", "--num_validation=12"]
+    ok("data.build", "--source=world", f"--output={data}", *sizes)
+    common = [f"--config.data.path={data}", "--config.num_steps=2", "--config.log_every=1"]
+    ok(
+        "train",
+        "--config=configs/quickstart.py:autoencoder",
+        f"--workdir={autoencoder}",
+        *common,
+    )
+    ok(
+        "train",
+        "--config=configs/quickstart.py",
+        f"--workdir={flow}",
+        f"--config.objective.autoencoder_from={autoencoder}",
+        *common,
+    )
+    image = tmp_path / "out.png"
+    context = tmp_path / "context.png"
+    Image.fromarray(np.full((40, 30, 3), 200, np.uint8)).save(context)
+    ok(
+        "sample",
+        f"--checkpoint={flow}",
+        "--prompt=make it night",
+        f"--context={context}",
+        "--num_steps=2",
+        f"--output={image}",
+    )
+    assert Image.open(image).size == (32, 32)
+
+    config = tmp_path / "eval.py"
+    config.write_text(
+        "from kontext_jax.evaluate import EvalConfig\n"
+        "from kontext_jax.sampler import SamplerConfig\n"
+        "def get_config():\n"
+        f"    return EvalConfig(checkpoint={flow!r}, sampler=SamplerConfig(num_steps=2),\n"
+        f"                      curves=(('flow', {flow!r}),))\n"
+    )
+    table = ok("evaluate", f"--config={config}", f"--workdir={tmp_path}", "--seconds=data=1,flow=2")
+    assert "edit success" in table
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["num_examples"] == 12
+    assert set(summary["methods"]) == {"model", "copy", "untrained"}
+    assert summary["methods"]["copy"]["edit_success"]["all"] == 0
+    assert summary["methods"]["copy"]["preservation"]["all"] == 1
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 36
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 1 and "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+    assert "Field nonsense" in refused(
+        "train", "--config=configs/quickstart.py", "--config.nonsense=1", "--workdir=x"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "--workdir=x"], "train: give --config"),
+        (["train", "--config=configs/no.py"], "train: there is no config file configs/no.py."),
+        (["train", "--config=configs/quickstart.py:no"], "no variant 'no'"),
+        (["train", "--config=configs/quickstart.py", "--workdir=x"], "There is no data set in"),
+        (["sample", "--checkpoint=no", "--output=a.png"], "no run with checkpoints in 'no'"),
+        (["sample", "--checkpoint=no", "--output=a"], "no ending of an image format"),
+        (["sample", "--checkpoint=no", "--output=a.png", "--context=b.png"], "no image b.png"),
+        (["evaluate", "--workdir=x"], "evaluate: give --config"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(arguments, sentence):
+    assert sentence in refused(*arguments)
+
+
+def test_sizes_are_width_by_height():
+    assert parse_size("64x32") == (64, 32)
+    with pytest.raises(ValueError, match="must look like 1024x768, not '64'"):
+        parse_size("64")
