@@ -61,6 +61,7 @@ def flow() -> Config:
         objective=FlowMatchingConfig(
             transformer=FluxConfig.tiny(hidden_size=192, axes_dim=(8, 20, 20)),
             text_encoder=T5Config.tiny_bytes(),
+            pooled="mean",
             autoencoder_from="runs/emoji/autoencoder",
             time=TimeConfig(mean=0.5),
         ),

@@ -56,6 +56,7 @@ def flow() -> Config:
         objective=FlowMatchingConfig(
             transformer=FluxConfig.tiny(),
             text_encoder=T5Config.tiny_bytes(),
+            pooled="mean",
             autoencoder_from=AUTOENCODER,
             time=TimeConfig(shift="none"),
         ),

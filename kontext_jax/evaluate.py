@@ -23,7 +23,7 @@ from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator
 from kontext_jax.metrics import world
 from kontext_jax.report import write_report
-from kontext_jax.runs import load_autoencoder, load_player
+from kontext_jax.runs import load_frozen, load_player
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Triple
@@ -73,14 +73,14 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
     model, run = load_player(config.checkpoint, "model", mesh, config.params)
-    autoencoder = load_autoencoder(run.objective.autoencoder_from, mesh)
+    autoencoder = load_frozen(run, mesh)["autoencoder"]
     source = TripleSource(run.data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
     generate = Generator(
         prepare_all(triples, run.data),
         run.data,
+        run.objective,
         config.sampler,
-        run.objective.time,
         mesh,
         config.seed,
     )

@@ -9,12 +9,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from kontext_jax import flow
 from kontext_jax.data.packing import Plan, Shape, size_key
 from kontext_jax.data.pipeline import DataConfig, assemble
 from kontext_jax.data.text import Tokenizer
-from kontext_jax.encoders import encode_images, encode_text, to_tokens
+from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
+from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards
 from kontext_jax.types import Batch, Example
@@ -32,8 +32,8 @@ class Generator:
         self,
         examples: Sequence[Example],
         data: DataConfig,
+        objective: FlowMatchingConfig,
         sampler: SamplerConfig,
-        time: flow.TimeConfig,
         mesh: Mesh,
         seed: int = 0,
     ):
@@ -44,7 +44,7 @@ class Generator:
         self._key = jax.random.key(seed)
         self._latents = jax.jit(
             lambda model, autoencoder, batches, key: _sample(
-                model, autoencoder, batches, key, sampler, time
+                model, autoencoder, batches, key, sampler, objective
             )
         )
         self._decode = jax.jit(_decode, static_argnames="size")
@@ -126,13 +126,14 @@ def _pack(
     return batches, layouts
 
 
-def _sample(model, autoencoder, batches, key, config, time) -> Float[Array, "B S C"]:
+def _sample(model, autoencoder, batches, key, sampler, objective) -> Float[Array, "B S C"]:
     latents = encode_images(autoencoder, batches[0])
     tokens = [
-        to_tokens(batch, latents, *encode_text(model["text_encoder"], batch)) for batch in batches
+        to_tokens(batch, latents, *objective.encode_text(model["text_encoder"], batch))
+        for batch in batches
     ]
     negative = tokens[1] if len(tokens) > 1 else None
-    return sample(model["transformer"], tokens[0], key, config, time, negative)
+    return sample(model["transformer"], tokens[0], key, sampler, objective.time, negative)
 
 
 def _decode(

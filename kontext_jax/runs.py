@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, from_dict
-from kontext_jax.models.autoencoder import Autoencoder
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.sharding import shardings_of
 
 
@@ -61,6 +61,36 @@ def load_autoencoder(workdir: str | Path, mesh: Mesh) -> Autoencoder:
     abstract = nnx.eval_shape(lambda: Autoencoder(scaled, rngs=nnx.Rngs(0)))
     nnx.update(abstract, state)
     return abstract
+
+
+def load_frozen(config: Config, mesh: Mesh) -> dict[str, Autoencoder]:
+    """The networks that a run uses and does not train, by name.
+
+    Raises:
+      FileNotFoundError: a run that one of them comes from is missing.
+      ValueError: one does not fit the run's transformer or geometry.
+    """
+    frozen = {}
+    for name, run in config.make_objective().frozen().items():
+        autoencoder = load_autoencoder(run, mesh)
+        _check_fit(autoencoder.config, config, run)
+        frozen[name] = autoencoder
+    return frozen
+
+
+def _check_fit(autoencoder: AutoencoderConfig, config: Config, run: str) -> None:
+    channels = config.objective.transformer.in_channels
+    if autoencoder.token_channels != channels:
+        raise ValueError(
+            f"The autoencoder of {run} makes tokens of {autoencoder.token_channels} channels, the "
+            f"transformer takes {channels}: set objective.transformer.in_channels."
+        )
+    side = config.data.geometry.pixels_per_token
+    if autoencoder.pixels_per_token != side:
+        raise ValueError(
+            f"A token of the autoencoder of {run} is {autoencoder.pixels_per_token} pixels wide, "
+            f"not {side}: set data.geometry.pixels_per_token."
+        )
 
 
 def _open(workdir: str | Path) -> Checkpointer:

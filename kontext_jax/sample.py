@@ -19,7 +19,7 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.evaluator import Generator
 from kontext_jax.geometry import GeometryConfig, Size, nearest_size, num_tokens, resize
-from kontext_jax.runs import load_autoencoder, load_player
+from kontext_jax.runs import load_frozen, load_player
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example
@@ -58,10 +58,10 @@ def generate(
     """
     mesh = make_mesh(MeshConfig())
     model, config = load_player(checkpoint, "model", mesh, params)
-    autoencoder = load_autoencoder(config.objective.autoencoder_from, mesh)
+    autoencoder = load_frozen(config, mesh)["autoencoder"]
     example = _example(prompt, contexts, size, config.data)
     generator = Generator(
-        [example], _room_for(example, config.data), sampler, config.objective.time, mesh, seed
+        [example], _room_for(example, config.data), config.objective, sampler, mesh, seed
     )
     return generator(model, autoencoder)[0]
 

@@ -103,7 +103,7 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     if config.objective.kind == "autoencoder":
         return lambda networks, frozen: _reconstructions(networks["autoencoder"], triples)
     examples = prepare_all(triples, config.data)
-    generate = Generator(examples, config.data, config.sheets.sampler, config.objective.time, mesh)
+    generate = Generator(examples, config.data, config.objective, config.sheets.sampler, mesh)
 
     def edits(networks, frozen):
         images = generate(networks["model"], frozen["autoencoder"])

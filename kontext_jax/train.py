@@ -5,6 +5,7 @@ same arguments, it goes on exactly where its last checkpoint was taken.
 """
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, fingerprint, to_dict
 from kontext_jax.data.pipeline import Loader
 from kontext_jax.optim import make_optimizer
-from kontext_jax.runs import load_autoencoder
+from kontext_jax.runs import load_frozen
 from kontext_jax.sharding import batch_sharding, make_mesh
 from kontext_jax.sheets import make_sheet_maker
 from kontext_jax.train_state import abstract_state, init_state, make_train_step
@@ -49,7 +50,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         process_count=jax.process_count(),
     )
     objective = config.make_objective()
-    frozen = {name: load_autoencoder(run, mesh) for name, run in objective.frozen().items()}
+    frozen = load_frozen(config, mesh)
     optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
     checkpointer = Checkpointer(workdir, config.checkpoint)
     abstract, shardings = abstract_state(objective, optimizers, mesh)
@@ -70,7 +71,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
         out_shardings=(shardings, None),
     )
     window = Window(config)
-    with jax.set_mesh(mesh):
+    with closing(checkpointer), closing(writer), closing(loader), jax.set_mesh(mesh):
         for step in range(start + 1, config.num_steps + 1):
             local = next(loader)
             batch = jax.tree.map(
@@ -89,9 +90,6 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
                 checkpointer.save(state, loader.state(), meta)
             window.pause(time.monotonic() - began)
             writer.pause(time.monotonic() - began)
-    checkpointer.close()
-    writer.close()
-    loader.close()
     return meta["metrics"]
 
 
@@ -128,7 +126,7 @@ class Window:
         values = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
         in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
         unreadable = sum(int(step["skipped_records"]) for step in steps)
-        values |= {"skipped_in_a_row": in_a_row, "skipped_records": unreadable}
+        values |= {"skipped_in_a_row": float(in_a_row), "skipped_records": float(unreadable)}
         values |= {
             "steps_per_second": len(steps) / seconds,
             "examples_per_second": self._examples / seconds,

@@ -42,10 +42,8 @@ class Writer:
             file.write(json.dumps({"step": step} | values) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        shown = [f"{name.split('/')[-1]} {_short(value)}" for name, value in values.items()]
-        print(
-            f"step {step}/{self._num_steps}  {'  '.join(shown)}  ETA {self._eta(step)}", flush=True
-        )
+        progress = f"step {step}/{self._num_steps}"
+        print(progress, *_shown(values), f"ETA {self._eta(step)}", sep="  ", flush=True)
 
     def image(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes ``name-step.png`` and the same to TensorBoard."""
@@ -71,8 +69,11 @@ class Writer:
         return str(datetime.timedelta(seconds=round(left)))
 
 
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+def _shown(values: dict[str, float]) -> list[str]:
+    """Losses first; what was skipped only if anything was."""
+    names = [name for name, value in values.items() if value or not name.startswith("skipped")]
+    names.sort(key=lambda name: not name.endswith("loss"))
+    return [f"{name.split('/')[-1]} {values[name]:.4g}" for name in names]
 
 
 def _drop_after(path: Path, step: int) -> None:

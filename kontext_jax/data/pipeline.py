@@ -57,7 +57,7 @@ class DataConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
 
-class RowAssembler(Sequence[Batch]):
+class RowAssembler(Sequence):
     """Row k of an endless run, as a `Batch` without its row axis."""
 
     def __init__(self, source: TripleSource, plan: Plan, config: DataConfig, seed: int):

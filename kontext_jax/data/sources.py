@@ -23,7 +23,7 @@ class CorruptRecordError(ValueError):
     """A record that cannot be read or decoded; the others of its data set may well be sound."""
 
 
-class TripleSource(Sequence[Triple]):
+class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time would read one
     """The triples of one split, read and decoded one by one.
 
     Threads may share it, and it can be pickled: it travels to a worker process without its index.

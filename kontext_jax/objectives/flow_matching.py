@@ -25,15 +25,39 @@ class FlowMatchingConfig:
 
     Attributes:
       autoencoder_from: the workdir of the autoencoder's run; its EMA weights are used.
+      pooled: the transformer's pooled text vector: "mean" of the text encoder's vectors, or
+        "zeros", for FLUX's own widths, whose vector is CLIP's.
       guidance: the value fed to the guidance input, where the transformer has one.
     """
 
     kind: str = "flow_matching"
     transformer: FluxConfig = field(default_factory=FluxConfig)
     text_encoder: T5Config = field(default_factory=T5Config)
+    pooled: str = "zeros"
     autoencoder_from: str = ""
     time: flow.TimeConfig = field(default_factory=flow.TimeConfig)
     guidance: float = 1.0
+
+    def __post_init__(self):
+        if self.pooled not in ("mean", "zeros"):
+            raise ValueError(f"pooled {self.pooled!r} is not 'mean' or 'zeros'.")
+        names = ["context_in_dim"] + ["vec_in_dim"] * (self.pooled == "mean")
+        for name in names:
+            width = getattr(self.transformer, name)
+            if width != self.text_encoder.d_model:
+                raise ValueError(
+                    f"transformer.{name} is {width}, but the text encoder's vectors have "
+                    f"{self.text_encoder.d_model} channels (text_encoder.d_model)."
+                )
+
+    def encode_text(
+        self, text_encoder: T5Encoder, batch: Batch
+    ) -> tuple[Float[Array, "B L T"], Float[Array, "B N P"]]:
+        """The prompts' token vectors and pooled vectors, as the transformer takes them."""
+        text, pooled = encode_text(text_encoder, batch)
+        if self.pooled == "zeros":
+            pooled = jnp.zeros((*pooled.shape[:2], self.transformer.vec_in_dim), pooled.dtype)
+        return text, pooled
 
 
 class FlowMatching:
@@ -70,7 +94,7 @@ class FlowMatching:
         """Sums over examples of the mean square error of their target tokens' velocity."""
         batch, latents = inputs
         model = models["model"]
-        text, pooled = encode_text(model["text_encoder"], batch)
+        text, pooled = self.config.encode_text(model["text_encoder"], batch)
         tokens = to_tokens(batch, latents, text, pooled)
         losses, t, present = per_example_loss(
             model["transformer"], tokens, self.config.time, self.config.guidance, key
