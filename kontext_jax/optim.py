@@ -1,18 +1,24 @@
-"""From settings to an optax optimizer: AdamW with warmup, decay and clipping."""
+"""From settings to an optax optimizer: AdamW or Muon, with warmup, decay and clipping."""
 
 from dataclasses import dataclass
 
 import jax
 import optax
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
+
+MUON_RMS = 0.2
+"""Muon's updates are scaled to AdamW's usual size (arXiv 2502.16982), so that rates carry over."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class OptimConfig:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
+      optimizer: "adamw", or "muon": momentum made orthogonal for the blocks' kernels, AdamW for
+        all else.
       schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
       warmup_steps: linear from zero.
       weight_decay: on kernels only; norms, biases and embeddings are left alone.
@@ -21,6 +27,7 @@ class OptimConfig:
       accumulate_steps: microbatches a step; the batch is split into so many.
     """
 
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup_steps: int = 500
@@ -33,6 +40,8 @@ class OptimConfig:
     accumulate_steps: int = 1
 
     def __post_init__(self):
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}.")
 
@@ -49,18 +58,40 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, num_steps),
+    """Clipping, then the update."""
+    rate = learning_rate(config, num_steps)
+    if config.optimizer == "muon":
+        update = optax.contrib.muon(
+            rate,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=_block_kernels,
+        )
+    else:
+        update = optax.adamw(
+            rate,
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=is_kernel,
-        ),
-    )
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _block_kernels(params):
+    """How Muon reads each parameter: a stack of (in, out) matrices, or None for AdamW.
+
+    Stacked blocks alone: the maps in and out of the network are better off with AdamW.
+    """
+
+    def dimensions(path, x):
+        stacked = "kernel" in jax.tree_util.keystr(path) and x.ndim == 3
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if stacked else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def is_kernel(params):

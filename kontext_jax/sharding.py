@@ -100,6 +100,8 @@ def shardings_of(tree, mesh: Mesh):
     """
 
     def sharding(leaf):
+        if isinstance(leaf, nnx.Variable) and not jax.tree.leaves(leaf):
+            return leaf  # a parameter that this part of the optimizer leaves to another
         if isinstance(leaf, nnx.Variable):
             names = leaf.get_metadata().get("axes", ())
             return leaf.replace(NamedSharding(mesh, spec(leaf.shape, names, mesh)))

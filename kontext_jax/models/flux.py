@@ -296,12 +296,15 @@ class Flux(nnx.Module):
         if (guidance is not None) != self.config.guidance_embed:
             wants = "needs" if self.config.guidance_embed else "has no"
             raise ValueError(f"This FLUX {wants} guidance input (guidance_embed in its config).")
-        rounded = jnp.dtype(self.config.timestep_dtype)
+        rounded = jnp.finfo(self.config.timestep_dtype)
         dtype = jnp.dtype(self.config.dtype)
+
+        def round_off(x):  # XLA would drop a cast there and back
+            return jax.lax.reduce_precision(x, rounded.nexp, rounded.nmant)
 
         def embed(x):
             # As PyTorch pipelines do, the factor 1000 is applied after the rounding.
-            scaled = (x.astype(rounded) * jnp.asarray(1000.0, rounded)).astype(jnp.float32)
+            scaled = round_off(round_off(x.astype(jnp.float32)) * 1000.0)
             return timestep_embedding(scaled).astype(dtype)
 
         vec = self.time_in(embed(t))
