@@ -35,10 +35,10 @@ def data(sides: tuple[int, ...], image_tokens: int, batch_size: int) -> DataConf
     return DataConfig(
         path="data/emoji",
         batch_size=batch_size,
-        caption_dropout=0.05,
+        caption_dropout=0.1,
         geometry=GeometryConfig(sizes=tuple((side, side) for side in sides), pixels_per_token=8),
         packing=PackingConfig(
-            image_tokens=image_tokens, text_tokens=image_tokens * 2 // 3, max_examples=16
+            image_tokens=image_tokens, text_tokens=image_tokens * 11 // 16, max_examples=16
         ),
         text=TextConfig(max_tokens=96),
     )
@@ -47,11 +47,11 @@ def data(sides: tuple[int, ...], image_tokens: int, batch_size: int) -> DataConf
 def autoencoder() -> Config:
     return Config(
         objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
-        data=data(SMALL, image_tokens=192, batch_size=4),
+        data=data(SMALL, image_tokens=256, batch_size=3),
         optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
         checkpoint=CheckpointConfig(every=500, keep=1),
-        sheets=SheetConfig(every=1000),
-        num_steps=1000,
+        sheets=SheetConfig(every=600),
+        num_steps=600,
         log_every=20,
     )
 
@@ -65,13 +65,20 @@ def flow() -> Config:
             autoencoder_from="runs/emoji/autoencoder",
             time=TimeConfig(mean=0.5),
         ),
-        data=data(SMALL, image_tokens=192, batch_size=8),
+        data=data(SMALL, image_tokens=256, batch_size=6),
         optim=OptimConfig(
-            learning_rate=2e-3, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.999
+            optimizer="muon",
+            learning_rate=3e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            b2=0.99,
+            ema_decay=0.998,
         ),
         checkpoint=CheckpointConfig(every=250, keep=1),
-        sheets=SheetConfig(every=500, num_examples=24, sampler=SamplerConfig(num_steps=20)),
-        num_steps=3000,
+        sheets=SheetConfig(
+            every=500, num_examples=24, sampler=SamplerConfig(num_steps=20, cfg_scale=2.5)
+        ),
+        num_steps=1600,
         log_every=25,
     )
 

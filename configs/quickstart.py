@@ -32,7 +32,7 @@ def data(batch_size: int) -> DataConfig:
     return DataConfig(
         path=DATA,
         batch_size=batch_size,
-        caption_dropout=0.0,
+        caption_dropout=0.1,
         geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
         packing=PackingConfig(image_tokens=64, text_tokens=72, max_examples=4),
         text=TextConfig(max_tokens=64),
@@ -44,9 +44,9 @@ def autoencoder() -> Config:
         objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
         data=data(batch_size=8),
         optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
-        checkpoint=CheckpointConfig(every=400, keep=1),
-        sheets=SheetConfig(every=400),
-        num_steps=800,
+        checkpoint=CheckpointConfig(every=600, keep=1),
+        sheets=SheetConfig(every=600),
+        num_steps=600,
         log_every=20,
     )
 
@@ -58,15 +58,20 @@ def flow() -> Config:
             text_encoder=T5Config.tiny_bytes(),
             pooled="mean",
             autoencoder_from=AUTOENCODER,
-            time=TimeConfig(shift="none"),
+            time=TimeConfig(mean=0.5),
         ),
         data=data(batch_size=16),
         optim=OptimConfig(
-            learning_rate=2e-3, schedule="cosine", warmup_steps=100, b2=0.99, ema_decay=0.995
+            optimizer="muon",
+            learning_rate=4e-3,
+            schedule="cosine",
+            warmup_steps=100,
+            b2=0.99,
+            ema_decay=0.995,
         ),
-        checkpoint=CheckpointConfig(every=500, keep=1),
-        sheets=SheetConfig(every=500, sampler=SamplerConfig(num_steps=20)),
-        num_steps=2000,
+        checkpoint=CheckpointConfig(every=850, keep=1),
+        sheets=SheetConfig(every=850, sampler=SamplerConfig(num_steps=12, cfg_scale=3.0)),
+        num_steps=1700,
         log_every=50,
     )
 

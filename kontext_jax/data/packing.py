@@ -20,6 +20,7 @@ from jaxtyping import Int
 from kontext_jax.geometry import GeometryConfig, Size, num_tokens
 
 OPEN_ROWS = 256  # candidates for best fit; more gains nothing measurable
+SLOT_SLACK = 1.25  # room for images of a size in a row, as a multiple of the mean
 WINDOW = 512  # examples sorted by size at a time: large ones first pack better
 
 
@@ -81,9 +82,13 @@ class Plan:
         self._class = np.array([index_of[shape] for shape in shapes])
         costs = np.array([(s.image_tokens(geometry), s.text_tokens, 1) for s in kinds])
         capacity = np.array([packing.image_tokens, packing.text_tokens, packing.max_examples])
-        for i, name in zip(self._class, names, strict=True):
-            if (costs[i] > capacity).any():
-                raise ValueError(_too_large(name, kinds[i], costs[i], packing))
+        too_large = (costs > capacity).any(axis=1)
+        if too_large.any():
+            first = int(np.argmax(too_large[self._class]))
+            i = self._class[first]
+            raise ValueError(_too_large(names[first], kinds[i], costs[i], packing))
+        images, room = _slots(kinds, self._class, packing, geometry)
+        costs, capacity = np.hstack([costs, images]), np.append(capacity, room)
 
         self._seed = seed
         rng = np.random.default_rng(seed)
@@ -136,10 +141,35 @@ def size_key(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
+def _slots(
+    kinds: Sequence[Shape],
+    classes: Int[np.ndarray, " n"],
+    packing: PackingConfig,
+    geometry: GeometryConfig,
+) -> tuple[Int[np.ndarray, "k sizes"], Int[np.ndarray, " sizes"]]:
+    """(images of each size in each kind, room for them in a row).
+
+    Encoders see a dense array of every size, as many images a row as the fullest row holds. Rows
+    are therefore kept from holding many more of a size than they do on average.
+    """
+    sizes = sorted({size for kind in kinds for size in (kind.target, *kind.contexts)})
+    images = np.array(
+        [[(kind.target, *kind.contexts).count(size) for size in sizes] for kind in kinds]
+    )
+    tokens = np.array([num_tokens(size, geometry.pixels_per_token) for size in sizes])
+    totals = images[classes].sum(axis=0)
+    mean = totals * packing.image_tokens / (totals @ tokens)
+    room = np.maximum(np.ceil(SLOT_SLACK * mean).astype(int), images.max(axis=0))
+    return images, room
+
+
 def _best_fit(
-    costs: Int[np.ndarray, "n 3"], capacity: Int[np.ndarray, "3"], rng: np.random.Generator
+    costs: Int[np.ndarray, "n c"], capacity: Int[np.ndarray, " c"], rng: np.random.Generator
 ) -> list[list[int]]:
-    """Puts each item where it leaves the fewest image tokens free, of the rows that can take it."""
+    """Puts each item where it leaves the fewest image tokens free, of the rows that can take it.
+
+    Columns: image tokens, text tokens, examples, then images of each size.
+    """
     order = rng.permutation(len(costs))
     share = (costs[:, :2] / capacity[:2]).sum(axis=1)  # of a row, images and text together
     for start in range(0, len(order), WINDOW):
@@ -147,7 +177,7 @@ def _best_fit(
         order[start : start + WINDOW] = window[np.argsort(-share[window], kind="stable")]
     rows: list[list[int]] = []
     open_rows = np.empty(0, np.int64)
-    free = np.empty((0, 3), np.int64)
+    free = np.empty((0, len(capacity)), np.int64)
     for item in order:
         fits = (free >= costs[item]).all(axis=1)
         if fits.any():

@@ -61,7 +61,8 @@ class Linear(nnx.Module):
             # over two. Elsewhere the axes stay apart, for they are sharded apart.
             return affine(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
-        return jax.lax.platform_dependent(x.astype(self.dtype), cpu=as_matrix, default=affine)
+        # Not platform_dependent: its gradient keeps both branches, with collectives inside.
+        return (as_matrix if jax.default_backend() == "cpu" else affine)(x.astype(self.dtype))
 
 
 def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
@@ -122,7 +123,7 @@ def _scale(x: Float[Array, "*b D"], scale: Float[Array, " D"]) -> Float[Array, "
         ones = jnp.ones((x.size // x.shape[-1], 1), scale.dtype)
         return x * (ones @ scale[None]).reshape(x.shape)
 
-    return jax.lax.platform_dependent(x, scale, cpu=by_product, default=multiply)
+    return (by_product if jax.default_backend() == "cpu" else multiply)(x, scale)
 
 
 class QKNorm(nnx.Module):
