@@ -109,6 +109,7 @@ def recipe(random_network) -> Recipe:
     from kontext_jax.types import Example
 
     config = FlowMatchingConfig(
+        pooled="mean",
         transformer=FluxConfig.tiny(
             hidden_size=32,
             num_heads=2,
@@ -118,6 +119,7 @@ def recipe(random_network) -> Recipe:
             vec_in_dim=32,
             context_in_dim=32,
             mlp_ratio=2.0,
+            remat="none",
         ),
         text_encoder=T5Config.tiny_bytes(num_layers=1, d_model=32, d_kv=8, d_ff=32, num_heads=8),
     )

@@ -12,7 +12,7 @@ from flax import nnx
 from kontext_jax import flow, geometry
 from kontext_jax.data.packing import PackingConfig, size_key
 from kontext_jax.data.pipeline import DataConfig, assemble
-from kontext_jax.encoders import encode_images, encode_text, to_tokens
+from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
@@ -24,6 +24,14 @@ GEOMETRY = geometry.GeometryConfig(sizes=((32, 32), (32, 16), (16, 24)), pixels_
 SAMPLER = SamplerConfig(num_steps=3)
 # Steep, so that a wrong count of target tokens would show.
 TIME = flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0)
+CONFIG = FlowMatchingConfig(
+    pooled="mean",
+    transformer=FluxConfig.tiny(
+        hidden_size=32, num_heads=2, depth=1, depth_single=1, axes_dim=(4, 6, 6)
+    ),
+    text_encoder=T5Config.tiny_bytes(num_layers=1),
+    time=TIME,
+)
 # (target, contexts, bytes of the prompt): text-to-image, one context, several.
 LAYOUTS = [
     ((32, 32), [], 9),
@@ -88,14 +96,7 @@ def only(numbers) -> Batch:
 
 @pytest.fixture(scope="module")
 def setup(random_network) -> Setup:
-    config = FlowMatchingConfig(
-        transformer=FluxConfig.tiny(
-            hidden_size=32, num_heads=2, depth=1, depth_single=1, axes_dim=(4, 6, 6)
-        ),
-        text_encoder=T5Config.tiny_bytes(num_layers=1),
-        time=TIME,
-    )
-    objective = FlowMatching(config)
+    objective = FlowMatching(CONFIG)
     models = random_network(lambda: objective.init(jax.random.key(0)))
     autoencoder = random_network(lambda: Autoencoder(AutoencoderConfig.tiny(), rngs=nnx.Rngs(0)))
     return Setup(objective, models, autoencoder)
@@ -103,7 +104,7 @@ def setup(random_network) -> Setup:
 
 @jax.jit
 def encoded(models, autoencoder, batch: Batch) -> Tokens:
-    text, pooled = encode_text(models["model"]["text_encoder"], batch)
+    text, pooled = CONFIG.encode_text(models["model"]["text_encoder"], batch)
     return to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
 
 

@@ -72,7 +72,7 @@ def test_players_take_turns_and_averages_follow(recipe):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_a_bad_batch_changes_nothing_but_the_counters(recipe, bad):
-    """1e30 is finite, and so is its loss's gradient, but not the loss."""
+    """1e30 is finite, and so is its gradient, but not the loss."""
     optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
     state, step, batch = start(recipe, optimizer)
     good, _ = step(state, target(1.0), batch)

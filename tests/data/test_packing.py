@@ -1,0 +1,130 @@
+"""The plan: what shares a row is decided from sizes alone, the same for everyone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from kontext_jax.data import emoji, store
+from kontext_jax.data.packing import PackingConfig, Plan, Shape, size_key
+from kontext_jax.data.pipeline import DataConfig, plan_of
+from kontext_jax.data.sources import TripleSource
+from kontext_jax.geometry import GeometryConfig
+
+SIZES = ((32, 32), (48, 32), (32, 64))
+GEOMETRY = GeometryConfig(sizes=SIZES, pixels_per_token=8)
+PACKING = PackingConfig(image_tokens=128, text_tokens=160, max_examples=6)
+
+
+def mixed(number: int, seed: int = 0) -> list[Shape]:
+    """Shapes of one to three images and of 5 to 39 text tokens."""
+    rng = np.random.default_rng(seed)
+    size = lambda: SIZES[rng.integers(len(SIZES))]  # noqa: E731
+    return [
+        Shape(size(), tuple(size() for _ in range(rng.integers(3))), int(rng.integers(5, 40)))
+        for _ in range(number)
+    ]
+
+
+def plan_for(shapes, packing=PACKING, seed=0) -> Plan:
+    return Plan(shapes, [f"example {i}" for i in range(len(shapes))], packing, GEOMETRY, seed)
+
+
+def rows_of(plan: Plan, epoch: int) -> list[list[int]]:
+    rows = [plan[epoch * plan.num_rows + k] for k in range(plan.num_rows)]
+    assert {of for of, _ in rows} == {epoch}
+    return [indices for _, indices in rows]
+
+
+def test_every_epoch_shows_every_example_once_in_rows_that_hold_it():
+    shapes = mixed(300)
+    plan = plan_for(shapes)
+    most = Counter()
+    for epoch in (0, 1, 7):
+        rows = rows_of(plan, epoch)
+        assert sorted(sum(rows, [])) == list(range(300))
+        for row in rows:
+            assert 1 <= len(row) <= PACKING.max_examples
+            assert sum(shapes[i].image_tokens(GEOMETRY) for i in row) <= PACKING.image_tokens
+            assert sum(shapes[i].text_tokens for i in row) <= PACKING.text_tokens
+            images = [s for i in row for s in (shapes[i].target, *shapes[i].contexts)]
+            most |= Counter(map(size_key, images))
+    assert plan.slots == most and list(plan.slots) == sorted(plan.slots)
+    used = sum(shape.image_tokens(GEOMETRY) for shape in shapes)
+    assert plan.fill == used / (plan.num_rows * PACKING.image_tokens)
+
+
+def test_the_plan_is_a_function_of_seed_and_epoch():
+    shapes = mixed(200)
+    plan = plan_for(shapes)
+    again = plan_for(shapes)
+    for row in (5, 0, 3 * plan.num_rows + 1, 2, plan.num_rows):  # in any order
+        assert plan[row] == again[row]
+    assert rows_of(plan, 0) == rows_of(again, 0)
+    assert rows_of(plan, 0) != rows_of(plan, 1)
+    assert rows_of(plan, 0) != rows_of(plan_for(shapes, seed=1), 0)
+
+
+def test_neighbours_change_from_epoch_to_epoch():
+    """Of 200 equal examples, two to a row, hardly a pair stays together."""
+    plan = plan_for(
+        [Shape((32, 32), (), 5)] * 200,
+        PackingConfig(image_tokens=32, text_tokens=16, max_examples=2),
+    )
+    pairs = [{frozenset(row) for row in rows_of(plan, epoch)} for epoch in (0, 1)]
+    assert plan.num_rows == 100 and len(pairs[0] & pairs[1]) < 10
+
+
+def test_far_ahead_at_once():
+    plan = plan_for(mixed(50))
+    epoch, indices = plan[10**9]
+    assert epoch == 10**9 // plan.num_rows and indices
+
+
+def test_rows_are_filled():
+    plan = plan_for(mixed(1000))
+    assert plan.fill >= 0.95
+
+
+def test_one_example_a_row():
+    plan = plan_for(mixed(20), PackingConfig(image_tokens=128, text_tokens=64, max_examples=1))
+    assert plan.num_rows == 20
+
+
+def test_emoji_of_mixed_sizes_fill_their_rows(emoji_folder, tmp_path):
+    """600 examples of up to three images of 32, 48 or 64 pixels: 16 to 192 tokens."""
+    icons = emoji.Emoji(emoji_folder)
+    triples = icons.triples(600, split="train", sizes=(32, 48, 64))
+    store.write({"train": triples}, tmp_path / "emoji")
+    config = DataConfig(
+        geometry=GeometryConfig(sizes=((32, 32), (48, 48), (64, 64)), pixels_per_token=8),
+        packing=PackingConfig(image_tokens=256, text_tokens=512, max_examples=12),
+    )
+    plan = plan_of(TripleSource(tmp_path / "emoji", "train"), config, seed=0)
+    assert plan.num_examples == 600
+    assert plan.fill >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            Shape((32, 64), ((32, 64), (32, 64), (32, 64), (32, 64)), 5),
+            r"Example example 2 \(64x32 \+ .*\) needs 160 image tokens, a row holds 128: raise "
+            "packing.image_tokens",
+        ),
+        (
+            Shape((32, 32), (), 161),
+            "The prompt of example example 2 needs 161 text tokens, a row holds 160: raise "
+            "packing.text_tokens",
+        ),
+    ],
+)
+def test_an_example_that_fits_no_row_is_named(shape, message):
+    with pytest.raises(ValueError, match=message):
+        plan_for([*mixed(2), shape])
+
+
+def test_no_examples():
+    with pytest.raises(ValueError, match="The data set is empty"):
+        plan_for([])

@@ -1,0 +1,275 @@
+"""Rows against a naive loop, and the loader's position in the data."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from kontext_jax.data import store
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig, Loader, RowAssembler, assemble, plan_of, prepare
+from kontext_jax.data.sources import TripleSource
+from kontext_jax.data.text import TextConfig, Tokenizer
+from kontext_jax.geometry import GeometryConfig, position_ids
+from kontext_jax.types import Example, Triple
+
+GEOMETRY = GeometryConfig(sizes=((16, 16), (32, 16)), pixels_per_token=8)
+CONFIG = DataConfig(
+    batch_size=4,
+    caption_dropout=0.0,
+    geometry=GEOMETRY,
+    packing=PackingConfig(image_tokens=24, text_tokens=32, max_examples=3),
+    text=TextConfig(max_tokens=10),
+)
+NUM = 30
+
+
+def make(number: int) -> Triple:
+    """A triple of up to two contexts, all images of another size than the geometry's."""
+    rng = np.random.default_rng(number)
+    image = lambda: rng.integers(0, 256, (20, [18, 37][rng.integers(2)], 3), np.uint8)  # noqa: E731
+    contexts = tuple(image() for _ in range(number % 3))
+    category = "local" if contexts else "text_to_image"
+    return Triple(f"triple/{number}", image(), contexts, f"make {number}", category)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("data") / "set"
+    store.write({"train": map(make, range(NUM))}, folder)
+    return dataclasses.replace(CONFIG, path=str(folder))
+
+
+def load(config, **kwargs) -> Loader:
+    return Loader(config, **({"seed": 0} | kwargs))
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def row(config, number: int, **settings):
+    config = dataclasses.replace(config, **settings)
+    source = TripleSource(config.path, "train")
+    return RowAssembler(source, plan_of(source, config, seed=0), config, seed=0)[number]
+
+
+def test_a_row_is_laid_out_token_by_token():
+    """Two examples around one that could not be read; every token followed to its pixels."""
+    rng = np.random.default_rng(0)
+    image = lambda w, h: rng.integers(0, 256, (h, w, 3), np.uint8)  # noqa: E731
+    first = Example("a", image(16, 16), (image(32, 16), image(16, 16)), np.array([5, 6, 1]))
+    third = Example("c", image(32, 16), (), np.array([7, 1]))
+    slots = {"16x16": 3, "16x32": 2}
+    batch = assemble([first, None, third], [40, 41, 42], slots, CONFIG)
+
+    assert batch.skipped == 1
+    assert batch.example_ids.tolist() == [40, -1, 42]
+    assert batch.text_ids.tolist() == [5, 6, 1, 7, 1] + [0] * 27
+    assert batch.text_segments.tolist() == [1, 1, 1, 3, 3] + [0] * 27
+    assert {key: x.shape for key, x in batch.images.items()} == {
+        "16x16": (3, 16, 16, 3), "16x32": (2, 16, 32, 3)
+    }  # fmt: skip
+    assert batch.image_segments["16x16"].tolist() == [1, 1, 0]
+    assert batch.image_segments["16x32"].tolist() == [1, 3]
+
+    # All tokens that an encoder would make, in its order: 8 x 8 pixels each.
+    patches = []
+    for key in sorted(batch.images):
+        for picture in batch.images[key]:
+            height, width = picture.shape[:2]
+            for r in range(0, height, 8):
+                patches += [picture[r : r + 8, c : c + 8] for c in range(0, width, 8)]
+    place = 0
+    for segment, example in ((1, first), (3, third)):
+        images = (example.target, *example.contexts)
+        sizes = [(x.shape[1], x.shape[0]) for x in images]
+        positions = iter(position_ids(sizes[0], sizes[1:], GEOMETRY))
+        offset = 0
+        for i, picture in enumerate(images):
+            for r in range(0, picture.shape[0], 8):
+                for c in range(0, picture.shape[1], 8):
+                    np.testing.assert_array_equal(
+                        patches[batch.source[place]], picture[r : r + 8, c : c + 8]
+                    )
+                    assert batch.segments[place] == segment
+                    assert batch.is_target[place] == (i == 0)
+                    assert batch.offsets[place] == offset
+                    assert batch.positions[place].tolist() == next(positions).tolist()
+                    place, offset = place + 1, offset + 1
+    assert place == 4 + 8 + 4 + 8 == CONFIG.packing.image_tokens
+
+
+def test_padding_is_marked_everywhere():
+    example = Example("a", np.ones((16, 16, 3), np.uint8), (), np.array([5, 1]))
+    batch = assemble([example], [3], {"16x16": 2}, CONFIG)
+    assert not batch.segments[4:].any() and not batch.is_target[4:].any()
+    assert not batch.source[4:].any() and not batch.text_segments[2:].any()
+    assert batch.image_segments["16x16"].tolist() == [1, 0] and not batch.images["16x16"][1].any()
+    assert batch.example_ids.tolist() == [3, -1, -1]
+
+
+@pytest.mark.parametrize("change", ["image", "text", "number"])
+def test_what_does_not_fit_is_refused(change):
+    number = 4 if change == "number" else 1
+    size = (16, 32 if change == "image" else 16)
+    contexts = (np.zeros((*size, 3), np.uint8),) * (3 if change == "image" else 0)
+    ids = np.ones(33 if change == "text" else 2, np.int64)
+    examples = [Example("big", np.zeros((*size, 3), np.uint8), contexts, ids)] * number
+    with pytest.raises(ValueError, match="Example big does not fit into what is left"):
+        assemble(examples, range(number), {"16x16": 4, "16x32": 4}, CONFIG)
+
+
+def test_images_take_their_nearest_size():
+    tokenizer = Tokenizer(CONFIG.text)
+    example = prepare(make(5), tokenizer, GEOMETRY)
+    for image, raw in zip(
+        (example.target, *example.contexts), (make(5).target, *make(5).contexts), strict=True
+    ):
+        assert image.shape == (16, {18: 16, 37: 32}[raw.shape[1]], 3)
+    np.testing.assert_array_equal(example.text_ids, tokenizer("make 5"))
+
+
+def test_an_epoch_shows_all_examples_with_ids_of_their_own(config):
+    loader = load(dataclasses.replace(config, batch_size=1))
+    rows = loader.plan.num_rows
+    ids = [
+        sorted(i for _ in range(rows) for i in next(loader).example_ids[0].tolist() if i >= 0)
+        for _ in range(2)
+    ]
+    assert ids == [list(range(NUM)), list(range(NUM, 2 * NUM))]
+    loader.close()
+
+
+def test_batches_stack_the_plan_s_rows_in_order(config):
+    loader = load(config)
+    for step in range(3):
+        expected = [row(config, 4 * step + r) for r in range(4)]
+        assert_same(next(loader), jax.tree.map(lambda *x: np.stack(x), *expected))
+    loader.close()
+
+
+def test_a_loader_goes_on_where_another_stopped(config):
+    loader = load(config)
+    for _ in range(3):
+        next(loader)
+    state = loader.state()
+    expected = [next(loader) for _ in range(10)]  # into the next epoch
+    other = load(config)
+    next(other)
+    other.restore(state)
+    for batch in expected:
+        assert_same(next(other), batch)
+    assert other.state() == loader.state()
+    loader.close(), other.close()
+
+
+def test_two_hosts_read_what_one_would(config):
+    one = load(config)
+    two = [load(config, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(3):
+        halves = [next(loader) for loader in two]
+        whole = next(one)
+        ids = lambda *batches: sorted(  # noqa: E731
+            tuple(r) for b in batches for r in b.example_ids.tolist()
+        )
+        assert all(len(half.example_ids) == 2 for half in halves)
+        assert ids(*halves) == ids(whole)
+    assert two[0].state() == two[1].state() == one.state()
+    state = two[0].state()
+    expected = next(one)
+    alone = load(config)  # the two hosts' run goes on on one
+    alone.restore(state)
+    assert_same(next(alone), expected)
+    for loader in (one, alone, *two):
+        loader.close()
+
+
+def test_worker_processes_read_the_same(config):
+    threads = load(config)
+    workers = load(dataclasses.replace(config, num_workers=2))
+    for _ in range(3):
+        assert_same(next(workers), next(threads))
+    threads.close(), workers.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"caption_dropout": 0.3}, "caption_dropout"),
+        ({"geometry": dataclasses.replace(GEOMETRY, position_scheme="index")}, "geometry"),
+        ({"packing": dataclasses.replace(CONFIG.packing, image_tokens=32)}, "packing"),
+        ({"text": TextConfig(max_tokens=9), "context_dropout": 0.1}, "context_dropout and text"),
+    ],
+)
+def test_a_position_in_other_data_is_refused(config, change, named):
+    loader = load(config)
+    other = load(dataclasses.replace(config, **change))
+    with pytest.raises(ValueError, match=f"is for another {named} than this run reads"):
+        other.restore(loader.state())
+    loader.close(), other.close()
+
+
+def test_another_seed_is_refused_and_another_order(config):
+    loader, other = load(config), load(config, seed=1)
+    assert next(loader).example_ids.tolist() != next(other).example_ids.tolist()
+    with pytest.raises(ValueError, match="is for another seed"):
+        other.restore(loader.state())
+    loader.close(), other.close()
+
+
+def test_a_corrupt_record_is_left_out_and_counted(config, tmp_path, monkeypatch):
+    good = store.encode_png
+    broken = make(7).target
+    monkeypatch.setattr(
+        store,
+        "encode_png",
+        lambda image: good(image)[: 60 if np.array_equal(image, broken) else None],
+    )
+    store.write({"train": map(make, range(NUM))}, tmp_path / "set")
+    corrupt = dataclasses.replace(config, path=str(tmp_path / "set"))
+    skipped = 0
+    for number in range(plan_of(TripleSource(config.path, "train"), config, seed=0).num_rows):
+        whole, rest = row(config, number), row(corrupt, number)
+        if 7 not in whole.example_ids:
+            assert_same(rest, whole)
+            continue
+        skipped += rest.skipped
+        gone = whole.example_ids == 7
+        assert rest.example_ids.tolist() == np.where(gone, -1, whole.example_ids).tolist()
+        assert np.argmax(gone) + 1 not in rest.segments
+        assert np.sum(rest.segments > 0) < np.sum(whole.segments > 0)
+    assert skipped == 1
+
+
+def shown(config, epochs: int, **dropout):
+    """For each example shown: whether with its prompt, and whether with its contexts."""
+    config = dataclasses.replace(config, **dropout)
+    source = TripleSource(config.path, "train")
+    plan = plan_of(source, config, seed=0)
+    rows = RowAssembler(source, plan, config, seed=0)
+    found = []
+    for number in range(epochs * plan.num_rows):
+        batch = rows[number]
+        for segment, example in enumerate(batch.example_ids, start=1):
+            if example >= 0 and example % NUM % 3:  # those that have contexts
+                mine = batch.segments == segment
+                prompt = np.sum(batch.text_segments == segment) > 1
+                found.append((int(example), bool(prompt), not batch.is_target[mine].all()))
+    return sorted(found)
+
+
+def test_prompts_and_contexts_are_dropped_independently(config):
+    found = shown(config, 20, caption_dropout=0.3, context_dropout=0.2)
+    assert len(found) == 20 * NUM * 2 // 3
+    prompts, contexts = np.array(found)[:, 1], np.array(found)[:, 2]
+    deviation = 0.5 / len(found) ** 0.5
+    assert abs(np.mean(prompts) - 0.7) < 4 * deviation
+    assert abs(np.mean(contexts) - 0.8) < 4 * deviation
+    assert abs(np.mean(prompts * contexts) - 0.56) < 4 * deviation
+    assert found == shown(config, 20, caption_dropout=0.3, context_dropout=0.2)
+
+
+def test_nothing_is_dropped_unless_asked_for(config):
+    assert all(prompt and context for _, prompt, context in shown(config, 1))

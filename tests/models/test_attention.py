@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax.models.attention import attention
+
+SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [3, 0, 1, 3, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 6, 2, 4)).astype(np.float32)
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def expected_attention(q, k, v, segments, bias=None, scale=None):
+    """Each token of an example over the tokens of that example, one at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = np.full(q.shape, np.nan)
+    for b, s, h in np.ndindex(q.shape[:3]):
+        mine = np.flatnonzero(segments[b] == segments[b, s])
+        logits = scale * k[b, mine, h] @ q[b, s, h]
+        if bias is not None:
+            logits = logits + np.asarray(bias, np.float64)[b, h, s, mine]
+        weights = np.exp(logits - logits.max())
+        out[b, s, h] = weights / weights.sum() @ v[b, mine, h]
+    return out
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_softmax_within_segments(qkv, with_bias, scale):
+    bias = None
+    if with_bias:
+        bias = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 6, 6)), jnp.float32)
+    out = attention(*qkv, jnp.asarray(SEGMENTS), bias=bias, scale=scale)
+    expected = expected_attention(*qkv, SEGMENTS, bias, scale)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_no_token_of_another_segment_counts_whatever_it_is(qkv):
+    q, k, v = qkv
+    segments = jnp.asarray(SEGMENTS)
+    other = (segments != 1)[:, :, None, None]
+    out = attention(q, k, v, segments)
+    changed = attention(q, jnp.where(other, 50.0, k), jnp.where(other, 1e6, v), segments)
+    np.testing.assert_array_equal(
+        np.asarray(out)[SEGMENTS == 1], np.asarray(changed)[SEGMENTS == 1]
+    )
+
+
+def test_all_padding_is_finite_with_a_finite_gradient(qkv):
+    segments = jnp.zeros((2, 6), jnp.int32)
+    assert np.isfinite(attention(*qkv, segments)).all()
+    grads = jax.grad(lambda *x: jnp.sum(jnp.square(attention(*x, segments))), argnums=(0, 1, 2))
+    assert all(np.isfinite(grad).all() for grad in grads(*qkv))
+
+
+def test_bfloat16_takes_its_softmax_in_float32(qkv):
+    """Large logits, close to one another: rounded to bfloat16 they would be equal."""
+    key = jnp.zeros((1, 2, 1, 2)).at[0, :, 0, 0].set(jnp.array([16.0, 16.125]))
+    query = jnp.full((1, 2, 1, 2), 16.0)
+    value = jnp.array([0.0, 1.0]).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 2))
+    parts = (x.astype(jnp.bfloat16) for x in (query, key, value))
+    out = attention(*parts, jnp.ones((1, 2), jnp.int32), scale=1.0)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), 1 / (1 + np.exp(-2.0)), atol=4e-3)

@@ -1,0 +1,279 @@
+"""FLUX against a forward pass written out in NumPy, float64, and at its true size in shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kontext_jax.checkpoint import by_name
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.models.t5 import T5Config
+from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from kontext_jax.optim import OptimConfig, make_optimizer
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train_state import abstract_state, make_train_step
+from kontext_jax.types import Batch
+
+SIZES = dict(
+    in_channels=8, hidden_size=32, num_heads=2, depth=1, depth_single=1, vec_in_dim=12,
+    context_in_dim=20, axes_dim=(4, 6, 6), remat="none",
+)  # fmt: skip
+TARGET, CONTEXT, TEXT = 6, 4, 5
+
+
+def config_of(**sizes) -> FluxConfig:
+    return FluxConfig.tiny(**(SIZES | sizes))
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    target = [(0, row, column) for row in range(2) for column in range(3)]
+    context = [(1, row, column) for row in range(2) for column in range(2)]
+    return {
+        "latents": normal(2, TARGET + CONTEXT, 8),
+        "text": normal(2, TEXT, 20),
+        "pooled": normal(2, 1, 12),
+        "t": jnp.array([[0.3], [0.9]]),
+        "positions": jnp.asarray(np.broadcast_to(target + context, (2, TARGET + CONTEXT, 3))),
+        "segments": jnp.ones((2, TARGET + CONTEXT), jnp.int32),
+        "text_segments": jnp.ones((2, TEXT), jnp.int32),
+    }
+
+
+@jax.jit
+def forward(model, inputs):
+    return model(**inputs)
+
+
+@pytest.fixture(scope="module")
+def make(random_network):
+    return lambda **sizes: random_network(lambda: Flux(config_of(**sizes), rngs=nnx.Rngs(0)))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def layer_norm(x):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+
+def rms_norm(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def linear(p, x):
+    return x @ p["kernel"] + p["bias"]
+
+
+def embed(p, x):
+    return linear(p["out_layer"], silu(linear(p["in_layer"], x)))
+
+
+def sinusoids(t):
+    angles = 1000 * t * np.exp(-np.log(10000) * np.arange(128) / 128)
+    return np.concatenate([np.cos(angles), np.sin(angles)])
+
+
+def rotate(x, ids, axes_dim):
+    """One head's vectors, rotated in neighbouring pairs."""
+    out = np.empty_like(x)
+    for s, position in enumerate(ids):
+        angles = np.concatenate(
+            [p * 10000.0 ** (-np.arange(0, d, 2) / d)
+             for p, d in zip(position, axes_dim, strict=True)]
+        )  # fmt: skip
+        for k, angle in enumerate(angles):
+            a, b = x[s, 2 * k], x[s, 2 * k + 1]
+            out[s, 2 * k] = np.cos(angle) * a - np.sin(angle) * b
+            out[s, 2 * k + 1] = np.sin(angle) * a + np.cos(angle) * b
+    return out
+
+
+def attend(q, k, v, ids, config):
+    """q, k, v are [tokens, heads, channels]; the heads' results lie side by side."""
+    heads = []
+    for h in range(config.num_heads):
+        logits = rotate(q[:, h], ids, config.axes_dim) @ rotate(k[:, h], ids, config.axes_dim).T
+        weights = np.exp(logits / np.sqrt(config.head_dim))
+        heads.append(weights / weights.sum(-1, keepdims=True) @ v[:, h])
+    return np.concatenate(heads, -1)
+
+
+def expected_forward(model, latents, text, pooled, t, ids, guidance=None):
+    """One example, from flux.md's formulas."""
+    config = model.config
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), by_name(model))
+    double = jax.tree.map(lambda x: x[0], p["double_blocks"])
+    single = jax.tree.map(lambda x: x[0], p["single_blocks"])
+    ids = np.concatenate([np.zeros((len(text), 3)), ids])
+    img, txt = linear(p["img_in"], latents), linear(p["txt_in"], text)
+    vec = embed(p["time_in"], sinusoids(t))
+    if guidance is not None:
+        vec = vec + embed(p["guidance_in"], sinusoids(guidance))
+    vec = vec + embed(p["vector_in"], pooled)
+
+    def heads(x):
+        return x.reshape(len(x), config.num_heads, config.head_dim)
+
+    def qkv(p, x, shift, scale):
+        q, k, v = map(heads, np.split(linear(p["qkv"], (1 + scale) * layer_norm(x) + shift), 3, -1))
+        norm = p["norm"]
+        q, k = rms_norm(q, norm["query_norm"]["scale"]), rms_norm(k, norm["key_norm"]["scale"])
+        return q, k, v
+
+    mods = {s: np.split(linear(double[f"{s}_mod"]["lin"], silu(vec)), 6) for s in ("img", "txt")}
+    streams = {"txt": txt, "img": img}
+    parts = [qkv(double[f"{s}_attn"], streams[s], *mods[s][:2]) for s in ("txt", "img")]
+    out = attend(*(np.concatenate(pair) for pair in zip(*parts, strict=True)), ids, config)
+    outs = {"txt": out[: len(text)], "img": out[len(text) :]}
+    for s, x in streams.items():
+        shift2, scale2, gate2 = mods[s][3:]
+        mlp = double[f"{s}_mlp"]
+        x = x + mods[s][2] * linear(double[f"{s}_attn"]["proj"], outs[s])
+        hidden = gelu_tanh(linear(mlp["in_layer"], (1 + scale2) * layer_norm(x) + shift2))
+        streams[s] = x + gate2 * linear(mlp["out_layer"], hidden)
+
+    x = np.concatenate([streams["txt"], streams["img"]])
+    shift, scale, gate = np.split(linear(single["modulation"]["lin"], silu(vec)), 3)
+    joint = linear(single["linear1"], (1 + scale) * layer_norm(x) + shift)
+    q, k, v = (heads(joint[:, i * x.shape[1] : (i + 1) * x.shape[1]]) for i in range(3))
+    norm = single["norm"]
+    q, k = rms_norm(q, norm["query_norm"]["scale"]), rms_norm(k, norm["key_norm"]["scale"])
+    mlp = gelu_tanh(joint[:, 3 * x.shape[1] :])
+    joint = np.concatenate([attend(q, k, v, ids, config), mlp], -1)
+    x = x + gate * linear(single["linear2"], joint)
+
+    last = p["final_layer"]
+    shift, scale = np.split(linear(last["adaLN_modulation"], silu(vec)), 2)
+    return linear(last["linear"], (1 + scale) * layer_norm(x[len(text) :]) + shift)
+
+
+@pytest.mark.parametrize("guidance", [None, (2.5, 4.0)], ids=["schnell", "dev"])
+def test_forward_is_flux(make, inputs, guidance):
+    model = make(guidance_embed=guidance is not None)
+    if guidance:
+        inputs = inputs | {"guidance": jnp.array(guidance)[:, None]}
+    out = forward(model, inputs)
+    for i in range(2):
+        args = [np.asarray(inputs[n][i], np.float64) for n in ("latents", "text", "pooled", "t")]
+        latents, text, [pooled], [t] = args
+        ids = np.asarray(inputs["positions"][i])
+        expected = expected_forward(model, latents, text, pooled, t, ids, guidance and guidance[i])
+        assert np.abs(expected).max() > 0.5
+        np.testing.assert_allclose(out[i], expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_time_and_guidance_are_rounded_on_request(make, inputs):
+    """In bfloat16, 1000 t of t = 0.825821 is 824."""
+    model = make()
+    rounded = make(timestep_dtype="bfloat16")
+    odd = forward(rounded, inputs | {"t": jnp.full((2, 1), 0.825821)})
+    even = forward(model, inputs | {"t": jnp.full((2, 1), 0.824)})
+    np.testing.assert_allclose(odd, even, atol=1e-4)
+
+
+def test_context_reaches_the_target_by_place_and_content(make, inputs):
+    model = make()
+    out = forward(model, inputs)[:, :TARGET]
+    brighter = inputs["latents"].at[:, TARGET:].add(1.0)
+    moved = inputs["positions"].at[:, TARGET:, 2].add(5)
+    for changed in ({"latents": brighter}, {"positions": moved}):
+        assert np.abs(forward(model, inputs | changed)[:, :TARGET] - out).max() > 1e-3
+
+
+def test_order_of_image_tokens_does_not_matter(make, inputs):
+    model = make()
+    order = np.random.default_rng(0).permutation(TARGET + CONTEXT)
+    shuffled = {name: inputs[name][:, order] for name in ("latents", "positions", "segments")}
+    out = forward(model, inputs)
+    np.testing.assert_allclose(forward(model, inputs | shuffled), out[:, order], atol=2e-5)
+
+
+def test_recomputing_changes_nothing(make, inputs):
+    def loss(model, inputs):
+        return jnp.sum(jnp.square(forward(model, inputs)))
+
+    kept, recomputed = (
+        jax.jit(jax.grad(loss))(make(remat=policy), inputs) for policy in ("none", "full")
+    )
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+
+
+def test_starts_by_predicting_nothing(inputs):
+    model = Flux(config_of(), rngs=nnx.Rngs(0))
+    assert not np.any(forward(model, inputs))
+
+
+@pytest.mark.parametrize(("guidance_embed", "wants"), [(True, "needs"), (False, "has no")])
+def test_guidance_that_is_missing_or_not_wanted(make, inputs, guidance_embed, wants):
+    given = {} if guidance_embed else {"guidance": jnp.ones((2, 1))}
+    with pytest.raises(ValueError, match=f"This FLUX {wants} guidance input"):
+        forward(make(guidance_embed=guidance_embed), inputs | given)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"axes_dim": (4, 6, 8)}, r"axes_dim \(4, 6, 8\) must be even numbers .* 16 channels"),
+        ({"axes_dim": (5, 5, 6)}, r"axes_dim \(5, 5, 6\) must be even"),
+        ({"hidden_size": 33}, "hidden_size 33 does not divide into 2 heads"),
+        ({"remat": "some"}, "remat 'some' is not one of full, none"),
+    ],
+)
+def test_settings_that_do_not_go_together(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [(FluxConfig.dev(), 11_901_408_320), (FluxConfig.schnell(), 11_891_178_560)],
+    ids=["dev", "schnell"],
+)
+def test_parameter_counts_are_black_forest_labs(config, count):
+    model = jax.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))
+    assert sum(x.size for x in jax.tree.leaves(model)) == count
+
+
+def test_the_train_step_of_kontext_dev_has_shapes():
+    """At 1024 pixels: 4096 tokens to make, 4096 of context, 512 of text."""
+    objective = FlowMatching(
+        FlowMatchingConfig(transformer=FluxConfig.dev(), text_encoder=T5Config.xxl())
+    )
+    optimizers = {"model": make_optimizer(OptimConfig(), num_steps=10)}
+    state, _ = abstract_state(objective, optimizers, make_mesh(MeshConfig()))
+    autoencoder = jax.eval_shape(lambda: Autoencoder(AutoencoderConfig.flux(), rngs=nnx.Rngs(0)))
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    batch = Batch(
+        images={"1024x1024": jax.ShapeDtypeStruct((1, 2, 1024, 1024, 3), jnp.uint8)},
+        image_segments={"1024x1024": ints(1, 2)},
+        source=ints(1, 8192),
+        positions=ints(1, 8192, 3),
+        segments=ints(1, 8192),
+        is_target=jax.ShapeDtypeStruct((1, 8192), jnp.bool),
+        offsets=ints(1, 8192),
+        text_ids=ints(1, 512),
+        text_segments=ints(1, 512),
+        example_ids=ints(1, 1),
+        skipped=ints(1),
+    )
+    step = make_train_step(objective, optimizers, OptimConfig(), seed=0)
+    new_state, metrics = jax.eval_shape(step, state, {"autoencoder": autoencoder}, batch)
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    for new, old in zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+    assert metrics["model/loss"].shape == ()

@@ -1,0 +1,131 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax.checkpoint import CheckpointConfig, Checkpointer, by_name
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.objectives.flow_matching import FlowMatching
+from kontext_jax.optim import OptimConfig, make_optimizer
+from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
+from kontext_jax.train_state import TrainState, abstract_state
+
+OPTIMIZERS = {"model": make_optimizer(OptimConfig(), num_steps=10)}
+
+
+def mesh_of(num_devices=8, **sizes):
+    return make_mesh(MeshConfig(**sizes), jax.devices()[:num_devices])
+
+
+@pytest.fixture(scope="module")
+def state(recipe) -> TrainState:
+    """A state of which no two arrays are alike."""
+    rng = np.random.default_rng(0)
+
+    def noise(tree):
+        return jax.tree.map(
+            lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)).astype(x.dtype), tree
+        )
+
+    count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
+    moments = jax.eval_shape(lambda: {"model": OPTIMIZERS["model"].init(recipe.params["model"])})
+    return TrainState(
+        count(7), count(2), count(1), recipe.params, noise(moments), noise(recipe.params)
+    )
+
+
+def saved(workdir, state, **config) -> None:
+    checkpointer = Checkpointer(workdir, CheckpointConfig(**config))
+    checkpointer.save(state, {"position": 3}, {"config": {"seed": 5}, "metrics": {"loss": 0.5}})
+    checkpointer.close()
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_state_moves_from_mesh_to_mesh_bit_by_bit(recipe, state, tmp_path):
+    """Eight devices, then two groups of four, then one, each saved where it was restored to."""
+    meshes = [mesh_of(fsdp=8), mesh_of(data=2, fsdp=4), mesh_of(1)]
+    _, shardings = abstract_state(recipe.objective, OPTIMIZERS, meshes[0])
+    current = jax.device_put(state, shardings)
+    for number, mesh in enumerate(meshes):
+        saved(tmp_path / f"{number}", current)
+        abstract, shardings = abstract_state(recipe.objective, OPTIMIZERS, mesh)
+        current, data = Checkpointer(tmp_path / f"{number}").restore(abstract, shardings)
+        assert data == {"position": 3}
+        assert_same(current, state)
+        for x, sharding in zip(jax.tree.leaves(current), jax.tree.leaves(shardings), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+@pytest.mark.parametrize("kind", ["params", "ema"])
+def test_one_network_without_the_rest(recipe, state, tmp_path, kind):
+    saved(tmp_path, state)
+    abstract = jax.eval_shape(lambda: recipe.objective.init(jax.random.key(0)))["model"]
+    network = Checkpointer(tmp_path).restore_network(
+        "model", abstract, shardings_of(abstract, mesh_of(1)), kind
+    )
+    assert_same(network, getattr(state, kind)["model"])
+
+
+def test_names_are_readable(state):
+    transformer = by_name(state.params)["model"]["transformer"]
+    assert "kernel" in transformer["double_blocks"]["img_attn"]["qkv"]
+    moments = by_name(state.opt_state)["model"]
+    assert "double_blocks" in str(moments)
+    assert len(jax.tree.leaves(by_name(state.ema))) == len(jax.tree.leaves(state.ema))
+
+
+def test_meta_and_the_latest_steps_are_kept(state, tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=2))
+    assert checkpointer.latest_step() is None
+    for step in (1, 2, 3):
+        meta = {"config": {"sizes": [[1, 2]]}, "metrics": {"loss": step / 2}}
+        checkpointer.save(state.replace(step=jnp.asarray(step)), {}, meta)
+    checkpointer.close()
+    reader = Checkpointer(tmp_path)
+    assert reader.latest_step() == 3
+    assert reader.meta() == {"config": {"sizes": [[1, 2]]}, "metrics": {"loss": 1.5}}
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    assert kept == ["2", "3"]
+
+
+def other_objective(recipe, **sizes):
+    transformer = FluxConfig(**(vars(recipe.objective.config.transformer) | sizes))
+    return FlowMatching(
+        type(recipe.objective.config)(
+            transformer=transformer, text_encoder=recipe.objective.config.text_encoder
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"mlp_ratio": 4.0}, r"img_mlp/in_layer/kernel is \(1, 32, 64\), not \(1, 32, 128\)"),
+        ({"guidance_embed": True}, r"guidance_in/in_layer/kernel is missing"),
+        ({"depth": 2}, r"double_blocks/.* is \(1, .*not \(2, "),
+    ],
+)
+def test_another_network_is_refused_by_name(recipe, state, tmp_path, sizes, message):
+    saved(tmp_path, state)
+    objective = other_objective(recipe, **sizes)
+    with pytest.raises(ValueError, match=f"does not fit the configured networks.*{message}"):
+        Checkpointer(tmp_path).restore(*abstract_state(objective, OPTIMIZERS, mesh_of(1)))
+
+
+def test_a_stored_array_too_many_is_refused(recipe, state, tmp_path):
+    params = {"model": state.params["model"] | {"extra": {"kernel": jnp.ones(2)}}}
+    saved(tmp_path, state.replace(params=params))
+    with pytest.raises(ValueError, match="model/extra/kernel is not wanted"):
+        Checkpointer(tmp_path).restore(*abstract_state(recipe.objective, OPTIMIZERS, mesh_of(1)))
+
+
+def test_nothing_to_restore(recipe, tmp_path):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*checkpoints"):
+        checkpointer.meta()

@@ -1,0 +1,67 @@
+import os
+from pathlib import Path
+
+import pytest
+
+import configs.emoji
+import configs.quickstart
+from kontext_jax.config import Config, fingerprint, from_dict, pick, to_dict
+
+GOLDEN = Path(__file__).parent / "golden"
+RUNS = [
+    (module.__name__.removeprefix("configs."), variant, make)
+    for module in (configs.quickstart, configs.emoji)
+    for variant, make in module.VARIANTS.items()
+]
+
+
+def flat(values: dict, prefix: str = "") -> list[str]:
+    lines = []
+    for name, value in sorted(values.items()):
+        if isinstance(value, dict):
+            lines += flat(value, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name}: {value}")
+    return lines
+
+
+@pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=lambda value: str(value))
+def test_golden_configs(name, variant, make):
+    """Any change of a run shows in a diff; UPDATE_GOLDEN=1 rewrites the snapshots."""
+    text = "\n".join(flat(to_dict(make()))) + "\n"
+    path = GOLDEN / f"{name}-{variant}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+def test_every_config_has_a_snapshot_and_is_tested():
+    files = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")}
+    assert files == {name for name, _, _ in RUNS} | {"eval_quickstart"}
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == {f"{n}-{v}" for n, v, _ in RUNS}
+
+
+@pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=lambda value: str(value))
+def test_configs_survive_json(name, variant, make):
+    config = make()
+    assert from_dict(to_dict(config)) == config
+    assert fingerprint(from_dict(to_dict(config))) == fingerprint(config)
+
+
+def test_a_setting_changes_the_fingerprint():
+    changed = Config()
+    changed.optim.learning_rate = 3e-4
+    assert fingerprint(changed) != fingerprint(Config())
+
+
+def test_unknown_settings_are_refused():
+    values = to_dict(Config())
+    values["optim"]["lr"] = 1
+    with pytest.raises(ValueError, match="OptimConfig has no setting lr"):
+        from_dict(values)
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(ValueError, match="no variant 'flo'; there are autoencoder, flow"):
+        pick(configs.quickstart.VARIANTS, "flo")

@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax import flow
+from kontext_jax.flow import TimeConfig
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.sampler import SamplerConfig, sample
+from kontext_jax.types import Tokens
+
+KEY = jax.random.key(5)
+
+
+@pytest.fixture
+def tokens() -> Tokens:
+    """One row: an edit (4 target tokens, 2 of its context), an image from text (3), padding."""
+    segments = jnp.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 0]])
+    return Tokens(
+        latents=jax.random.normal(jax.random.key(0), (1, 10, 4)),
+        positions=jnp.zeros((1, 10, 3), jnp.int32),
+        segments=segments,
+        is_target=jnp.array([[True] * 4 + [False] * 2 + [True] * 3 + [False]]),
+        offsets=jnp.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 0]]),
+        text=jnp.zeros((1, 2, 4)),
+        text_segments=jnp.array([[1, 2]]),
+        pooled=jnp.zeros((1, 2, 4)),
+        example_ids=jnp.array([[3, 8]]),
+    )
+
+
+def fake(velocity):
+    """A transformer that is a formula; ``t`` comes one to an example."""
+
+    class Transformer(Flux):
+        def __init__(self):
+            self.config = FluxConfig.tiny()
+
+        def __call__(self, x, text, pooled, t, *, segments, **_):
+            index = jnp.maximum(segments - 1, 0)
+            return velocity(x, jnp.take_along_axis(t, index, axis=1)[..., None], text)
+
+    return Transformer()
+
+
+def noise_of(tokens: Tokens):
+    keys = flow.example_keys(KEY, tokens.example_ids)
+    return flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_the_straight_field_leads_to_the_data_in_any_number_of_steps(tokens, num_steps):
+    data = jax.random.normal(jax.random.key(1), tokens.latents.shape)
+    straight = fake(lambda x, t, text: noise_of(tokens) - data)
+    out = sample(straight, tokens, KEY, SamplerConfig(num_steps=num_steps), TimeConfig())
+    target = np.asarray(tokens.is_target)[0]
+    np.testing.assert_allclose(out[0, target], data[0, target], atol=1e-5)
+    np.testing.assert_array_equal(out[0, ~target], tokens.latents[0, ~target])
+
+
+def test_euler_equals_a_loop_on_each_example_s_own_schedule(tokens):
+    curved = fake(lambda x, t, text: jnp.sin(x) * t)
+    config, time = SamplerConfig(num_steps=5), TimeConfig(base_tokens=2, max_tokens=9)
+    out = sample(curved, tokens, KEY, config, time)
+    for segment, count in ((1, 4), (2, 3)):
+        mine = np.asarray((tokens.segments[0] == segment) & tokens.is_target[0])
+        x = np.asarray(noise_of(tokens), np.float64)[0, mine]
+        times = np.asarray(flow.schedule(5, count, time), np.float64)
+        for t, t_next in zip(times[:-1], times[1:], strict=True):
+            x = x + (t_next - t) * np.sin(x) * t
+        np.testing.assert_allclose(out[0, mine], x, atol=1e-5)
+
+
+def test_classifier_free_guidance_moves_away_from_the_negative(tokens):
+    by_text = fake(lambda x, t, text: jnp.full_like(x, jnp.mean(text)))
+    positive = tokens.replace(text=jnp.full((1, 2, 4), 2.0))
+    negative = tokens.replace(text=jnp.full((1, 2, 4), 0.5))
+    config = SamplerConfig(num_steps=1, cfg_scale=3.0)
+    out = sample(by_text, positive, KEY, config, TimeConfig(), negative)
+    expected = noise_of(tokens) - (0.5 + 3.0 * (2.0 - 0.5))
+    target = np.asarray(tokens.is_target)[0]
+    np.testing.assert_allclose(out[0, target], expected[0, target], atol=1e-5)
+
+
+def test_a_negative_and_its_scale_go_together(tokens):
+    still = fake(lambda x, t, text: x)
+    with pytest.raises(ValueError, match="goes with a cfg_scale other than 1"):
+        sample(still, tokens, KEY, SamplerConfig(), TimeConfig(), negative=tokens)
+    with pytest.raises(ValueError, match="goes with a cfg_scale other than 1"):
+        sample(still, tokens, KEY, SamplerConfig(cfg_scale=2.0), TimeConfig())
+
+
+def test_no_steps_are_refused():
+    with pytest.raises(ValueError, match="num_steps 0 must be at least 1"):
+        SamplerConfig(num_steps=0)

@@ -1,0 +1,205 @@
+"""Whole runs, as short as they can be."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kontext_jax import train as train_module
+from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
+from kontext_jax.config import Config, SheetConfig
+from kontext_jax.data import store, world
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig, Loader
+from kontext_jax.data.text import TextConfig
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.models.t5 import T5Config
+from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
+from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.optim import OptimConfig
+from kontext_jax.runs import load_autoencoder, load_config
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train import TrainingStopped, train
+from kontext_jax.writer import Writer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Runs of one config share their compiled programs."""
+    old = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", old)
+
+
+def config_of(objective, folder: Path, num_steps: int, **optim) -> Config:
+    return Config(
+        objective=objective,
+        data=DataConfig(
+            path=str(folder),
+            batch_size=8,
+            caption_dropout=0.2,
+            geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
+            packing=PackingConfig(image_tokens=48, text_tokens=80, max_examples=2),
+            text=TextConfig(max_tokens=40),
+        ),
+        optim=OptimConfig(**({"learning_rate": 1e-3, "warmup_steps": 2} | optim)),
+        checkpoint=CheckpointConfig(every=6),
+        sheets=SheetConfig(every=0),
+        num_steps=num_steps,
+        log_every=1,
+        max_skipped_in_a_row=3,
+    )
+
+
+def autoencoder_config(folder: Path, **optim) -> Config:
+    network = AutoencoderConfig.tiny(channels=8, channel_multipliers=(1, 1, 1))
+    return config_of(AutoencoderObjectiveConfig(autoencoder=network), folder, 6, **optim)
+
+
+def flow_config(folder: Path, autoencoder: Path) -> Config:
+    objective = FlowMatchingConfig(
+        pooled="mean",
+        transformer=FluxConfig.tiny(
+            hidden_size=32,
+            num_heads=2,
+            depth=1,
+            depth_single=1,
+            axes_dim=(4, 6, 6),
+            vec_in_dim=32,
+            context_in_dim=32,
+            remat="none",
+        ),
+        text_encoder=T5Config.tiny_bytes(num_layers=1, d_model=32, d_kv=8, d_ff=32),
+        autoencoder_from=str(autoencoder),
+    )
+    return config_of(objective, folder, 12)
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(world_folder, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "autoencoder"
+    train(autoencoder_config(world_folder), workdir)
+    return workdir
+
+
+def test_an_autoencoder_run_leaves_all_that_is_needed(world_folder, autoencoder):
+    assert load_config(autoencoder) == autoencoder_config(world_folder)
+    logged = lines(autoencoder)
+    assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[-1]["autoencoder/loss"] < logged[0]["autoencoder/loss"]
+    assert all(line["examples_per_second"] > 0 for line in logged)
+    network = load_autoencoder(autoencoder, make_mesh(MeshConfig()))
+    last = logged[-1]
+    variance = last["autoencoder/latent_square"] - last["autoencoder/latent_mean"] ** 2
+    assert network.config.shift_factor == last["autoencoder/latent_mean"]
+    np.testing.assert_allclose(network.config.scale_factor, variance**-0.5)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
+    world_folder, autoencoder, tmp_path, monkeypatch
+):
+    """Killed in step 9, it goes on from step 6: the same data, losses and parameters."""
+    config = flow_config(world_folder, autoencoder)
+    train(config, tmp_path / "straight")
+
+    opened, read = [], Loader.__next__
+    reads = iter(range(8))
+
+    def dying(loader):
+        if next(reads, None) is None:
+            raise Killed
+        return read(loader)
+
+    class Watched(Checkpointer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            opened.append(self)
+
+    monkeypatch.setattr(Loader, "__next__", dying)
+    monkeypatch.setattr(train_module, "Checkpointer", Watched)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed")
+    opened[-1].close()  # what is being written gets written
+    monkeypatch.undo()
+    assert [line["step"] for line in lines(tmp_path / "killed")][-1] == 8
+    train(config, tmp_path / "killed")
+
+    straight, killed = lines(tmp_path / "straight"), lines(tmp_path / "killed")
+    assert [line["step"] for line in killed] == list(range(1, 13))
+    timed = ("steps_per_second", "examples_per_second")
+    for line, other in zip(straight, killed, strict=True):
+        assert {k: v for k, v in line.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+    assert len({line["model/loss"] for line in straight}) == 12
+    assert straight[-1]["skipped_in_a_row"] == 0
+
+
+def test_other_data_settings_are_refused_on_going_on(world_folder, autoencoder):
+    config = autoencoder_config(world_folder)
+    data = dataclasses.replace(config.data, caption_dropout=0.5)
+    other = dataclasses.replace(config, data=data, num_steps=8)
+    with pytest.raises(ValueError, match="for another caption_dropout than this run reads"):
+        train(other, autoencoder)
+
+
+def test_a_finished_run_is_left_alone(world_folder, autoencoder):
+    before = lines(autoencoder)
+    assert train(autoencoder_config(world_folder), autoencoder) == {}
+    assert lines(autoencoder) == before
+
+
+def test_a_run_without_finite_gradients_stops(world_folder, tmp_path):
+    config = autoencoder_config(world_folder, learning_rate=float("inf"), warmup_steps=0)
+    with pytest.raises(TrainingStopped, match="3 steps in a row .*lower optim.learning_rate"):
+        train(config, tmp_path)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_run_with_too_many_unreadable_records_stops(tmp_path):
+    folder = tmp_path / "world"
+    store.write({"train": world.triples(40, split="train")}, folder, num_shards=4)
+    [shard] = folder.glob("triples-train*-00001-of-*")
+    shard.write_bytes(shard.read_bytes()[:200])
+    config = autoencoder_config(folder)
+    with pytest.raises(TrainingStopped, match=r"records could not be read.*max_skipped = 0.01"):
+        train(config, tmp_path / "run")
+    tolerant = dataclasses.replace(config, data=dataclasses.replace(config.data, max_skipped=0.9))
+    train(tolerant, tmp_path / "tolerant")
+    assert sum(line["skipped_records"] for line in lines(tmp_path / "tolerant")) > 0
+
+
+def test_a_run_needs_its_autoencoder(world_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run with checkpoints in .*nowhere"):
+        train(flow_config(world_folder, tmp_path / "nowhere"), tmp_path / "flow")
+
+
+def test_the_log_forgets_steps_that_are_run_again(tmp_path):
+    writer = Writer(tmp_path, num_steps=9)
+    for step in (2, 4, 6):
+        writer.metrics(step, {"loss": step / 2})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # cut short by a kill
+    writer = Writer(tmp_path, num_steps=9, start_step=4)
+    writer.metrics(6, {"loss": 7.0})
+    writer.close()
+    assert lines(tmp_path) == [
+        {"step": 2, "loss": 1.0},
+        {"step": 4, "loss": 2.0},
+        {"step": 6, "loss": 7.0},
+    ]
