@@ -10,6 +10,7 @@ from kontext_jax.sampler import SamplerConfig
 def get_config() -> EvalConfig:
     return EvalConfig(
         checkpoint="runs/quickstart/flow",
+        num_examples=384,
         sampler=SamplerConfig(num_steps=12, cfg_scale=3.0),
         curves=(
             ("autoencoder", "runs/quickstart/autoencoder"),

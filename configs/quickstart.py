@@ -69,9 +69,9 @@ def flow() -> Config:
             b2=0.99,
             ema_decay=0.995,
         ),
-        checkpoint=CheckpointConfig(every=850, keep=1),
-        sheets=SheetConfig(every=850, sampler=SamplerConfig(num_steps=12, cfg_scale=3.0)),
-        num_steps=1700,
+        checkpoint=CheckpointConfig(every=800, keep=1),
+        sheets=SheetConfig(every=800, sampler=SamplerConfig(num_steps=12, cfg_scale=3.0)),
+        num_steps=1600,
         log_every=50,
     )
 

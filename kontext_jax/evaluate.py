@@ -76,6 +76,10 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     autoencoder = load_frozen(run, mesh)["autoencoder"]
     source = TripleSource(run.data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
+    if "after" not in json.loads(triples[0].details):
+        raise ValueError(
+            f"{run.data.path} has no checker to score pictures with; data sets of --source=world do."
+        )
     generate = Generator(
         prepare_all(triples, run.data),
         run.data,

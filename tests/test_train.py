@@ -57,8 +57,8 @@ def config_of(objective, folder: Path, num_steps: int, **optim) -> Config:
     )
 
 
-def autoencoder_config(folder: Path, **optim) -> Config:
-    network = AutoencoderConfig.tiny(channels=8, channel_multipliers=(1, 1, 1))
+def autoencoder_config(folder: Path, levels: int = 3, **optim) -> Config:
+    network = AutoencoderConfig.tiny(channels=8, channel_multipliers=(1,) * levels)
     return config_of(AutoencoderObjectiveConfig(autoencoder=network), folder, 6, **optim)
 
 
@@ -164,7 +164,7 @@ def test_a_finished_run_is_left_alone(world_folder, autoencoder):
 
 
 def test_a_run_without_finite_gradients_stops(world_folder, tmp_path):
-    config = autoencoder_config(world_folder, learning_rate=float("inf"), warmup_steps=0)
+    config = autoencoder_config(world_folder, levels=1, learning_rate=float("inf"), warmup_steps=0)
     with pytest.raises(TrainingStopped, match="3 steps in a row .*lower optim.learning_rate"):
         train(config, tmp_path)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
@@ -175,7 +175,7 @@ def test_a_run_with_too_many_unreadable_records_stops(tmp_path):
     store.write({"train": world.triples(40, split="train")}, folder, num_shards=4)
     [shard] = folder.glob("triples-train*-00001-of-*")
     shard.write_bytes(shard.read_bytes()[:200])
-    config = autoencoder_config(folder)
+    config = autoencoder_config(folder, levels=1)
     with pytest.raises(TrainingStopped, match=r"records could not be read.*max_skipped = 0.01"):
         train(config, tmp_path / "run")
     tolerant = dataclasses.replace(config, data=dataclasses.replace(config.data, max_skipped=0.9))

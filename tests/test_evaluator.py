@@ -1,0 +1,79 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.evaluator import Generator, reconstruct
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.types import Example
+
+DATA = DataConfig(
+    batch_size=2,
+    geometry=GeometryConfig(sizes=((16, 16), (32, 16)), pixels_per_token=8),
+    packing=PackingConfig(image_tokens=24, text_tokens=24, max_examples=3),
+)
+
+
+def image(width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (16, width, 3), np.uint8)
+
+
+def example(number: int, seed: int = 0) -> Example:
+    """Wide targets and square ones in turn, every third without a context."""
+    ids = np.random.default_rng((seed, number)).integers(3, 259, 6).astype(np.int32)
+    contexts = (image(16, number + 50),) if number % 3 else ()
+    return Example(f"{number}", image((16, 32)[number % 2], number), contexts, ids)
+
+
+def generated(recipe, examples, data=DATA, num_devices=1, **sampler):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    sampler = SamplerConfig(num_steps=2, **sampler)
+    generate = Generator(examples, data, recipe.objective.config, sampler, mesh)
+    return generate(recipe.params["model"], recipe.frozen["autoencoder"])
+
+
+@pytest.fixture(scope="module")
+def images(recipe):
+    return generated(recipe, [example(i) for i in range(5)])
+
+
+def test_images_come_in_order_and_in_the_target_s_size(images):
+    assert [x.shape for x in images] == [(16, (16, 32)[i % 2], 3) for i in range(5)]
+    assert all(x.dtype == np.uint8 and x.std() > 1 for x in images)
+
+
+def test_an_image_is_made_of_context_and_prompt_alone(recipe, images):
+    """Other targets, fewer examples, no packing; then one other prompt and one other context."""
+    examples = [example(i)._replace(target=255 - example(i).target) for i in range(4)]
+    examples[1] = example(1, seed=1)
+    examples[2] = examples[2]._replace(contexts=(image(16, 99),))
+    one_a_row = dataclasses.replace(DATA.packing, max_examples=1)
+    others = generated(recipe, examples, dataclasses.replace(DATA, packing=one_a_row))
+    distance = [np.abs(a.astype(int) - b).max() for a, b in zip(images, others, strict=False)]
+    assert distance[0] <= 1 and distance[3] <= 1  # levels of 255, where rounding falls otherwise
+    assert distance[1] > 3 and distance[2] > 3
+
+
+@pytest.mark.slow
+def test_devices_change_nothing_and_guidance_does(recipe, images):
+    examples = [example(i) for i in range(5)]
+    spread = generated(recipe, examples, num_devices=4)
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(images, spread, strict=True)) <= 1
+    guided = generated(recipe, examples, cfg_scale=3.0)
+    assert min(np.abs(a.astype(int) - b).max() for a, b in zip(images, guided, strict=True)) > 3
+
+
+def test_reconstructions_come_in_order(recipe):
+    autoencoder = recipe.frozen["autoencoder"]
+    pictures = [image((16, 32)[i % 2], i) for i in range(3)]
+    together = reconstruct(autoencoder, pictures)
+    for picture, result in zip(pictures, together, strict=True):
+        assert result.shape == picture.shape
+    alone = reconstruct(autoencoder, pictures[2:])
+    assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
+    assert np.abs(together[2].astype(int) - together[0]).max() > 3
