@@ -78,7 +78,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
     if "after" not in json.loads(triples[0].details):
         raise ValueError(
-            f"{run.data.path} has no checker to score pictures with; data sets of --source=world do."
+            f"{run.data.path} has no checker to score pictures with; data of --source=world has."
         )
     generate = Generator(
         prepare_all(triples, run.data),
