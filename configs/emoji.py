@@ -59,7 +59,7 @@ def autoencoder() -> Config:
 def flow() -> Config:
     return Config(
         objective=FlowMatchingConfig(
-            transformer=FluxConfig.tiny(hidden_size=192, axes_dim=(8, 20, 20)),
+            transformer=FluxConfig.tiny(),
             text_encoder=T5Config.tiny_bytes(),
             pooled="mean",
             autoencoder_from="runs/emoji/autoencoder",
@@ -74,11 +74,11 @@ def flow() -> Config:
             b2=0.99,
             ema_decay=0.998,
         ),
-        checkpoint=CheckpointConfig(every=250, keep=1),
+        checkpoint=CheckpointConfig(every=150, keep=1),
         sheets=SheetConfig(
-            every=500, num_examples=24, sampler=SamplerConfig(num_steps=20, cfg_scale=2.5)
+            every=450, num_examples=24, sampler=SamplerConfig(num_steps=20, cfg_scale=2.5)
         ),
-        num_steps=1600,
+        num_steps=900,
         log_every=25,
     )
 

@@ -81,6 +81,15 @@ def to_dict(config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def validated(config):
+    """A copy that has passed its checks anew; overrides on the command line bypass them.
+
+    Raises:
+      ValueError: a setting is wrong.
+    """
+    return from_dict(to_dict(config), type(config))
+
+
 def from_dict(values: Mapping[str, Any], cls: type = Config):
     """A config from what `to_dict` gave.
 
@@ -97,6 +106,8 @@ def from_dict(values: Mapping[str, Any], cls: type = Config):
 def _value(value, hint):
     if isinstance(hint, types.UnionType):  # the objectives, told apart by their kind
         by_kind = {cls.kind: cls for cls in typing.get_args(hint)}
+        if value["kind"] not in by_kind:
+            raise ValueError(f"kind {value['kind']!r} is not one of {', '.join(by_kind)}.")
         hint = by_kind[value["kind"]]
     if dataclasses.is_dataclass(hint):
         return from_dict(value, hint)

@@ -18,12 +18,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from kontext_jax import cli
+from kontext_jax.config import fingerprint, validated
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator
 from kontext_jax.metrics import world
 from kontext_jax.report import write_report
-from kontext_jax.runs import load_frozen, load_player
+from kontext_jax.runs import load_frozen, load_meta, load_player
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Triple
@@ -73,7 +74,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
     model, run = load_player(config.checkpoint, "model", mesh, config.params)
-    autoencoder = load_frozen(run, mesh)["autoencoder"]
+    autoencoder = load_frozen(run, mesh, load_meta(config.checkpoint)["frozen"])["autoencoder"]
     source = TripleSource(run.data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
     if "after" not in json.loads(triples[0].details):
@@ -92,7 +93,8 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     images = {"model": generate(model, autoencoder)}
     sampling = time.monotonic() - sampling
     images["copy"] = [_copy(triple) for triple in triples]
-    untrained = run.make_objective().init(jax.random.key(config.seed))["model"]
+    init = jax.jit(lambda key: run.make_objective().init(key)["model"])
+    untrained = init(jax.random.key(config.seed))
     images["untrained"] = generate(untrained, autoencoder)
 
     workdir.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
             file.writelines(json.dumps({"method": name} | row) + "\n" for row in rows)
     summary = {
         "checkpoint": config.checkpoint,
+        "config": fingerprint(run),
         "num_examples": len(triples),
         "num_steps": config.sampler.num_steps,
         "methods": {name: summarise(rows) for name, rows in results.items()},
@@ -202,7 +205,7 @@ def main() -> None:
     if options.config is None or options.workdir is None:
         raise cli.UserError("give --config=configs/eval_X.py and --workdir=DIR.")
     workdir = Path(options.workdir)
-    summary = evaluate(options.config, workdir, parse_seconds(options.seconds))
+    summary = evaluate(validated(options.config), workdir, parse_seconds(options.seconds))
     print_table(summary)
     print(f"wrote {workdir / 'report.html'}")
 

@@ -1,5 +1,6 @@
 """Images of a fixed set of examples: what sheets show and what metrics are computed on."""
 
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from kontext_jax.data.packing import Plan, Shape, size_key
-from kontext_jax.data.pipeline import DataConfig, assemble
+from kontext_jax.data.pipeline import MAX_EXAMPLE_ID, DataConfig, assemble
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
@@ -86,6 +87,11 @@ class Generator:
         return [images[i] for i in range(len(self._examples))]
 
 
+def _noise_id(example: Example) -> int:
+    """Keys the noise by the example's own id, whatever list it is in."""
+    return zlib.crc32(example.id.encode()) % MAX_EXAMPLE_ID
+
+
 def _blind(example: Example) -> Example:
     return example._replace(target=np.zeros_like(example.target))
 
@@ -118,7 +124,12 @@ def _pack(
         group = rows[start : start + size_of_batch]
         batches.append([])
         for given in prompts:
-            assembled = [assemble([given[i] for i in row], row, plan.slots, data) for row in group]
+            assembled = [
+                assemble(
+                    [given[i] for i in row], [_noise_id(given[i]) for i in row], plan.slots, data
+                )
+                for row in group
+            ]
             batches[-1].append(jax.tree.map(lambda *leaves: np.stack(leaves), *assembled))
         layouts.append(
             [(r, s, i) for r, row in enumerate(group) for s, i in enumerate(row, start=1)]
@@ -144,18 +155,18 @@ def _decode(
     return to_uint8(autoencoder.decode(latents))
 
 
+@jax.jit
+def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Array:
+    return to_uint8(autoencoder.decode(autoencoder.encode(to_pixels(images))))
+
+
 def reconstruct(autoencoder: Autoencoder, images: Sequence[Image]) -> list[Image]:
     """Each image through the autoencoder, by the mean of its latents."""
-
-    @jax.jit
-    def run(model, x):
-        return to_uint8(model.decode(model.encode(to_pixels(x))))
-
     groups: dict[str, list[int]] = defaultdict(list)
     for i, image in enumerate(images):
         groups[size_key((image.shape[1], image.shape[0]))].append(i)
     results: dict[int, Image] = {}
     for members in groups.values():
-        out = np.asarray(run(autoencoder, np.stack([images[i] for i in members])))
+        out = np.asarray(_reconstruct(autoencoder, np.stack([images[i] for i in members])))
         results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(images))]

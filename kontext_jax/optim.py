@@ -17,8 +17,8 @@ class OptimConfig:
     """The optimizer and its schedule.
 
     Attributes:
-      optimizer: "adamw", or "muon": momentum made orthogonal for the blocks' kernels, AdamW for
-        all else.
+      optimizer: "adamw", or "muon": momentum made orthogonal for the kernels of stacked blocks;
+        all else is left to Adam with Nesterov momentum and without decay.
       schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
       warmup_steps: linear from zero.
       weight_decay: on kernels only; norms, biases and embeddings are left alone.
@@ -66,6 +66,7 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
+            eps=config.eps,
             consistent_rms=MUON_RMS,
             muon_weight_dimension_numbers=_block_kernels,
         )

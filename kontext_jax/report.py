@@ -126,6 +126,8 @@ def _curve(title: str, run: Path) -> str:
     # Imported here: it is slow, and only the report draws.
     from matplotlib.figure import Figure
 
+    if not (run / "metrics.jsonl").exists():
+        return f"<p>{title}: no log in {html.escape(str(run))}.</p>"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     name = next(name for name in lines[0] if name.endswith("/loss"))
     figure = Figure(figsize=(7, 2.6), layout="constrained")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -14,13 +16,23 @@ from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.sharding import shardings_of
 
 
+def load_meta(workdir: str | Path) -> dict[str, Any]:
+    """Config, metrics and frozen networks that the run's latest checkpoint tells of.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+    """
+    with closing(_open(workdir)) as checkpointer:
+        return checkpointer.meta()
+
+
 def load_config(workdir: str | Path) -> Config:
     """The resolved config of the run's latest checkpoint.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
     """
-    return from_dict(_open(workdir).meta()["config"])
+    return from_dict(load_meta(workdir)["config"])
 
 
 def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema"):
@@ -30,8 +42,7 @@ def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema
       FileNotFoundError: there is no checkpoint.
       ValueError: the run trained something else.
     """
-    checkpointer = _open(workdir)
-    config = from_dict(checkpointer.meta()["config"])
+    config = load_config(workdir)
     objective = config.make_objective()
     if player not in objective.players:
         raise ValueError(
@@ -39,7 +50,9 @@ def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema
             f"{', '.join(objective.players)} and no {player}."
         )
     abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0)))[player]
-    network = checkpointer.restore_network(player, abstract, shardings_of(abstract, mesh), params)
+    shardings = shardings_of(abstract, mesh)
+    with closing(_open(workdir)) as checkpointer:
+        network = checkpointer.restore_network(player, abstract, shardings, params)
     return network, config
 
 
@@ -48,34 +61,63 @@ def load_autoencoder(workdir: str | Path, mesh: Mesh) -> Autoencoder:
 
     FLUX's own constants (0.3611, 0.1159) are this statistic of its own autoencoder; here it is
     what the run last measured on its training images.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the run trained something else, or has not measured its latents.
     """
     network, config = load_player(workdir, "autoencoder", mesh)
-    metrics = _open(workdir).meta()["metrics"]
-    mean = metrics["autoencoder/latent_mean"]
-    variance = metrics["autoencoder/latent_square"] - mean**2
+    metrics = load_meta(workdir)["metrics"]
+    mean = metrics.get("autoencoder/latent_mean", math.nan)
+    variance = metrics.get("autoencoder/latent_square", math.nan) - mean**2
+    if not variance > 0:
+        raise ValueError(
+            f"The checkpoint of {workdir} was saved without the statistics of its latents; train "
+            "it to its next line of the log."
+        )
     scaled = dataclasses.replace(
         config.objective.autoencoder, scale_factor=1 / math.sqrt(variance), shift_factor=mean
     )
-    graph, state = nnx.split(network)
-    del graph  # it holds the unscaled config
-    abstract = nnx.eval_shape(lambda: Autoencoder(scaled, rngs=nnx.Rngs(0)))
-    nnx.update(abstract, state)
-    return abstract
+    _, state = nnx.split(network)  # what is left out holds the unscaled config
+    autoencoder = nnx.eval_shape(lambda: Autoencoder(scaled, rngs=nnx.Rngs(0)))
+    nnx.update(autoencoder, state)
+    return autoencoder
 
 
-def load_frozen(config: Config, mesh: Mesh) -> dict[str, Autoencoder]:
+def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[str, Autoencoder]:
     """The networks that a run uses and does not train, by name.
+
+    Args:
+      config: of the run.
+      mesh: where they go.
+      known: what `identity_of` said of them when the run used them last.
 
     Raises:
       FileNotFoundError: a run that one of them comes from is missing.
-      ValueError: one does not fit the run's transformer or geometry.
+      ValueError: one does not fit the run, or is no longer what it was.
     """
     frozen = {}
     for name, run in config.make_objective().frozen().items():
-        autoencoder = load_autoencoder(run, mesh)
+        try:
+            autoencoder = load_autoencoder(run, mesh)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"objective.{name}_from: {error}") from error
         _check_fit(autoencoder.config, config, run)
         frozen[name] = autoencoder
+    if known is not None and known != identity_of(frozen):
+        raise ValueError(
+            f"{', '.join(frozen)}: trained on since this run used it, and its latents are others "
+            "now. Keep the checkpoint that a run was made with."
+        )
     return frozen
+
+
+def identity_of(frozen: dict[str, Autoencoder]) -> dict[str, list[float]]:
+    """What tells one state of frozen networks from another: the scale of the latents."""
+    return {
+        name: [network.config.scale_factor, network.config.shift_factor]
+        for name, network in frozen.items()
+    }
 
 
 def _check_fit(autoencoder: AutoencoderConfig, config: Config, run: str) -> None:

@@ -19,7 +19,7 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.evaluator import Generator
 from kontext_jax.geometry import GeometryConfig, Size, nearest_size, num_tokens, resize
-from kontext_jax.runs import load_frozen, load_player
+from kontext_jax.runs import load_frozen, load_meta, load_player
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example
@@ -58,7 +58,7 @@ def generate(
     """
     mesh = make_mesh(MeshConfig())
     model, config = load_player(checkpoint, "model", mesh, params)
-    autoencoder = load_frozen(config, mesh)["autoencoder"]
+    autoencoder = load_frozen(config, mesh, load_meta(checkpoint)["frozen"])["autoencoder"]
     example = _example(prompt, contexts, size, config.data)
     generator = Generator(
         [example], _room_for(example, config.data), config.objective, sampler, mesh, seed
@@ -110,7 +110,7 @@ def parse_size(text: str) -> Size:
 def main() -> None:
     options = flags.FLAGS
     output = Path(options.output)
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise cli.UserError(f"--output {output} has no ending of an image format, such as .png.")
     image = generate(
         options.checkpoint,

@@ -12,7 +12,7 @@ from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator, reconstruct
-from kontext_jax.types import Triple
+from kontext_jax.types import Example
 
 GAP = 8
 INK, PAPER, FAINT = (32, 32, 32), (255, 255, 255), (140, 140, 140)
@@ -101,7 +101,9 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     number = min(config.sheets.num_examples, len(source))
     triples = [source[i] for i in np.linspace(0, len(source) - 1, number).astype(int)]
     if config.objective.kind == "autoencoder":
-        return lambda networks, frozen: _reconstructions(networks["autoencoder"], triples)
+        return lambda networks, frozen: _reconstructions(
+            networks["autoencoder"], prepare_all(triples, config.data)
+        )
     examples = prepare_all(triples, config.data)
     generate = Generator(examples, config.data, config.objective, config.sheets.sampler, mesh)
 
@@ -116,10 +118,10 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     return edits
 
 
-def _reconstructions(autoencoder, triples: Sequence[Triple]) -> np.ndarray:
-    images = [triple.target for triple in triples]
+def _reconstructions(autoencoder, examples: Sequence[Example]) -> np.ndarray:
+    images = [example.target for example in examples]
     rows = [
-        SheetRow([], triple.id, [image], triple.target)
-        for triple, image in zip(triples, reconstruct(autoencoder, images), strict=True)
+        SheetRow([], example.id, [image], example.target)
+        for example, image in zip(examples, reconstruct(autoencoder, images), strict=True)
     ]
     return draw_sheet(rows, result_names=["reconstruction"])

@@ -11,22 +11,30 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kontext_jax import cli
 from kontext_jax.checkpoint import Checkpointer
-from kontext_jax.config import Config, fingerprint, to_dict
+from kontext_jax.config import Config, to_dict, validated
 from kontext_jax.data.pipeline import Loader
 from kontext_jax.optim import make_optimizer
-from kontext_jax.runs import load_frozen
-from kontext_jax.sharding import batch_sharding, make_mesh
+from kontext_jax.runs import identity_of, load_frozen
+from kontext_jax.sharding import batch_sharding, make_mesh, num_batch_shards
 from kontext_jax.sheets import make_sheet_maker
 from kontext_jax.train_state import abstract_state, init_state, make_train_step
-from kontext_jax.types import Batch, Metrics
+from kontext_jax.types import Metrics
 from kontext_jax.writer import Writer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, :variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
+
+
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Joins the processes of a TPU pod or cluster (jax.distributed)."
+)
+
+MIN_SEEN = 1000  # records after which the share of unreadable ones means something
 
 
 class TrainingStopped(cli.UserError):
@@ -43,6 +51,7 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = make_mesh(config.mesh)
+    _check_batch(config, mesh)
     loader = Loader(
         config.data,
         seed=config.seed,
@@ -51,20 +60,22 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
     )
     objective = config.make_objective()
     frozen = load_frozen(config, mesh)
+    make_sheet = make_sheet_maker(config, mesh)
     optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
-    checkpointer = Checkpointer(workdir, config.checkpoint)
     abstract, shardings = abstract_state(objective, optimizers, mesh)
+    checkpointer = Checkpointer(workdir, config.checkpoint)
+    meta = {"config": to_dict(config), "frozen": identity_of(frozen), "metrics": {}}
     if checkpointer.latest_step() is None:
         state = init_state(objective, optimizers, mesh, config.seed)
     else:
+        _check_same_run(checkpointer.meta(), meta)
+        meta["metrics"] = checkpointer.meta()["metrics"]
         state, position = checkpointer.restore(abstract, shardings)
         loader.restore(position)
     start = int(state.step)
     _announce(config, mesh, loader, abstract, start)
 
     writer = Writer(workdir, config.num_steps, start)
-    make_sheet = make_sheet_maker(config, mesh)
-    meta = {"config": to_dict(config), "fingerprint": fingerprint(config), "metrics": {}}
     train_step = jax.jit(
         make_train_step(objective, optimizers, config.optim, config.seed),
         donate_argnums=0,
@@ -78,16 +89,17 @@ def train(config: Config, workdir: Path) -> dict[str, float]:
                 lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
             )
             state, metrics = train_step(state, frozen, batch)
-            window.add(local, metrics)
+            window.add(metrics)
             last = step == config.num_steps
             if step % config.log_every == 0 or last:
-                meta["metrics"] = window.summary()
+                meta["metrics"] = window.summary(meta["metrics"])
                 writer.metrics(step, meta["metrics"])
+                window.stop_if_hopeless()
             began = time.monotonic()
-            if config.sheets.every and (step % config.sheets.every == 0 or last):
-                writer.image("sheet", step, make_sheet(state.ema, frozen))
             if step % config.checkpoint.every == 0 or last:
                 checkpointer.save(state, loader.state(), meta)
+            if config.sheets.every and (step % config.sheets.every == 0 or last):
+                writer.image("sheet", step, make_sheet(state.ema, frozen))
             window.pause(time.monotonic() - began)
             writer.pause(time.monotonic() - began)
     return meta["metrics"]
@@ -98,58 +110,89 @@ class Window:
 
     def __init__(self, config: Config):
         self._config = config
-        self._seen = self._unreadable = 0
+        self._seen = self._unreadable = self._in_a_row = 0
         self._start()
 
     def _start(self) -> None:
-        self._metrics: list[dict] = []
-        self._examples = 0
+        self._metrics: list[Metrics] = []
         self._began, self._paused = time.monotonic(), 0.0
 
-    def add(self, batch: Batch, metrics: Metrics) -> None:
-        """Counts one step; ``batch`` is this process's part of it."""
+    def add(self, metrics: Metrics) -> None:
+        """Takes the metrics of one step."""
         self._metrics.append(metrics)
-        self._examples += int(np.sum(batch.example_ids >= 0)) * jax.process_count()
 
     def pause(self, seconds: float) -> None:
         """Keeps time spent on saving and pictures out of the rates."""
         self._paused += seconds
 
-    def summary(self) -> dict[str, float]:
-        """Means over the window, and rates; starts the next window.
+    def summary(self, before: dict[str, float]) -> dict[str, float]:
+        """Means over the window's good steps, and rates; starts the next window.
 
-        Raises:
-          TrainingStopped: the run should not go on.
+        Where all steps were skipped, the means are those of ``before``.
         """
         steps = jax.device_get(self._metrics)
         seconds = time.monotonic() - self._began - self._paused
-        values = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
-        in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
+        good = [step for step in steps if step["skipped_in_a_row"] == 0]
+        examples = sum(int(step["examples"]) for step in steps)
         unreadable = sum(int(step["skipped_records"]) for step in steps)
-        values |= {"skipped_in_a_row": float(in_a_row), "skipped_records": float(unreadable)}
-        values |= {
-            "steps_per_second": len(steps) / seconds,
-            "examples_per_second": self._examples / seconds,
-        }
-        self._seen += self._examples + unreadable
+        self._seen += examples + unreadable
         self._unreadable += unreadable
-        self._stop_if_hopeless(in_a_row)
+        self._in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
         self._start()
-        return values
+        means = {name: float(np.mean([step[name] for step in good])) for name in steps[0] if good}
+        return (means or before) | {
+            "examples": examples,
+            "skipped_records": unreadable,
+            "skipped_in_a_row": self._in_a_row,
+            "steps_per_second": len(steps) / seconds,
+            "examples_per_second": examples / seconds,
+        }
 
-    def _stop_if_hopeless(self, in_a_row: int) -> None:
-        if in_a_row >= self._config.max_skipped_in_a_row:
+    def stop_if_hopeless(self) -> None:
+        """Raises TrainingStopped if the run should not go on; all processes agree on it."""
+        if self._in_a_row >= self._config.max_skipped_in_a_row:
             raise TrainingStopped(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite, and were "
-                "skipped. Go on from the last checkpoint with a lower optim.learning_rate, or "
+                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite, and "
+                "were skipped. Go on from the last checkpoint with a lower optim.learning_rate, or "
                 "look at the data of these steps."
             )
-        if self._unreadable > self._config.data.max_skipped * self._seen:
+        limit = self._config.data.max_skipped
+        if self._unreadable > limit * max(self._seen, MIN_SEEN):
             raise TrainingStopped(
                 f"{self._unreadable} of {self._seen} records could not be read, more than "
-                f"data.max_skipped = {self._config.data.max_skipped}. Mend {self._config.data.path}"
-                " or raise the limit."
+                f"data.max_skipped = {limit}. Mend {self._config.data.path} or raise the limit."
             )
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses batches that do not divide, and meshes whose processes would share rows."""
+    rows, shards = config.data.batch_size, num_batch_shards(mesh)
+    parts = shards * config.optim.accumulate_steps
+    if rows < 1 or parts < 1 or rows % parts:
+        raise ValueError(
+            f"data.batch_size {rows} must be a multiple of {parts}: the mesh splits it over "
+            f"{shards}, optim.accumulate_steps over {config.optim.accumulate_steps}."
+        )
+    if shards % jax.process_count():
+        raise ValueError(
+            f"{jax.process_count()} processes cannot share {shards} parts of a batch: make "
+            "mesh.data times mesh.fsdp a multiple of the processes."
+        )
+
+
+def _check_same_run(stored: dict, current: dict) -> None:
+    """Refuses to go on with another objective or optimizer, or on other frozen networks."""
+    changed = [
+        name
+        for name in ("objective", "optim", "seed")
+        if stored["config"][name] != current["config"][name]
+    ]
+    changed += ["frozen networks"] * (stored["frozen"] != current["frozen"])
+    if changed:
+        raise ValueError(
+            f"This run was made with another {' and '.join(changed)}: give it the settings of its "
+            "checkpoint, or a new --workdir."
+        )
 
 
 def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> None:
@@ -175,7 +218,9 @@ def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> Non
 def main() -> None:
     if WORKDIR.value is None or CONFIG.value is None:
         raise cli.UserError("give --config=configs/X.py[:variant] and --workdir=DIR.")
-    train(CONFIG.value, Path(WORKDIR.value))
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    train(validated(CONFIG.value), Path(WORKDIR.value))
 
 
 if __name__ == "__main__":

@@ -96,10 +96,10 @@ def make_train_step(
 
             loss, sums, grads = _accumulate(loss_fn, params[player], batch, config.accumulate_steps)
             grad_norm = optax.tree.norm(grads)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]
             )
+            finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
             decay = ema_decay_at(state.step, config.ema_decay)
             new = optax.apply_updates(params[player], updates)
             new_ema = optax.incremental_update(new, ema[player], 1 - decay)
@@ -116,7 +116,11 @@ def make_train_step(
 
         bad = 1 - all_finite.astype(jnp.int32)
         skipped_in_a_row = (state.skipped_in_a_row + 1) * bad
-        metrics |= {"skipped_records": jnp.sum(batch.skipped), "skipped_in_a_row": skipped_in_a_row}
+        metrics |= {
+            "examples": jnp.sum(batch.example_ids >= 0),
+            "skipped_records": jnp.sum(batch.skipped),
+            "skipped_in_a_row": skipped_in_a_row,
+        }
         state = TrainState(
             step=state.step + 1,
             skipped=state.skipped + bad,

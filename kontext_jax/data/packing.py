@@ -10,6 +10,7 @@ has the same number of rows, every example occurs in it exactly once, the larges
 of a size in a row is known for the whole run, and an epoch costs a few permutations.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +113,14 @@ class Plan:
         order, dealt = self._epoch(epoch)
         row = order[place]
         return epoch, dealt[self._row_starts[row] : self._row_starts[row + 1]].tolist()
+
+    def fingerprint(self) -> str:
+        """A hash of the first epoch; other code or another NumPy may plan other rows."""
+        order, dealt = self._epoch(0)
+        digest = hashlib.sha256()
+        for array in (self._row_starts, order, dealt):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the rows, and the example in every place; the last two epochs are kept."""

@@ -40,7 +40,7 @@ class DataConfig:
       context_dropout: probability that an example is shown without its contexts. Both are what
         classifier-free guidance needs; they are drawn independently.
       num_workers: reading processes; 0 reads in threads of this one.
-      prefetch: rows read ahead, a thread each, where ``num_workers`` is 0.
+      prefetch: batches read ahead, a thread each, where ``num_workers`` is 0.
       max_skipped: share of unreadable records, of those seen, at which a run stops.
     """
 
@@ -50,7 +50,7 @@ class DataConfig:
     caption_dropout: float = 0.1
     context_dropout: float = 0.0
     num_workers: int = 0
-    prefetch: int = 16
+    prefetch: int = 4
     max_skipped: float = 0.01
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
@@ -252,20 +252,22 @@ class Loader:
         """
         self.source = TripleSource(config.path, config.split)
         self.plan = plan_of(self.source, config, seed)
-        self._identity = {"data": self.source.fingerprint, "seed": seed} | _order(config)
+        self._identity = {
+            "data": self.source.fingerprint,
+            "seed": seed,
+            "plan": self.plan.fingerprint(),
+        } | _order(config)
         rows = RowAssembler(self.source, self.plan, config, seed)
         workers = None
         if config.num_workers:
             workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
-        threads = max(1, min(config.prefetch, 16))
+        threads = max(1, config.prefetch)
         self._rows = iter(
             grain.experimental.ElasticIterator(
                 grain.MapDataset.source(rows),
                 config.batch_size,
                 grain.sharding.ShardOptions(process_index, process_count),
-                read_options=grain.ReadOptions(
-                    num_threads=threads, prefetch_buffer_size=max(threads, config.prefetch)
-                ),
+                read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
                 multiprocessing_options=workers,
             )
         )

@@ -58,7 +58,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def reserve(self, prompt_bytes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Places to keep for prompts of so many UTF-8 bytes: exact for bytes, else a bound."""
-        if self.config.pad:
+        """Places to keep for prompts of so many UTF-8 bytes: exact for bytes, else the most."""
+        if self.config.pad or self.config.tokenizer != "byt5":
             return np.full_like(prompt_bytes, self.config.max_tokens)
         return np.minimum(prompt_bytes + 1, self.config.max_tokens)

@@ -58,7 +58,7 @@ class AutoencoderObjective:
             terms = self._terms(
                 models["autoencoder"],
                 to_pixels(images.reshape(-1, *images.shape[2:])),
-                jax.random.fold_in(key, i),
+                _slot_keys(jax.random.fold_in(key, i), inputs, size).reshape(-1),
             )
             for name, per_image in terms.items():
                 sums[name] = sums.get(name, 0.0) + jnp.sum(per_image * used)
@@ -68,11 +68,12 @@ class AutoencoderObjective:
         return loss, (weight, sums)
 
     def _terms(
-        self, model: Autoencoder, images: Float[Array, "B h w 3"], key: Key[Array, ""]
+        self, model: Autoencoder, images: Float[Array, "B h w 3"], keys: Key[Array, " B"]
     ) -> dict[str, Float[Array, " B"]]:
         """Means over each image's pixels or latent cells."""
         mean, logvar = model.moments(images)
-        z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        z = mean + jnp.exp(0.5 * logvar) * noise
         scale, shift = self.config.autoencoder.scale_factor, self.config.autoencoder.shift_factor
         error = model.decode(scale * (z - shift)) - images
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
@@ -84,3 +85,16 @@ class AutoencoderObjective:
             "latent_mean": jnp.mean(mean, axes),
             "latent_square": jnp.mean(jnp.square(mean), axes),
         }
+
+
+def _slot_keys(key: Key[Array, ""], batch: Batch, size: str) -> Key[Array, "B M"]:
+    """A key for each image: of its example, and of its place among that example's images."""
+    segments = batch.image_segments[size]
+    examples = jnp.take_along_axis(batch.example_ids, jnp.maximum(segments - 1, 0), axis=1)
+    same = segments[:, :, None] == segments[:, None, :]
+    before = jnp.sum(jnp.tril(same, -1), axis=-1)
+
+    def fold(example, nth):
+        return jax.random.fold_in(jax.random.fold_in(key, example), nth)
+
+    return jax.vmap(jax.vmap(fold))(examples, before)

@@ -5,10 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kontext_jax.data import emoji, store
+from kontext_jax.data import emoji
 from kontext_jax.data.packing import PackingConfig, Plan, Shape, size_key
-from kontext_jax.data.pipeline import DataConfig, plan_of
-from kontext_jax.data.sources import TripleSource
 from kontext_jax.geometry import GeometryConfig
 
 SIZES = ((32, 32), (48, 32), (32, 64))
@@ -78,7 +76,10 @@ def test_neighbours_change_from_epoch_to_epoch():
 def test_far_ahead_at_once():
     plan = plan_for(mixed(50))
     epoch, indices = plan[10**9]
-    assert epoch == 10**9 // plan.num_rows and indices
+    assert epoch == 10**9 // plan.num_rows
+    far = rows_of(plan_for(mixed(50)), epoch)
+    assert far[10**9 % plan.num_rows] == indices
+    assert sorted(sum(far, [])) == list(range(50))
 
 
 def test_rows_are_filled():
@@ -86,22 +87,51 @@ def test_rows_are_filled():
     assert plan.fill >= 0.95
 
 
+def test_no_row_needs_many_more_slots_than_the_mean():
+    """Unbounded, some row would hold eight images of 16 tokens, and all would pay for eight."""
+    rng = np.random.default_rng(0)
+    shapes = [Shape(SIZES[i], (), 5) for i in rng.integers(len(SIZES), size=1000)]
+    packing = PackingConfig(image_tokens=128, text_tokens=64, max_examples=12)
+    plan = plan_for(shapes, packing)
+    tokens = sum(shape.image_tokens(GEOMETRY) for shape in shapes)
+    for size in SIZES:
+        mean = sum(shape.target == size for shape in shapes) * packing.image_tokens / tokens
+        assert mean <= plan.slots[size_key(size)] <= np.ceil(1.25 * mean)
+
+
+def test_slots_suffice_for_an_example_of_many_equal_images():
+    shapes = [Shape((32, 32), (), 5)] * 40 + [Shape((48, 32), ((48, 32),) * 4, 5)]
+    assert plan_for(shapes).slots["32x48"] == 5
+
+
 def test_one_example_a_row():
     plan = plan_for(mixed(20), PackingConfig(image_tokens=128, text_tokens=64, max_examples=1))
     assert plan.num_rows == 20
 
 
-def test_emoji_of_mixed_sizes_fill_their_rows(emoji_folder, tmp_path):
-    """600 examples of up to three images of 32, 48 or 64 pixels: 16 to 192 tokens."""
+def test_emoji_of_mixed_sizes_fill_their_rows(emoji_folder, monkeypatch):
+    """Only sizes and prompts count, so the pictures are left black."""
     icons = emoji.Emoji(emoji_folder)
-    triples = icons.triples(600, split="train", sizes=(32, 48, 64))
-    store.write({"train": triples}, tmp_path / "emoji")
-    config = DataConfig(
-        geometry=GeometryConfig(sizes=((32, 32), (48, 48), (64, 64)), pixels_per_token=8),
-        packing=PackingConfig(image_tokens=256, text_tokens=512, max_examples=12),
+    monkeypatch.setattr(
+        icons.sets, "render", lambda set_, slug, size: np.zeros((size, size, 3), np.uint8)
     )
-    plan = plan_of(TripleSource(tmp_path / "emoji", "train"), config, seed=0)
-    assert plan.num_examples == 600
+    sizes = (32, 40, 48)
+    shapes = [
+        Shape(
+            triple.target.shape[:2],
+            tuple(context.shape[:2] for context in triple.contexts),
+            len(triple.prompt.encode()) + 1,
+        )
+        for triple in icons.triples(1500, split="train", sizes=sizes)
+    ]
+    assert {shape.target for shape in shapes} == {(size, size) for size in sizes}
+    plan = Plan(
+        shapes,
+        [""] * len(shapes),
+        PackingConfig(image_tokens=256, text_tokens=176, max_examples=16),
+        GeometryConfig(sizes=tuple((size, size) for size in sizes), pixels_per_token=8),
+        seed=0,
+    )
     assert plan.fill >= 0.95
 
 

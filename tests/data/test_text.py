@@ -1,5 +1,9 @@
+"""Token ids, and how many places they are sure to fit into."""
+
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from kontext_jax.data.text import TextConfig, Tokenizer
 
@@ -34,3 +38,34 @@ def test_pads_follow_the_end_of_text_token():
 def test_a_folder_that_is_not_there():
     with pytest.raises(FileNotFoundError, match="No tokenizer folder at '/nowhere/t5'.*byt5"):
         Tokenizer(TextConfig(tokenizer="/nowhere/t5"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> str:
+    """A tokenizer like T5's: normalised to NFKC, a space before the first word."""
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁red", "a"]
+    scores = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unk_id=2))
+    tokenizer.normalizer = tokenizers.normalizers.NFKC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_a_folder_of_a_transformers_tokenizer(folder):
+    assert Tokenizer(TextConfig(tokenizer=folder))("red a").tolist() == [4, 3, 5, 1]
+    assert Tokenizer(TextConfig(tokenizer=folder, max_tokens=3))("red a").tolist() == [4, 3, 1]
+
+
+@pytest.mark.parametrize("prompt", ["", "red", "a", "ﷺ"])
+def test_no_more_tokens_than_were_reserved(folder, prompt):
+    """A lone "a" is two pieces, and the ligature is eighteen letters."""
+    tokenizer = Tokenizer(TextConfig(tokenizer=folder))
+    ids = tokenizer(prompt)
+    assert len(ids) <= tokenizer.reserve(np.array([len(prompt.encode())]))[0]
+    assert ids[-1] == 1 and (prompt != "a" or ids.tolist() == [3, 5, 1])
