@@ -41,7 +41,7 @@ class TrainingStopped(cli.UserError):
     """The run cannot go on; the message says why and what to do."""
 
 
-def train(config: Config, workdir: Path) -> dict[str, float]:
+def train(config: Config, workdir: Path) -> dict[str, float | int]:
     """Runs to ``config.num_steps`` and returns the last logged metrics.
 
     Raises:
@@ -125,7 +125,7 @@ class Window:
         """Keeps time spent on saving and pictures out of the rates."""
         self._paused += seconds
 
-    def summary(self, before: dict[str, float]) -> dict[str, float]:
+    def summary(self, before: dict[str, float | int]) -> dict[str, float | int]:
         """Means over the window's good steps, and rates; starts the next window.
 
         Where all steps were skipped, the means are those of ``before``.

@@ -34,7 +34,7 @@ class Writer:
             str(self._folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def metrics(self, step: int, values: dict[str, float | int]) -> None:
         """Writes numbers to the files, and the main ones to the console."""
         if not self._active:
             return
@@ -69,7 +69,7 @@ class Writer:
         return str(datetime.timedelta(seconds=round(left)))
 
 
-def _shown(values: dict[str, float]) -> list[str]:
+def _shown(values: dict[str, float | int]) -> list[str]:
     """Losses first; what was skipped only if anything was."""
     names = [name for name, value in values.items() if value or not name.startswith("skipped")]
     names.sort(key=lambda name: not name.endswith("loss"))

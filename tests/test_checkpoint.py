@@ -48,14 +48,13 @@ def assert_same(a, b):
 
 
 def test_a_state_moves_from_mesh_to_mesh_bit_by_bit(recipe, state, tmp_path):
-    """Eight devices, then two groups of four, then one, each saved where it was restored to."""
-    meshes = [mesh_of(fsdp=8), mesh_of(data=2, fsdp=4), mesh_of(1)]
-    _, shardings = abstract_state(recipe.objective, OPTIMIZERS, meshes[0])
+    """From eight devices to two groups of four, and on to one."""
+    _, shardings = abstract_state(recipe.objective, OPTIMIZERS, mesh_of(fsdp=8))
     current = jax.device_put(state, shardings)
-    for number, mesh in enumerate(meshes):
-        saved(tmp_path / f"{number}", current)
+    for name, mesh in (("two groups", mesh_of(data=2, fsdp=4)), ("one", mesh_of(1))):
+        saved(tmp_path / name, current)
         abstract, shardings = abstract_state(recipe.objective, OPTIMIZERS, mesh)
-        current, data = Checkpointer(tmp_path / f"{number}").restore(abstract, shardings)
+        current, data = Checkpointer(tmp_path / name).restore(abstract, shardings)
         assert data == {"position": 3}
         assert_same(current, state)
         for x, sharding in zip(jax.tree.leaves(current), jax.tree.leaves(shardings), strict=True):

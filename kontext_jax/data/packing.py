@@ -22,7 +22,7 @@ from kontext_jax.geometry import GeometryConfig, Size, num_tokens
 
 OPEN_ROWS = 256  # candidates for best fit; more gains nothing measurable
 SLOT_SLACK = 1.25  # room for images of a size in a row, as a multiple of the mean
-WINDOW = 512  # examples sorted by size at a time: large ones first pack better
+WINDOW = 64  # examples sorted by size at a time: large ones first pack better, all at once worse
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -124,16 +124,18 @@ class Plan:
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the rows, and the example in every place; the last two epochs are kept."""
-        if epoch not in self._epochs:
+        found = self._epochs.get(epoch)
+        if found is None:
             rng = np.random.default_rng((self._seed, epoch))
             shuffled = rng.permutation(self.num_examples)
             dealt = np.empty(self.num_examples, np.int64)
             # Stable sorts line the shuffled examples of a class up with the class's places.
             places = np.argsort(self._place_class, kind="stable")
             dealt[places] = shuffled[np.argsort(self._class[shuffled], kind="stable")]
-            kept = dict(list(self._epochs.items())[-1:])
-            self._epochs = kept | {epoch: (rng.permutation(self.num_rows), dealt)}
-        return self._epochs[epoch]
+            found = rng.permutation(self.num_rows), dealt
+            # Threads read rows: what one of them has in hand, another may drop from here.
+            self._epochs = dict(list(self._epochs.items())[-1:]) | {epoch: found}
+        return found
 
     def _most_images(self, kinds: list[Shape]) -> dict[str, int]:
         most: Counter[str] = Counter()
