@@ -13,8 +13,8 @@ stamp=.venv/installed
 if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
   echo "installing into .venv (once; two minutes or so)"
   "$python" -m venv .venv
-  .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet --editable '.[emoji]' --group dev
+  .venv/bin/python -m pip install -qq --upgrade pip
+  .venv/bin/python -m pip install -qq --editable '.[emoji]' --group dev
   touch "$stamp"
 fi
 source .venv/bin/activate

@@ -4,17 +4,19 @@
 # Stopped and started again, it goes on where it was; delete runs/quickstart to start anew.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-seconds=("install=$SECONDS")
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 run=runs/quickstart
+times=$run/seconds # of each stage; one that was stopped counts from its last start
+mkdir -p $run
+[[ -f $times ]] || echo "install=$SECONDS" >$times
 
 stage() { # NAME COMMAND...: runs the command and notes its time
   local name=$1 started=$SECONDS
   shift
   printf '\n== %s: %s\n' "$name" "$*"
   "$@"
-  seconds+=("$name=$((SECONDS - started))")
+  grep -q "^$name=" $times || echo "$name=$((SECONDS - started))" >>$times
 }
 
 if [[ ! -d $run/world ]]; then
@@ -27,7 +29,7 @@ stage flow python -m kontext_jax.train \
 
 printf '\n== evaluate\n'
 python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=$run \
-  --seconds="$(IFS=,; echo "${seconds[*]}")"
+  --seconds="$(paste -sd, $times)"
 
 cat <<'END'
 
