@@ -13,6 +13,7 @@ RUNS = [
     for module in (configs.quickstart, configs.emoji)
     for variant, make in module.VARIANTS.items()
 ]
+IDS = [f"{name}-{variant}" for name, variant, _ in RUNS]
 
 
 def flat(values: dict, prefix: str = "") -> list[str]:
@@ -25,7 +26,7 @@ def flat(values: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=IDS)
 def test_golden_configs(name, variant, make):
     """Any change of a run shows in a diff; UPDATE_GOLDEN=1 rewrites the snapshots."""
     text = "\n".join(flat(to_dict(make()))) + "\n"
@@ -42,7 +43,7 @@ def test_every_config_has_a_snapshot_and_is_tested():
     assert {path.stem for path in GOLDEN.glob("*.txt")} == {f"{n}-{v}" for n, v, _ in RUNS}
 
 
-@pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=IDS)
 def test_configs_survive_json(name, variant, make):
     config = make()
     assert from_dict(to_dict(config)) == config
