@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from kontext_jax.models import autoencoder as ae
+from kontext_jax.models.layers import REMAT_POLICIES
 from kontext_jax.sharding import RULES
 
 TINY = ae.AutoencoderConfig.tiny()
@@ -214,7 +215,7 @@ def test_gradients_are_the_same_rematerialised():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 8)), jnp.float32)
     grad = jax.jit(jax.grad(lambda level: jnp.mean(jnp.square(level(x)))))
     grads = []
-    for remat in ae.REMAT_POLICIES:
+    for remat in REMAT_POLICIES:
         config = ae.AutoencoderConfig.tiny(remat=remat)
         level = filled(lambda c=config: ae.Level(c, [8, 16], ae.Downsample, rngs=nnx.Rngs(0)))
         assert ("remat" in str(jax.make_jaxpr(grad)(level))) == (remat == "full")

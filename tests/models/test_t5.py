@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from kontext_jax.models import t5
+from kontext_jax.models.layers import REMAT_POLICIES
 from kontext_jax.sharding import RULES
 
 TINY = t5.T5Config.tiny_bytes()
@@ -115,9 +116,18 @@ def test_weights_start_as_in_transformers(fresh):
         (mlp.wi_0.kernel, width**-0.5),
         (mlp.wi_1.kernel, width**-0.5),
         (mlp.wo.kernel, d_ff**-0.5),
-        (fresh.relative_attention_bias, width**-0.5),
     ):
         assert float(jnp.std(param[...])) == pytest.approx(std, rel=0.12)
+
+
+def test_heads_start_as_windows_of_several_widths(fresh):
+    """2^(-4 h / 4) a token, alike in both directions, floored at -8, with T5's noise on top."""
+    bias = np.asarray(fresh.relative_attention_bias[...])
+    for head, slope in enumerate((1.0, 0.5, 0.25, 0.125)):
+        for distance in (1, 3, 7):
+            for bucket in (distance, 16 + distance):  # behind and ahead of the query
+                assert bias[bucket, head] == pytest.approx(-slope * distance, abs=0.6)
+        assert bias[15, head] == pytest.approx(-8.0, abs=0.6)  # 87 tokens and more
 
 
 def test_buckets_of_distances():
@@ -191,7 +201,7 @@ def test_pads_count_where_the_caller_says_so(model):
 def test_gradients_are_the_same_rematerialised(fresh):
     ids = random_ids(1, 8)
     grad = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(ids, jnp.ones_like(ids))))))
-    grads = [grad(with_config(fresh, remat=remat)) for remat in t5.REMAT_POLICIES]
+    grads = [grad(with_config(fresh, remat=remat)) for remat in REMAT_POLICIES]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
