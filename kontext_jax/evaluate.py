@@ -97,11 +97,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     untrained = init(jax.random.key(config.seed))
     images["untrained"] = generate(untrained, autoencoder)
 
-    workdir.mkdir(parents=True, exist_ok=True)
     results = {name: score(triples, made) for name, made in images.items()}
-    with (workdir / "results.jsonl").open("w") as file:
-        for name, rows in results.items():
-            file.writelines(json.dumps({"method": name} | row) + "\n" for row in rows)
     summary = {
         "checkpoint": config.checkpoint,
         "config": fingerprint(run),
@@ -111,15 +107,22 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
         "seconds": seconds
         | {"evaluate": round(time.monotonic() - began, 1), "of_it_sampling": round(sampling, 1)},
     }
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    chosen = _spread(triples, config.sheet_rows)
-    write_report(
-        workdir / "report.html",
-        summary,
-        [(triples[i], images["model"][i], results["model"][i]) for i in chosen],
-        dict(config.curves),
-    )
+    shown = [
+        (triples[i], images["model"][i], results["model"][i])
+        for i in _spread(triples, config.sheet_rows)
+    ]
+    if jax.process_index() == 0:
+        _write(workdir, results, summary, shown, dict(config.curves))
     return summary
+
+
+def _write(workdir: Path, results: dict, summary: dict, shown: list, curves: dict) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_report(workdir / "report.html", summary, shown, curves)
+    with (workdir / "results.jsonl").open("w") as file:
+        for name, rows in results.items():
+            file.writelines(json.dumps({"method": name} | row) + "\n" for row in rows)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def score(triples: Sequence[Triple], images: Sequence[np.ndarray]) -> list[dict]:
