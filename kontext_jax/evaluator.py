@@ -14,6 +14,7 @@ from kontext_jax.data.packing import Plan, Shape, size_key
 from kontext_jax.data.pipeline import MAX_EXAMPLE_ID, DataConfig, assemble
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.sampler import SamplerConfig, sample
@@ -103,12 +104,8 @@ def _pack(
 
     ``with_negatives`` puts beside each batch the same one with empty prompts.
     """
-
-    def size(image):
-        return image.shape[1], image.shape[0]
-
     shapes = [
-        Shape(size(e.target), tuple(size(c) for c in e.contexts), len(e.text_ids)) for e in examples
+        Shape(size_of(e.target), tuple(map(size_of, e.contexts)), len(e.text_ids)) for e in examples
     ]
     plan = Plan(shapes, [e.id for e in examples], data.packing, data.geometry, seed=0)
     rows = [plan[i][1] for i in range(plan.num_rows)]
@@ -164,7 +161,7 @@ def reconstruct(autoencoder: Autoencoder, images: Sequence[Image]) -> list[Image
     """Each image through the autoencoder, by the mean of its latents."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, image in enumerate(images):
-        groups[size_key((image.shape[1], image.shape[0]))].append(i)
+        groups[size_key(size_of(image))].append(i)
     results: dict[int, Image] = {}
     for members in groups.values():
         out = np.asarray(_reconstruct(autoencoder, np.stack([images[i] for i in members])))

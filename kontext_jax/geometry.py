@@ -89,9 +89,19 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], size: Size) -> UInt8[np.ndarray, "_ _ 3"]:
     """Resizes without cropping, by Lanczos (BFL's rule); an image of that size is left as it is."""
-    if image.shape[:2] == (size[1], size[0]):
+    if size_of(image) == size:
         return image
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def size_of(image: UInt8[np.ndarray, "_ _ 3"]) -> Size:
+    """(width, height) of an image."""
+    return image.shape[1], image.shape[0]
+
+
+def fit(image: UInt8[np.ndarray, "_ _ 3"], sizes: Sequence[Size]) -> UInt8[np.ndarray, "_ _ 3"]:
+    """The image at its nearest size: what every image goes through before it is encoded."""
+    return resize(image, nearest_size(*size_of(image), sizes))
 
 
 def grid(size: Size, pixels_per_token: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.evaluator import Generator
-from kontext_jax.geometry import GeometryConfig, Size, nearest_size, num_tokens, resize
+from kontext_jax.geometry import GeometryConfig, Size, fit, num_tokens, size_of
 from kontext_jax.runs import load_frozen, load_meta, load_player
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
@@ -70,12 +70,9 @@ def _example(
     prompt: str, contexts: list[np.ndarray], size: Size | None, data: DataConfig
 ) -> Example:
     geometry = data.geometry
-    fitted = tuple(
-        resize(image, nearest_size(image.shape[1], image.shape[0], geometry.sizes))
-        for image in contexts
-    )
+    fitted = tuple(fit(image, geometry.sizes) for image in contexts)
     if size is None:
-        size = (fitted[0].shape[1], fitted[0].shape[0]) if fitted else _squarest(geometry)
+        size = size_of(fitted[0]) if fitted else _squarest(geometry)
     GeometryConfig(sizes=(size,), pixels_per_token=geometry.pixels_per_token)  # refuses bad sizes
     target = np.zeros((size[1], size[0], 3), np.uint8)
     return Example("sample", target, fitted, Tokenizer(data.text)(prompt))
@@ -88,7 +85,7 @@ def _squarest(geometry: GeometryConfig) -> Size:
 def _room_for(example: Example, data: DataConfig) -> DataConfig:
     """One row that holds the example and nothing else."""
     tokens = sum(
-        num_tokens((image.shape[1], image.shape[0]), data.geometry.pixels_per_token)
+        num_tokens(size_of(image), data.geometry.pixels_per_token)
         for image in (example.target, *example.contexts)
     )
     packing = PackingConfig(image_tokens=tokens, text_tokens=len(example.text_ids), max_examples=1)

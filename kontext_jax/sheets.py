@@ -95,16 +95,12 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
 
     Its examples are spread evenly over ``config.sheets.split`` and stay the same in a run.
     """
-    if not config.sheets.every:
-        return lambda networks, frozen: np.zeros((1, 1, 3), np.uint8)
     source = TripleSource(config.data.path, config.sheets.split)
     number = min(config.sheets.num_examples, len(source))
     triples = [source[i] for i in np.linspace(0, len(source) - 1, number).astype(int)]
-    if config.objective.kind == "autoencoder":
-        return lambda networks, frozen: _reconstructions(
-            networks["autoencoder"], prepare_all(triples, config.data)
-        )
     examples = prepare_all(triples, config.data)
+    if config.objective.kind == "autoencoder":
+        return lambda networks, frozen: _reconstructions(networks["autoencoder"], examples)
     generate = Generator(examples, config.data, config.objective, config.sheets.sampler, mesh)
 
     def edits(networks, frozen):

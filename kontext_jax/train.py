@@ -60,7 +60,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     )
     objective = config.make_objective()
     frozen = load_frozen(config, mesh)
-    make_sheet = make_sheet_maker(config, mesh)
+    make_sheet = make_sheet_maker(config, mesh) if config.sheets.every else None
     optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
     abstract, shardings = abstract_state(objective, optimizers, mesh)
     checkpointer = Checkpointer(workdir, config.checkpoint)
@@ -68,8 +68,9 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     if checkpointer.latest_step() is None:
         state = init_state(objective, optimizers, mesh, config.seed)
     else:
-        _check_same_run(checkpointer.meta(), meta)
-        meta["metrics"] = checkpointer.meta()["metrics"]
+        stored = checkpointer.meta()
+        _check_same_run(stored, meta)
+        meta["metrics"] = stored["metrics"]
         state, position = checkpointer.restore(abstract, shardings)
         loader.restore(position)
     start = int(state.step)
@@ -98,7 +99,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
             began = time.monotonic()
             if step % config.checkpoint.every == 0 or last:
                 checkpointer.save(state, loader.state(), meta)
-            if config.sheets.every and (step % config.sheets.every == 0 or last):
+            if make_sheet and (step % config.sheets.every == 0 or last):
                 writer.image("sheet", step, make_sheet(state.ema, frozen))
             window.pause(time.monotonic() - began)
             writer.pause(time.monotonic() - began)

@@ -18,10 +18,11 @@ from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.geometry import (
     GeometryConfig,
     Size,
+    fit,
     nearest_size,
     num_tokens,
     position_ids,
-    resize,
+    size_of,
 )
 from kontext_jax.types import Batch, Example, Triple
 
@@ -96,11 +97,8 @@ class RowAssembler(Sequence):
 def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> Example:
     """Resizes each image to its nearest size and tokenises the prompt."""
 
-    def fit(image):
-        return resize(image, nearest_size(image.shape[1], image.shape[0], geometry.sizes))
-
-    contexts = tuple(fit(context) for context in triple.contexts)
-    return Example(triple.id, fit(triple.target), contexts, tokenizer(triple.prompt))
+    target, *contexts = (fit(image, geometry.sizes) for image in (triple.target, *triple.contexts))
+    return Example(triple.id, target, tuple(contexts), tokenizer(triple.prompt))
 
 
 def prepare_all(triples: Sequence[Triple], config: DataConfig) -> list[Example]:
@@ -139,7 +137,7 @@ def assemble(
             row.skipped[...] += 1
             continue
         images = (example.target, *example.contexts)
-        sizes = [_size(image) for image in images]
+        sizes = [size_of(image) for image in images]
         count = sum(num_tokens(size, geometry.pixels_per_token) for size in sizes)
         text_end = text + len(example.text_ids)
         if (
@@ -204,10 +202,6 @@ def _slot_starts(slots: dict[str, int], geometry: GeometryConfig) -> dict[str, i
     return starts
 
 
-def _size(image: np.ndarray) -> Size:
-    return image.shape[1], image.shape[0]
-
-
 def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
     """Packs a data set by the sizes and prompt lengths in its index."""
     index = source.index
@@ -215,13 +209,13 @@ def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
     text_tokens = Tokenizer(config.text).reserve(np.asarray(index.prompt_bytes))
     ends = np.cumsum(index.context_counts)
     # nearest_size is asked once for each size that occurs
-    fit: dict[tuple[int, int], Size] = {}
+    known: dict[tuple[int, int], Size] = {}
 
     def nearest(height_width: Int[np.ndarray, "2"]) -> Size:
         height, width = map(int, height_width)
-        if (height, width) not in fit:
-            fit[height, width] = nearest_size(width, height, sizes)
-        return fit[height, width]
+        if (height, width) not in known:
+            known[height, width] = nearest_size(width, height, sizes)
+        return known[height, width]
 
     shapes = [
         Shape(
