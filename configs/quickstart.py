@@ -20,7 +20,7 @@ from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
-from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 
@@ -57,7 +57,8 @@ def flow() -> Config:
             transformer=FluxConfig.tiny(),
             text_encoder=T5Config.tiny_bytes(),
             pooled="mean",
-            autoencoder_from=AUTOENCODER,
+            train_text_encoder=True,
+            init_from=FlowInit(autoencoder=AUTOENCODER),
             time=TimeConfig(mean=0.5),
         ),
         data=data(batch_size=16),

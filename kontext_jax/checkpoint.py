@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from kontext_jax.names import by_name, look_up, paths_of
 from kontext_jax.train_state import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
@@ -129,22 +130,22 @@ class Checkpointer:
                 }
             ),
         )[item]
-        leaves = [_look_up(restored, path) for path in _paths(abstract)]
+        leaves = [look_up(restored, path) for path in paths_of(abstract)]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
     def _check(self, step: int, item: str, wanted: dict) -> None:
         """Compares names and shapes; Orbax itself would cut or pad arrays of another shape."""
         stored = self._manager.item_metadata(step)[item].tree
-        shapes = {path: _look_up(wanted, path).shape for path in _paths(wanted)}
+        shapes = {path: look_up(wanted, path).shape for path in paths_of(wanted)}
         wrong = []
         for path, shape in shapes.items():
-            array = _look_up(stored, path)
+            array = look_up(stored, path)
             if array is None:
                 wrong.append(f"{'/'.join(path)} is missing")
             elif tuple(array.shape) != tuple(shape):
                 wrong.append(f"{'/'.join(path)} is {tuple(array.shape)}, not {tuple(shape)}")
         players = {path[0] for path in shapes}
-        extra = {path for path in _paths(stored) if path[0] in players} - set(shapes)
+        extra = {path for path in paths_of(stored) if path[0] in players} - set(shapes)
         wrong += [f"{'/'.join(path)} is not wanted" for path in sorted(extra)]
         if wrong:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
@@ -153,32 +154,3 @@ class Checkpointer:
                 f"{item}, {'; '.join(wrong[:5])}{more}. Use the config of its run, or start a new "
                 "--workdir."
             )
-
-
-def by_name(tree) -> dict[str, Any]:
-    """A tree of modules, optimizer states and dicts as nested dicts of arrays, by name."""
-    names: dict[str, Any] = {}
-    for path, leaf in zip(_paths(tree), jax.tree.leaves(tree), strict=True):
-        *parents, last = path
-        place = names
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return names
-
-
-def _paths(tree) -> list[tuple[str, ...]]:
-    """The names on the way to each leaf; NNX variables add no name of their own."""
-    paths = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        paths.append(tuple(names[:-1] if names[-1] == "value" else names))
-    return paths
-
-
-def _look_up(tree, path: tuple[str, ...]):
-    for name in path:
-        if not isinstance(tree, Mapping) or name not in tree:
-            return None
-        tree = tree[name]
-    return tree

@@ -35,6 +35,10 @@ class SheetConfig:
     split: str = "validation"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
+    def __post_init__(self):
+        if self.sampler.strength < 1:
+            raise ValueError("sheets.sampler.strength below 1 would start from the truth; set 1.")
+
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class Config:

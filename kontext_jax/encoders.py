@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kontext_jax.models.autoencoder import Autoencoder, pack_latents, to_pixels
-from kontext_jax.models.t5 import T5Encoder, pool
+from kontext_jax.models.clip import ClipText
+from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.types import Batch, Tokens
 
 
@@ -30,12 +31,17 @@ def encode_images(autoencoder: Autoencoder, batch: Batch) -> Float[Array, "B S C
     return jnp.where(batch.segments[:, :, None] > 0, latents, 0.0)
 
 
-def encode_text(
-    text_encoder: T5Encoder, batch: Batch
-) -> tuple[Float[Array, "B L T"], Float[Array, "B N T"]]:
-    """The prompts' token vectors, and their mean an example as the pooled vector."""
-    text = text_encoder(batch.text_ids, batch.text_segments)
-    return text, pool(text, batch.text_segments, batch.example_ids.shape[1])
+def encode_text(text_encoder: T5Encoder, batch: Batch) -> Float[Array, "B L T"]:
+    """The prompts' token vectors."""
+    return text_encoder(batch.text_ids, batch.text_segments)
+
+
+def encode_clip(clip: ClipText, batch: Batch) -> Float[Array, "B N P"]:
+    """CLIP's vector of each example's prompt, float32; zeros where there is no example."""
+    rows, examples, length = batch.clip_ids.shape
+    pooled = clip(batch.clip_ids.reshape(rows * examples, length))
+    pooled = pooled.astype(jnp.float32).reshape(rows, examples, -1)
+    return jnp.where(batch.example_ids[:, :, None] >= 0, pooled, 0.0)
 
 
 def to_tokens(

@@ -23,6 +23,7 @@ from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator
 from kontext_jax.metrics import world
+from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.report import write_report
 from kontext_jax.runs import load_frozen, load_meta, load_player
 from kontext_jax.sampler import SamplerConfig
@@ -56,6 +57,10 @@ class EvalConfig:
     curves: tuple[tuple[str, str], ...] = ()
     seed: int = 0
 
+    def __post_init__(self):
+        if self.sampler.strength < 1:
+            raise ValueError("sampler.strength below 1 would start from the truth; set 1.")
+
 
 def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> dict:
     """Scores the run and writes all files.
@@ -74,7 +79,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
     model, run = load_player(config.checkpoint, "model", mesh, config.params)
-    autoencoder = load_frozen(run, mesh, load_meta(config.checkpoint)["frozen"])["autoencoder"]
+    frozen = load_frozen(run, mesh, load_meta(config.checkpoint)["frozen"])
     source = TripleSource(run.data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
     if "after" not in json.loads(triples[0].details):
@@ -90,12 +95,12 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
         config.seed,
     )
     sampling = time.monotonic()
-    images = {"model": generate(model, autoencoder)}
+    images = {"model": generate(networks_of(model, frozen))}
     sampling = time.monotonic() - sampling
     images["copy"] = [_copy(triple) for triple in triples]
     init = jax.jit(lambda key: run.make_objective().init(key)["model"])
     untrained = init(jax.random.key(config.seed))
-    images["untrained"] = generate(untrained, autoencoder)
+    images["untrained"] = generate(networks_of(untrained, frozen))
 
     results = {name: score(triples, made) for name, made in images.items()}
     summary = {

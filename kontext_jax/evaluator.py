@@ -16,6 +16,7 @@ from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
+from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards
@@ -39,36 +40,37 @@ class Generator:
         mesh: Mesh,
         seed: int = 0,
     ):
-        """Packs the examples; their targets' pixels are left out, only the sizes are used."""
+        """Packs the examples.
+
+        Their targets' pixels are left out and only the sizes used, unless ``sampler.strength`` is
+        below 1: then they are the images that sampling starts from.
+        """
         self._mesh = mesh
-        self._examples = [_blind(example) for example in examples]
+        self._examples = [_blind(e) if sampler.strength == 1 else e for e in examples]
         self._batches, self._layout = _pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
         self._key = jax.random.key(seed)
         self._latents = jax.jit(
-            lambda model, autoencoder, batches, key: _sample(
-                model, autoencoder, batches, key, sampler, objective
-            )
+            lambda networks, batches, key: _sample(networks, batches, key, sampler, objective)
         )
         self._decode = jax.jit(_decode, static_argnames="size")
 
-    def __call__(self, model: dict, autoencoder: Autoencoder) -> list[Image]:
+    def __call__(self, networks: dict[str, Network]) -> list[Image]:
         """An image for each example, in their order.
 
         Args:
-          model: the player's networks, ``transformer`` and ``text_encoder``.
-          autoencoder: decodes, and encodes the contexts.
+          networks: all that the objective has, see ``flow_matching.networks_of``.
         """
         tokens: dict[int, np.ndarray] = {}
         with jax.set_mesh(self._mesh):
             for batches, layout in zip(self._batches, self._layout, strict=True):
                 on_device = jax.device_put(batches, batch_sharding(self._mesh))
-                latents = self._latents(model, autoencoder, on_device, self._key)
+                latents = self._latents(networks, on_device, self._key)
                 latents = multihost_utils.process_allgather(latents, tiled=True)
                 batch = batches[0]
                 for row, segment, example in layout:
                     mine = (batch.segments[row] == segment) & batch.is_target[row]
                     tokens[example] = np.asarray(latents)[row, mine]
-        return self._images(tokens, autoencoder)
+        return self._images(tokens, networks["autoencoder"])
 
     def _images(self, tokens: dict[int, np.ndarray], autoencoder: Autoencoder) -> list[Image]:
         """Decodes images of equal size together."""
@@ -114,8 +116,9 @@ def _pack(
     rows += [[]] * (-len(rows) % size_of_batch)
     prompts = [examples]
     if with_negatives:
-        empty = Tokenizer(data.text)("")
-        prompts.append([example._replace(text_ids=empty) for example in examples])
+        tokenizer = Tokenizer(data.text)
+        empty = dict(text_ids=tokenizer(""), clip_ids=tokenizer.clip(""))
+        prompts.append([example._replace(**empty) for example in examples])
     batches, layouts = [], []
     for start in range(0, len(rows), size_of_batch):
         group = rows[start : start + size_of_batch]
@@ -134,14 +137,13 @@ def _pack(
     return batches, layouts
 
 
-def _sample(model, autoencoder, batches, key, sampler, objective) -> Float[Array, "B S C"]:
-    latents = encode_images(autoencoder, batches[0])
+def _sample(networks, batches, key, sampler, objective) -> Float[Array, "B S C"]:
+    latents = encode_images(networks["autoencoder"], batches[0])
     tokens = [
-        to_tokens(batch, latents, *objective.encode_text(model["text_encoder"], batch))
-        for batch in batches
+        to_tokens(batch, latents, *objective.encode_text(networks, batch)) for batch in batches
     ]
     negative = tokens[1] if len(tokens) > 1 else None
-    return sample(model["transformer"], tokens[0], key, sampler, objective.time, negative)
+    return sample(networks["transformer"], tokens[0], key, sampler, objective.time, negative)
 
 
 def _decode(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax
 import optax
 
+from kontext_jax.models.layers import LowRank
+
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine")
 
@@ -21,7 +23,8 @@ class OptimConfig:
         all else is left to Adam with Nesterov momentum and without decay.
       schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
       warmup_steps: linear from zero.
-      weight_decay: on kernels only; norms, biases and embeddings are left alone.
+      weight_decay: on kernels and low-rank adapters only; norms, biases and embeddings are left
+        alone.
       clip_norm: gradients of larger global norm are scaled down to it.
       ema_decay: of the averaged parameters; the average starts faster, see `ema_decay_at`.
       accumulate_steps: microbatches a step; the batch is split into so many.
@@ -85,7 +88,8 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
 def _block_kernels(params):
     """How Muon reads each parameter: a stack of (in, out) matrices, or None for AdamW.
 
-    Stacked blocks alone: the maps in and out of the network are better off with AdamW.
+    Stacked blocks alone: the maps in and out of the network are better off with AdamW. So are
+    low-rank adapters, whose product is what would have to be orthogonal.
     """
 
     def dimensions(path, x):
@@ -96,9 +100,15 @@ def _block_kernels(params):
 
 
 def is_kernel(params):
-    """A tree of bools: which parameters are kernels of linear maps or convolutions."""
+    """A tree of bools: which parameters are kernels of linear maps, adapters or convolutions."""
+
+    def answer(path, node):
+        if isinstance(node, LowRank):
+            return jax.tree.map(lambda _: True, node)
+        return "kernel" in jax.tree_util.keystr(path)
+
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: "kernel" in jax.tree_util.keystr(path), params
+        answer, params, is_leaf=lambda node: isinstance(node, LowRank)
     )
 
 

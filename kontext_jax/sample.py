@@ -2,24 +2,40 @@
 
 python -m kontext_jax.sample --checkpoint=DIR --prompt="make it night" --context=a.png \\
     --output=out.png [--num_steps=28 --guidance=2.5 --cfg_scale=1 --size=WxH --seed=0 --params=ema]
+    [--init=b.png --strength=0.6]
+
+A PNG carries along how it was made: the model, the prompt, every setting, and hashes of the images
+given, but no file names. ``provenance.read_provenance`` reads it back.
 """
 
 import dataclasses
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
+import kontext_jax
 from kontext_jax import cli
 from kontext_jax.data.folder import load_image
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
-from kontext_jax.evaluator import Generator
-from kontext_jax.geometry import GeometryConfig, Size, fit, num_tokens, size_of
-from kontext_jax.runs import load_frozen, load_meta, load_player
+from kontext_jax.evaluator import Generator, Image
+from kontext_jax.geometry import (
+    GeometryConfig,
+    Size,
+    fit,
+    nearest_size,
+    num_tokens,
+    resize,
+    size_of,
+)
+from kontext_jax.provenance import format_of, write_image
+from kontext_jax.runs import load_model
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example
@@ -27,55 +43,114 @@ from kontext_jax.types import Example
 
 def define_flags() -> None:
     """Defines the command's flags; not on import, where they would clash with other commands'."""
-    flags.DEFINE_string("checkpoint", None, "workdir of a flow-matching run")
+    flags.DEFINE_string(
+        "checkpoint", None, "workdir of a flow-matching run, or a folder of diffusers' layout"
+    )
     flags.DEFINE_string("prompt", "", "what to do, or what to show")
-    flags.DEFINE_multi_string("context", [], "image to start from; may be repeated")
+    flags.DEFINE_multi_string("context", [], "image to work from; may be repeated")
+    flags.DEFINE_string("init", None, "image to start from, in place of noise; with --strength")
+    flags.DEFINE_float("strength", 1.0, "share of the steps to run; with --init, below 1")
     flags.DEFINE_string("output", None, "image file to write")
     flags.DEFINE_integer("num_steps", 28, "evaluations of the transformer", lower_bound=1)
     flags.DEFINE_float("guidance", 2.5, "for transformers with a guidance input")
     flags.DEFINE_float("cfg_scale", 1.0, "classifier-free scale; 1 is off")
-    flags.DEFINE_string("size", None, "WxH; by default that of the first context, or of training")
+    flags.DEFINE_string(
+        "size", None, "WxH; by default that of --init, of the first context, or of training"
+    )
     flags.DEFINE_integer("seed", 0, "of the initial noise")
     flags.DEFINE_enum("params", "ema", ["ema", "params"], "averaged or raw parameters")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in; as trained if unset")
+    flags.DEFINE_bool("provenance", True, "a PNG tells how it was made; other formats do not")
     flags.mark_flags_as_required(["checkpoint", "output"])
 
 
 def generate(
     checkpoint: str,
     prompt: str,
-    contexts: list[np.ndarray],
+    contexts: Sequence[Image],
     sampler: SamplerConfig,
     *,
+    init: Image | None = None,
     size: Size | None = None,
     seed: int = 0,
     params: str = "ema",
-) -> np.ndarray:
-    """One image, uint8 [h w 3].
+    dtype: str = "",
+) -> tuple[Image, dict[str, Any]]:
+    """One image, and the record of how it was made.
+
+    Args:
+      checkpoint: workdir of a run, or a pipeline in another layout.
+      prompt: what to do, or what to show.
+      contexts: images to work from, of any size.
+      sampler: how to sample.
+      init: image to start from, of any size; with a ``sampler.strength`` below 1.
+      size: of the image; by default that of ``init``, of the first context, or of training.
+      seed: of the initial noise.
+      params: "ema" or "params", the averaged or the raw parameters of a run.
+      dtype: to compute in, "float32" or "bfloat16"; the model's own if left out.
 
     Raises:
-      FileNotFoundError: there is no run at ``checkpoint``.
-      ValueError: the run is of another kind, or ``size`` does not suit its autoencoder.
+      FileNotFoundError: there is nothing at ``checkpoint``.
+      ValueError: it is something else or incomplete, ``size`` does not suit its autoencoder, or
+        ``init`` and the strength do not go together.
     """
+    _check_strength(init, sampler)
     mesh = make_mesh(MeshConfig())
-    model, config = load_player(checkpoint, "model", mesh, params)
-    autoencoder = load_frozen(config, mesh, load_meta(checkpoint)["frozen"])["autoencoder"]
-    example = _example(prompt, contexts, size, config.data)
+    model = load_model(checkpoint, mesh, params, dtype)
+    example = _example(prompt, contexts, init, size, model.data)
     generator = Generator(
-        [example], _room_for(example, config.data), config.objective, sampler, mesh, seed
+        [example], _room_for(example, model.data), model.objective, sampler, mesh, seed
     )
-    return generator(model, autoencoder)[0]
+    image = generator(model.networks)[0]
+    record = {
+        "software": f"kontext_jax {kontext_jax.__version__}",
+        "model": model.identity,
+        "prompt": prompt,
+        "contexts": [_describe(context) for context in contexts],
+        "init": None if init is None else _describe(init),
+        "size": _format_size(size_of(image)),
+        "seed": seed,
+        "params": params,
+    }
+    return image, record | dataclasses.asdict(sampler)
+
+
+def _check_strength(init: Image | None, sampler: SamplerConfig) -> None:
+    if init is None and sampler.strength < 1:
+        raise ValueError("A --strength below 1 starts from an image: name it with --init.")
+    if init is not None and sampler.strength == 1:
+        raise ValueError("At --strength=1 nothing is left of --init: give less, such as 0.6.")
+
+
+def _describe(image: Image) -> dict[str, str]:
+    """What tells a given image from others: its pixels' hash, not the name of its file."""
+    return {
+        "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
+        "size": _format_size(size_of(image)),
+    }
 
 
 def _example(
-    prompt: str, contexts: list[np.ndarray], size: Size | None, data: DataConfig
+    prompt: str,
+    contexts: Sequence[Image],
+    init: Image | None,
+    size: Size | None,
+    data: DataConfig,
 ) -> Example:
+    """The example to sample; its target is the image to start from, black where there is none."""
     geometry = data.geometry
     fitted = tuple(fit(image, geometry.sizes) for image in contexts)
-    if size is None:
-        size = size_of(fitted[0]) if fitted else _squarest(geometry)
+    size = size or _default_size(fitted, init, geometry)
     GeometryConfig(sizes=(size,), pixels_per_token=geometry.pixels_per_token)  # refuses bad sizes
-    target = np.zeros((size[1], size[0], 3), np.uint8)
-    return Example("sample", target, fitted, Tokenizer(data.text)(prompt))
+    target = np.zeros((size[1], size[0], 3), np.uint8) if init is None else resize(init, size)
+    tokenizer = Tokenizer(data.text)
+    return Example("sample", target, fitted, tokenizer(prompt), tokenizer.clip(prompt))
+
+
+def _default_size(fitted: Sequence[Image], init: Image | None, geometry: GeometryConfig) -> Size:
+    if init is not None:
+        return nearest_size(*size_of(init), geometry.sizes)
+    return size_of(fitted[0]) if fitted else _squarest(geometry)
 
 
 def _squarest(geometry: GeometryConfig) -> Size:
@@ -104,25 +179,32 @@ def parse_size(text: str) -> Size:
     return int(match[1]), int(match[2])
 
 
+def _format_size(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
 def main() -> None:
     options = flags.FLAGS
     output = Path(options.output)
-    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
-        raise cli.UserError(f"--output {output} has no ending of an image format, such as .png.")
-    image = generate(
+    format_of(output)  # refuses a bad name before anything is sampled
+    image, record = generate(
         options.checkpoint,
         options.prompt,
         [load_image(path) for path in options.context],
         SamplerConfig(
-            num_steps=options.num_steps, guidance=options.guidance, cfg_scale=options.cfg_scale
+            num_steps=options.num_steps,
+            guidance=options.guidance,
+            cfg_scale=options.cfg_scale,
+            strength=options.strength,
         ),
+        init=load_image(options.init) if options.init else None,
         size=parse_size(options.size) if options.size else None,
         seed=options.seed,
         params=options.params,
+        dtype=options.dtype or "",
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(output)
-    print(f"wrote {output}, {image.shape[1]}x{image.shape[0]}")
+    write_image(image, output, record if options.provenance else None)
+    print(f"wrote {output}, {_format_size(size_of(image))}")
 
 
 if __name__ == "__main__":

@@ -19,15 +19,30 @@ class SamplerConfig:
       num_steps: evaluations of the transformer (two each with ``cfg_scale``).
       guidance: the distilled guidance scale, for transformers that have the input.
       cfg_scale: classifier-free scale; 1 is off. ``v = v_neg + scale (v_pos - v_neg)``.
+      strength: share of the steps that are run. Below 1 sampling starts from the targets' own
+        latents, noised as far as the first of these steps expects (SDEdit, arXiv 2108.01073).
     """
 
     num_steps: int = 28
     guidance: float = 2.5
     cfg_scale: float = 1.0
+    strength: float = 1.0
 
     def __post_init__(self):
         if self.num_steps < 1:
             raise ValueError(f"num_steps {self.num_steps} must be at least 1.")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength {self.strength} must be above 0 and at most 1.")
+        if self.num_steps * self.strength < 1:
+            raise ValueError(
+                f"strength {self.strength} leaves none of {self.num_steps} steps; give at least "
+                f"1/{self.num_steps}, or more steps."
+            )
+
+    @property
+    def first_step(self) -> int:
+        """Index in the schedule where sampling begins (diffusers' rule, its rounding included)."""
+        return int(self.num_steps - self.num_steps * self.strength)
 
 
 def sample(
@@ -40,14 +55,17 @@ def sample(
 ) -> Float[Array, "B S C"]:
     """Latents of the targets; contexts keep their clean latents.
 
+    Sampling begins at pure noise or, past the schedule's first step, on the straight path between
+    the targets' clean latents and the noise, at the first time that is left (equation 1 of `flow`).
     Each example's noise depends on ``key`` and its id alone. Targets of different size in one row
     follow schedules of their own.
 
     Args:
       transformer: the velocity.
-      tokens: contexts, text and layout; the targets' latents are not looked at.
+      tokens: contexts, text and layout; the targets' latents are looked at only if
+        ``config.first_step`` is above 0.
       key: of the initial noise.
-      config: steps and guidance.
+      config: steps, guidance and strength.
       time: the shift of the schedule.
       negative: the same rows with the negative prompt; needed if ``cfg_scale`` is not 1.
 
@@ -87,6 +105,10 @@ def sample(
 
     keys = flow.example_keys(key, tokens.example_ids)
     noise = flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
+    times = times[config.first_step :]
+    if config.first_step:
+        t = jnp.take_along_axis(times[0], index, axis=1)[:, :, None]
+        noise = flow.interpolate(tokens.latents, noise, t)
     x = jnp.where(is_target, noise, tokens.latents)
     x, _ = jax.lax.scan(step, x, (times[:-1], times[1:]))
     return x

@@ -12,6 +12,7 @@ from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator, reconstruct
+from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.types import Example
 
 GAP = 8
@@ -104,7 +105,7 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     generate = Generator(examples, config.data, config.objective, config.sheets.sampler, mesh)
 
     def edits(networks, frozen):
-        images = generate(networks["model"], frozen["autoencoder"])
+        images = generate(networks_of(networks["model"], frozen))
         rows = [
             SheetRow(t.contexts, t.prompt, [image], t.target, t.category)
             for t, image in zip(triples, images, strict=True)

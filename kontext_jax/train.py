@@ -19,7 +19,7 @@ from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, to_dict, validated
 from kontext_jax.data.pipeline import Loader
 from kontext_jax.optim import make_optimizer
-from kontext_jax.runs import identity_of, load_frozen
+from kontext_jax.runs import identity_of, load_frozen, load_initial
 from kontext_jax.sharding import batch_sharding, make_mesh, num_batch_shards
 from kontext_jax.sheets import make_sheet_maker
 from kontext_jax.train_state import abstract_state, init_state, make_train_step
@@ -66,7 +66,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     checkpointer = Checkpointer(workdir, config.checkpoint)
     meta = {"config": to_dict(config), "frozen": identity_of(frozen), "metrics": {}}
     if checkpointer.latest_step() is None:
-        state = init_state(objective, optimizers, mesh, config.seed)
+        state = init_state(objective, optimizers, mesh, config.seed, load_initial(config, mesh))
     else:
         stored = checkpointer.meta()
         _check_same_run(stored, meta)

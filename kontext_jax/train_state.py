@@ -49,16 +49,31 @@ def init_state(
     optimizers: dict[str, optax.GradientTransformation],
     mesh: Mesh,
     seed: int,
+    initial: dict[str, dict[str, Network]] | None = None,
 ) -> TrainState:
-    """A new state, every leaf of it made where it will live."""
+    """A new state, every leaf of it made where it will live.
+
+    Args:
+      objective, optimizers: by player.
+      mesh: where it goes.
+      seed: of the new networks.
+      initial: networks that are not to be new, by player and name; used up.
+    """
     # Shardings must be asked for: `jit(optimizer.init)` alone leaves the moments replicated.
     _, shardings = abstract_state(objective, optimizers, mesh)
-    make = jax.jit(lambda key: _new_state(objective, optimizers, key), out_shardings=shardings)
-    return make(jax.random.key(seed))
+    make = jax.jit(
+        lambda key, initial: _new_state(objective, optimizers, key, initial),
+        out_shardings=shardings,
+        donate_argnums=1,
+    )
+    return make(jax.random.key(seed), initial or {})
 
 
-def _new_state(objective, optimizers, key) -> TrainState:
+def _new_state(objective, optimizers, key, initial=None) -> TrainState:
     params = objective.init(key)
+    for player, networks in (initial or {}).items():  # what they replace is never computed
+        one_network = not isinstance(params[player], dict)
+        params[player] = networks[player] if one_network else params[player] | networks
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,
@@ -150,7 +165,10 @@ def _accumulate(loss_fn, network, batch: Batch, num_microbatches: int):
     else:
         # Row r goes to microbatch r % num: every device keeps the rows it has.
         split = jax.tree.map(
-            lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+            lambda x: x.reshape(
+                x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]
+            ).swapaxes(0, 1),
+            batch,
         )
         first = jax.tree.map(lambda x: x[0], split)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, first))

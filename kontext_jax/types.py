@@ -6,9 +6,9 @@ Path of the data::
      host      host      host -> device    device     objective      sharded step
 
 Shape legend: B rows, S image tokens per row, L text tokens per row, N examples per row, M image
-slots per row, C channels of a token (64 in FLUX), T channels of a text token, P channels of the
-pooled text vector, D width, H heads, K channels of a head, A position axes (3: image index, row,
-column), h w pixels.
+slots per row, Q CLIP tokens of a prompt (77 in FLUX; 0 without CLIP), C channels of a token (64 in
+FLUX), T channels of a text token, P channels of the pooled text vector, D width, H heads, K
+channels of a head, A position axes (3: image index, row, column), h w pixels.
 
 A *row* is one sequence of the transformer. It holds up to N examples, told apart by *segments*:
 token s belongs to example ``segments[s] - 1`` of its row, and 0 marks padding. A batch of
@@ -46,12 +46,16 @@ class Triple(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A triple brought to its bucket's sizes, with its prompt as token ids: ready to be packed."""
+    """A triple brought to its bucket's sizes, with its prompt as token ids: ready to be packed.
+
+    ``text_ids`` are T5's, ``clip_ids`` CLIP's; these are empty where no network reads them.
+    """
 
     id: str
     target: UInt8[np.ndarray, "h w 3"]
     contexts: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
     text_ids: Int[np.ndarray, " l"]
+    clip_ids: Int[np.ndarray, " q"] = np.zeros(0, np.int32)
 
 
 @no_type_check  # trees of its structure also hold shapes, shardings, microbatches
@@ -70,6 +74,7 @@ class Batch:
       offsets: index of the token within its example; with ``example_ids`` it keys the noise.
       text_ids: the prompts of the row, one after the other.
       text_segments: example of each text token, counted from 1; 0 = padding.
+      clip_ids: each example's prompt once more, as CLIP's ids; 0 = no example in this place.
       example_ids: global index of each example, below 2**31; -1 = no example in this place.
       skipped: examples of the row left out because their record could not be read.
     """
@@ -83,6 +88,7 @@ class Batch:
     offsets: Int[Array | np.ndarray, "B S"]
     text_ids: Int[Array | np.ndarray, "B L"]
     text_segments: Int[Array | np.ndarray, "B L"]
+    clip_ids: Int[Array | np.ndarray, "B N Q"]
     example_ids: Int[Array | np.ndarray, "B N"]
     skipped: Int[Array | np.ndarray, " B"]
 

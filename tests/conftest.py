@@ -91,6 +91,33 @@ def world_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def flux_tokenizers(tmp_path_factory) -> Path:
+    """Small tokenizers of FLUX's kinds, in its folders: CLIP's ``tokenizer``, T5's ``tokenizer_2``.
+
+    CLIP's vocabulary is `ClipConfig.tiny`'s: bytes, bytes that end a word, six merges, the start
+    518 and the end 519, which also pads. T5's has three words, and letters: pad 0, end 1.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    folder = tmp_path_factory.mktemp("flux")
+    symbols = sorted(ByteLevel.alphabet())
+    merges = [("r", "e"), ("re", "d</w>"), ("i", "t</w>")]
+    merges += [("m", "a"), ("ma", "k"), ("mak", "e</w>")]
+    vocab = symbols + [symbol + "</w>" for symbol in symbols] + [a + b for a, b in merges]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    clip = CLIPTokenizer({word: i for i, word in enumerate(vocab)}, merges, model_max_length=77)
+    clip.save_pretrained(folder / "tokenizer")
+
+    pieces = ["<pad>", "</s>", "<unk>", "▁", "▁make", "▁it", "▁red", *map(chr, range(33, 127))]
+    scores = [(piece, -float(i)) for i, piece in enumerate(pieces)]
+    t5 = T5Tokenizer(scores, extra_ids=0, model_max_length=512)
+    t5.save_pretrained(folder / "tokenizer_2")
+    return folder
+
+
 class Recipe(NamedTuple):
     """An objective with networks for it, and ``rows(numbers)``: a batch of so many examples a row.
 
@@ -116,6 +143,7 @@ def recipe(random_network) -> Recipe:
     from kontext_jax.types import Example
 
     config = FlowMatchingConfig(
+        train_text_encoder=True,
         pooled="mean",
         transformer=FluxConfig.tiny(
             hidden_size=32,

@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.checkpoint import CheckpointConfig, Checkpointer, by_name
-from kontext_jax.models.flux import FluxConfig
+from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
+from kontext_jax.names import by_name
 from kontext_jax.objectives.flow_matching import FlowMatching
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
@@ -94,12 +96,9 @@ def test_meta_and_the_latest_steps_are_kept(state, tmp_path):
 
 
 def other_objective(recipe, **sizes):
-    transformer = FluxConfig(**(vars(recipe.objective.config.transformer) | sizes))
-    return FlowMatching(
-        type(recipe.objective.config)(
-            transformer=transformer, text_encoder=recipe.objective.config.text_encoder
-        )
-    )
+    config = recipe.objective.config
+    transformer = dataclasses.replace(config.transformer, **sizes)
+    return FlowMatching(dataclasses.replace(config, transformer=transformer))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_jax.sample import parse_size
+from kontext_jax.provenance import read_provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +56,7 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
         "train",
         "--config=configs/quickstart.py",
         f"--workdir={flow}",
-        f"--config.objective.autoencoder_from={autoencoder}",
+        f"--config.objective.init_from.autoencoder={autoencoder}",
         *common,
     )
     image = tmp_path / "out.png"
@@ -65,13 +65,17 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
     ok(
         "sample",
         f"--checkpoint={flow}",
-        "--prompt=make it night",
+        "--prompt=make it night, 夜",
         f"--context={context}",
         "--num_steps=2",
         f"--output={image}",
     )
     with Image.open(image) as made:
         assert made.size == (32, 32)
+    record = read_provenance(image)
+    assert record["prompt"] == "make it night, 夜"
+    assert record["model"]["step"] == 2 and record["num_steps"] == 2
+    assert tmp_path.name not in image.read_bytes().decode("latin-1")
 
     config = tmp_path / "eval.py"
     config.write_text(
@@ -108,14 +112,10 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
         (["sample", "--checkpoint=no", "--output=a.png"], "no run with checkpoints in 'no'"),
         (["sample", "--checkpoint=no", "--output=a"], "no ending of an image format"),
         (["sample", "--checkpoint=no", "--output=a.png", "--context=b.png"], "no image b.png"),
+        (["sample", "--checkpoint=no", "--output=a.png", "--strength=0.5"], "name it with --init."),
+        (["sample", "--checkpoint=no", "--output=a.png", "--strength=2"], "at most 1"),
         (["evaluate", "--workdir=x"], "evaluate: give --config"),
     ],
 )
 def test_a_mistake_gets_one_sentence(arguments, sentence):
     assert sentence in refused(*arguments)
-
-
-def test_sizes_are_width_by_height():
-    assert parse_size("64x32") == (64, 32)
-    with pytest.raises(ValueError, match="must look like 1024x768, not '64'"):
-        parse_size("64")

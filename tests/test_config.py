@@ -5,7 +5,9 @@ import pytest
 
 import configs.emoji
 import configs.quickstart
-from kontext_jax.config import Config, fingerprint, from_dict, pick, to_dict
+from kontext_jax.config import Config, SheetConfig, fingerprint, from_dict, pick, to_dict
+from kontext_jax.evaluate import EvalConfig
+from kontext_jax.sampler import SamplerConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = [
@@ -66,3 +68,9 @@ def test_unknown_settings_are_refused():
 def test_unknown_variants_are_refused():
     with pytest.raises(ValueError, match="no variant 'flo'; there are autoencoder, flow"):
         pick(configs.quickstart.VARIANTS, "flo")
+
+
+@pytest.mark.parametrize("cls", [SheetConfig, EvalConfig])
+def test_pictures_that_are_judged_cannot_start_from_the_truth(cls):
+    with pytest.raises(ValueError, match="sampler.strength below 1 would start from the truth"):
+        cls(sampler=SamplerConfig(strength=0.9))

@@ -6,8 +6,10 @@ import pytest
 
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.evaluator import Generator, reconstruct
+from kontext_jax.data.text import TextConfig, Tokenizer
+from kontext_jax.evaluator import Generator, _pack, reconstruct
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example
@@ -32,9 +34,9 @@ def example(number: int, seed: int = 0) -> Example:
 
 def generated(recipe, examples, data=DATA, num_devices=1, **sampler):
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
-    sampler = SamplerConfig(num_steps=2, **sampler)
+    sampler = SamplerConfig(**{"num_steps": 2} | sampler)
     generate = Generator(examples, data, recipe.objective.config, sampler, mesh)
-    return generate(recipe.params["model"], recipe.frozen["autoencoder"])
+    return generate(networks_of(recipe.params["model"], recipe.frozen))
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,15 @@ def test_an_image_is_made_of_context_and_prompt_alone(recipe, images):
     assert distance[1] > 3 and distance[2] > 3
 
 
+def test_little_strength_stays_near_the_target_that_it_starts_from(recipe, images):
+    examples = [example(i) for i in range(5)]
+    near = generated(recipe, examples, num_steps=100, strength=0.01)
+    starts = reconstruct(recipe.frozen["autoencoder"], [e.target for e in examples])
+    for start, mine, from_noise in zip(starts, near, images, strict=True):
+        from_start = np.abs(mine.astype(int) - start).mean()
+        assert from_start < 0.2 * np.abs(from_noise.astype(int) - start).mean()
+
+
 @pytest.mark.slow
 def test_devices_change_nothing_and_guidance_does(recipe, images):
     examples = [example(i) for i in range(5)]
@@ -66,6 +77,23 @@ def test_devices_change_nothing_and_guidance_does(recipe, images):
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(images, spread, strict=True)) <= 1
     guided = generated(recipe, examples, cfg_scale=3.0)
     assert min(np.abs(a.astype(int) - b).max() for a, b in zip(images, guided, strict=True)) > 3
+
+
+def test_negatives_have_empty_prompts_for_both_encoders(flux_tokenizers):
+    text = TextConfig(clip_tokenizer=str(flux_tokenizers / "tokenizer"), clip_max_tokens=4)
+    tokenizer = Tokenizer(text)
+    examples = [
+        example(i)._replace(text_ids=tokenizer("red"), clip_ids=tokenizer.clip("red"))
+        for i in range(2)
+    ]
+    data, mesh = dataclasses.replace(DATA, text=text), make_mesh(MeshConfig(), jax.devices()[:1])
+    batches, layouts = _pack(examples, data, mesh, with_negatives=True)
+    (positive, negative), layout = batches[0], layouts[0]
+    assert len(layout) == 2
+    for row, segment, _ in layout:
+        assert positive.clip_ids[row, segment - 1].tolist() == [518, 513, 519, 519]
+        assert negative.clip_ids[row, segment - 1].tolist() == [518, 519, 519, 519]
+        assert negative.text_ids[row, negative.text_segments[row] == segment].tolist() == [1]
 
 
 def test_reconstructions_come_in_order(recipe):

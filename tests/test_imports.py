@@ -7,16 +7,16 @@ PACKAGE = Path(__file__).parents[1] / "kontext_jax"
 
 # Each layer may import itself and the layers above it.
 LAYERS = [
-    {"types", "cli"},
+    {"types", "cli", "names"},
     {"geometry", "sharding", "flow", "data", "metrics"},
     {"models"},
-    {"encoders"},
+    {"encoders", "weights"},
     {"objectives", "sampler", "optim"},
     {"train_state"},
-    {"checkpoint", "evaluator", "writer"},
+    {"checkpoint", "evaluator", "provenance", "writer"},
     {"config"},
     {"runs", "sheets", "report"},
-    {"train", "sample", "evaluate"},
+    {"train", "sample", "evaluate", "convert"},
 ]
 
 

@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from kontext_jax import optim
+from kontext_jax.models.layers import LowRank
 from kontext_jax.optim import OptimConfig
 
 
@@ -52,6 +54,37 @@ def test_kernels_alone_decay():
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     np.testing.assert_allclose(updates["a"]["kernel"], -0.5 * 0.2 * 3.0, rtol=1e-6)
     assert not np.any(updates["a"]["bias"]) and not np.any(updates["b"]["scale"])
+
+
+def adapter():
+    """Under names that do not give it away."""
+    lora = LowRank(4, 6, 2, ("embed", "mlp"), rngs=nnx.Rngs(0), scale=1.0)
+    lora.b[...] = jnp.ones((2, 6))
+    return {"blocks/qkv": lora}
+
+
+def test_adapters_decay_as_kernels_do():
+    config = OptimConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.2)
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = {"adapters": adapter(), "norm": {"scale": jnp.ones(2)}}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    old, new = params["adapters"]["blocks/qkv"], updates["adapters"]["blocks/qkv"]
+    np.testing.assert_allclose(new.a[...], -0.1 * old.a[...], rtol=1e-6)
+    np.testing.assert_allclose(new.b[...], -0.1, rtol=1e-6)
+    assert not np.any(updates["norm"]["scale"])
+
+
+def test_muon_leaves_adapters_to_adam():
+    config = OptimConfig(optimizer="muon", learning_rate=0.1, warmup_steps=0, clip_norm=1e9)
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = jax.tree.map(lambda x: x[None], adapter())  # a stack of one layer
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+    for update, x in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+        # Adam's first step: of one size everywhere, which no orthogonal matrix of this shape is.
+        size = np.abs(update).max()
+        np.testing.assert_allclose(update, -size * np.sign(x), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("norm", "clipped"), [(10.0, 1.0), (0.5, 0.5)])

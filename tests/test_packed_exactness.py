@@ -25,6 +25,7 @@ SAMPLER = SamplerConfig(num_steps=3)
 # Steep, so that a wrong count of target tokens would show.
 TIME = flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0)
 CONFIG = FlowMatchingConfig(
+    train_text_encoder=True,
     pooled="mean",
     transformer=FluxConfig.tiny(
         hidden_size=32, num_heads=2, depth=1, depth_single=1, axes_dim=(4, 6, 6)
@@ -104,7 +105,7 @@ def setup(random_network) -> Setup:
 
 @jax.jit
 def encoded(models, autoencoder, batch: Batch) -> Tokens:
-    text, pooled = CONFIG.encode_text(models["model"]["text_encoder"], batch)
+    text, pooled = CONFIG.encode_text(models["model"], batch)
     return to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
 
 

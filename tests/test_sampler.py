@@ -93,3 +93,60 @@ def test_a_negative_and_its_scale_go_together(tokens):
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="num_steps 0 must be at least 1"):
         SamplerConfig(num_steps=0)
+    with pytest.raises(ValueError, match="strength 0.09 leaves none of 10 steps; .* 1/10, or more"):
+        SamplerConfig(num_steps=10, strength=0.09)
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.5, 1.5, float("nan")])
+def test_a_strength_is_a_share(strength):
+    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+        SamplerConfig(strength=strength)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "strength", "first"),
+    [(28, 1.0, 0), (28, 0.6, 11), (10, 0.99, 0), (10, 0.3, 7), (10, 0.1, 9), (1, 1.0, 0)],
+)
+def test_strength_leaves_out_as_many_steps_as_in_diffusers(num_steps, strength, first):
+    assert SamplerConfig(num_steps=num_steps, strength=strength).first_step == first
+
+
+@pytest.mark.parametrize("strength", [0.99, 1.0])
+def test_sampling_from_pure_noise_does_not_look_at_targets(tokens, strength):
+    """Also where 0.99 of ten steps is all of them: nothing of the targets would be left."""
+    curved = fake(lambda x, t, text: jnp.sin(x) * t)
+    config = SamplerConfig(num_steps=10, strength=strength)
+    blind = tokens.replace(latents=jnp.where(tokens.is_target[..., None], jnp.nan, tokens.latents))
+    out = sample(curved, blind, KEY, config, TimeConfig())
+    full = sample(curved, tokens, KEY, SamplerConfig(num_steps=10), TimeConfig())
+    np.testing.assert_array_equal(out, full)
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.5, 0.8])
+def test_the_exact_field_leads_back_to_the_start_image(tokens, strength):
+    """(x - data) / t points along the line through any x, whatever its noise."""
+    exact = fake(lambda x, t, text: (x - tokens.latents) / t)
+    config = SamplerConfig(num_steps=5, strength=strength)
+    out = sample(exact, tokens, KEY, config, TimeConfig())
+    np.testing.assert_allclose(out, tokens.latents, atol=1e-5)
+    context_and_padding = ~np.asarray(tokens.is_target)
+    np.testing.assert_array_equal(out[context_and_padding], tokens.latents[context_and_padding])
+
+
+def test_a_partly_noised_start_goes_on_as_full_sampling_would_from_there(tokens):
+    """Each of two examples is put where its own full sampling passes after two of six steps."""
+    curved = fake(lambda x, t, text: jnp.sin(x) * t)
+    time = TimeConfig(base_tokens=2, max_tokens=9)
+    noise = np.asarray(noise_of(tokens), np.float64)[0]
+    latents = np.array(tokens.latents)
+    for segment, count in ((1, 4), (2, 3)):
+        mine = np.asarray((tokens.segments[0] == segment) & tokens.is_target[0])
+        times = np.asarray(flow.schedule(6, count, time), np.float64)
+        x = noise[mine]
+        for t, t_next in zip(times[:2], times[1:3], strict=True):
+            x = x + (t_next - t) * np.sin(x) * t
+        latents[0, mine] = (x - times[2] * noise[mine]) / (1 - times[2])  # undoes equation (1)
+    full = sample(curved, tokens, KEY, SamplerConfig(num_steps=6), time)
+    placed = tokens.replace(latents=jnp.asarray(latents))
+    tail = sample(curved, placed, KEY, SamplerConfig(num_steps=6, strength=4 / 6), time)
+    np.testing.assert_allclose(tail, full, atol=1e-5)

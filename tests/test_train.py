@@ -20,10 +20,9 @@ from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
-from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.runs import load_autoencoder, load_config
-from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.runs import load_config, open_network
 from kontext_jax.train import TrainingStopped, train
 from kontext_jax.writer import Writer
 
@@ -76,7 +75,8 @@ def flow_config(folder: Path, autoencoder: Path) -> Config:
             remat="none",
         ),
         text_encoder=T5Config.tiny_bytes(num_layers=1, d_model=32, d_kv=8, d_ff=32),
-        autoencoder_from=str(autoencoder),
+        train_text_encoder=True,
+        init_from=FlowInit(autoencoder=str(autoencoder)),
     )
     return config_of(objective, folder, 12)
 
@@ -98,7 +98,7 @@ def test_an_autoencoder_run_leaves_all_that_is_needed(world_folder, autoencoder)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert logged[-1]["autoencoder/loss"] < logged[0]["autoencoder/loss"]
     assert all(line["examples_per_second"] > 0 for line in logged)
-    network = load_autoencoder(autoencoder, make_mesh(MeshConfig()))
+    network = open_network(autoencoder, "autoencoder")
     last = logged[-1]
     variance = last["autoencoder/latent_square"] - last["autoencoder/latent_mean"] ** 2
     assert network.config.shift_factor == last["autoencoder/latent_mean"]
@@ -185,7 +185,7 @@ def test_a_run_with_too_many_unreadable_records_stops(tmp_path):
 
 
 def test_a_run_needs_its_autoencoder(world_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run with checkpoints in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="init_from.autoencoder: There are no weights at .*nowhere"):
         train(flow_config(world_folder, tmp_path / "nowhere"), tmp_path / "flow")
 
 

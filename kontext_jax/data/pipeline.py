@@ -98,7 +98,13 @@ def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> E
     """Resizes each image to its nearest size and tokenises the prompt."""
 
     target, *contexts = (fit(image, geometry.sizes) for image in (triple.target, *triple.contexts))
-    return Example(triple.id, target, tuple(contexts), tokenizer(triple.prompt))
+    return Example(
+        triple.id,
+        target,
+        tuple(contexts),
+        tokenizer(triple.prompt),
+        tokenizer.clip(triple.prompt),
+    )
 
 
 def prepare_all(triples: Sequence[Triple], config: DataConfig) -> list[Example]:
@@ -119,7 +125,7 @@ def assemble(
       examples: what the row holds.
       ids: their global indices; they key the noise.
       slots: images of each size that the row has room for, see `Plan.slots`.
-      config: capacities and geometry.
+      config: capacities, geometry, and how many CLIP ids a prompt takes.
 
     Returns:
       A `Batch` without its row axis.
@@ -128,7 +134,7 @@ def assemble(
       ValueError: the examples do not fit into the row.
     """
     geometry, packing = config.geometry, config.packing
-    row = _empty_row(slots, packing)
+    row = _empty_row(slots, packing, config.text.clip_length)
     starts = _slot_starts(slots, geometry)
     filled = dict.fromkeys(slots, 0)
     token = text = 0
@@ -161,12 +167,13 @@ def assemble(
             token += tokens
         row.text_ids[text:text_end] = example.text_ids
         row.text_segments[text:text_end] = segment
+        row.clip_ids[segment - 1] = example.clip_ids
         row.example_ids[segment - 1] = example_id
         text = text_end
     return row
 
 
-def _empty_row(slots: dict[str, int], packing: PackingConfig) -> Batch:
+def _empty_row(slots: dict[str, int], packing: PackingConfig, clip_length: int) -> Batch:
     places, text_places = packing.image_tokens, packing.text_tokens
     return Batch(
         images={
@@ -181,6 +188,7 @@ def _empty_row(slots: dict[str, int], packing: PackingConfig) -> Batch:
         offsets=np.zeros(places, np.int32),
         text_ids=np.zeros(text_places, np.int32),
         text_segments=np.zeros(text_places, np.int32),
+        clip_ids=np.zeros((packing.max_examples, clip_length), np.int32),
         example_ids=np.full(packing.max_examples, -1, np.int32),
         skipped=np.zeros((), np.int32),
     )

@@ -12,6 +12,7 @@ def attention(
     segments: Int[Array, "B S"],
     bias: Float[Array, "_ H S S"] | None = None,
     scale: float | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B S H K"]:
     """Full attention between tokens of equal segment, softmax in float32.
 
@@ -23,13 +24,16 @@ def attention(
       segments: example of each token, 0 = padding.
       bias: added to the logits (T5's relative positions).
       scale: of the logits; ``K ** -0.5`` where left out.
+      causal: a token attends to itself and those before it only.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     logits = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         logits = logits + bias
-    same = segments[:, None, :, None] == segments[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(same, logits, jnp.finfo(jnp.float32).min), axis=-1)
+    visible = segments[:, None, :, None] == segments[:, None, None, :]
+    if causal:
+        visible &= jnp.tri(segments.shape[1], dtype=bool)[None, None]
+    weights = jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1)
     out = jnp.einsum("bhqs,bhsk->bhqk", weights.astype(v.dtype), v)
     return jnp.swapaxes(out, 1, 2)

@@ -27,8 +27,39 @@ zeros = initializers.zeros
 normal = initializers.normal(0.02)
 
 
+class LowRank(nnx.Module):
+    """``scale * (x @ a) @ b``: what a low-rank adapter adds to a linear map (arXiv 2106.09685).
+
+    ``a`` [in, rank] is drawn normal with standard deviation 1 / rank, ``b`` [rank, out] is zero, as
+    peft's ``LoraLayer`` does for ``init_lora_weights="gaussian"``: a new adapter adds nothing.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        axes: tuple[str, str],
+        *,
+        rngs: nnx.Rngs,
+        scale: float,
+    ):
+        """``axes`` names the axes of the kernel that is adapted (in, out); the rank has no name."""
+        a = initializers.normal(1 / rank)(rngs.params(), (in_features, rank), jnp.float32)
+        self.a = nnx.Param(a, axes=(axes[0], None))
+        self.b = nnx.Param(jnp.zeros((rank, out_features), jnp.float32), axes=(None, axes[1]))
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
+        """Computes in ``x``'s dtype."""
+        return self.scale * (x @ self.a[...].astype(x.dtype)) @ self.b[...].astype(x.dtype)
+
+
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` over the last axis: float32 parameters, computed in ``dtype``."""
+    """``x @ kernel + bias`` over the last axis: float32 parameters, computed in ``dtype``.
+
+    ``lora`` is empty, or an adapter whose result is added (``models/lora.py`` puts it there).
+    """
 
     def __init__(
         self,
@@ -46,6 +77,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel, axes=axes)
         bias = nnx.Param(jnp.zeros((out_features,), jnp.float32), axes=axes[1:])
         self.bias = bias if use_bias else nnx.data(None)
+        self.lora = nnx.data(None)
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
@@ -54,7 +86,8 @@ class Linear(nnx.Module):
 
         def affine(x):
             y = x @ kernel
-            return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+            y = y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+            return y if self.lora is None else y + self.lora(x)
 
         def as_matrix(x):
             # XLA's CPU backend sums gradients over one leading axis several times faster than
@@ -201,7 +234,10 @@ def timestep_embedding(t: Float[Array, "B N"], dim: int = 256) -> Float[Array, "
 
     FLUX passes 1000 times its time or guidance.
     """
-    freqs = np.exp(-math.log(10000.0) * np.arange(dim // 2) / (dim // 2)).astype(np.float32)
+    # Exponents rounded to float32, as PyTorch's are: times of up to 1000, and guidance of some
+    # thousands, make their rounding visible.
+    exponents = np.float32(-math.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2)
+    freqs = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[..., None] * freqs[None, None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

@@ -24,8 +24,8 @@ class Objective(Protocol):
         """A new network for each player."""
         ...
 
-    def frozen(self) -> dict[str, str]:
-        """Networks that are used but not trained: name -> the run that they come from."""
+    def frozen(self) -> tuple[str, ...]:
+        """Names of networks that are used but not trained; ``init_from`` says where they are."""
         ...
 
     def prepare(self, frozen: dict[str, Network], batch: Batch) -> Any:

@@ -18,6 +18,19 @@ from kontext_jax.types import Batch, Metrics
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
+class AutoencoderInit:
+    """Where the initial weights come from; the places are those of ``FlowInit``.
+
+    Attributes:
+      autoencoder: the place; new weights where empty.
+      except_for: patterns of tensors that may be missing, or are not to be read.
+    """
+
+    autoencoder: str = ""
+    except_for: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
 class AutoencoderObjectiveConfig:
     """The network and the weight of its regularisation.
 
@@ -27,6 +40,7 @@ class AutoencoderObjectiveConfig:
 
     kind: str = "autoencoder"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    init_from: AutoencoderInit = field(default_factory=AutoencoderInit)
     kl_weight: float = 1e-6
 
 
@@ -41,8 +55,8 @@ class AutoencoderObjective:
     def init(self, key: Key[Array, ""]) -> dict[str, Autoencoder]:
         return {"autoencoder": Autoencoder(self.config.autoencoder, rngs=nnx.Rngs(key))}
 
-    def frozen(self) -> dict[str, str]:
-        return {}
+    def frozen(self) -> tuple[str, ...]:
+        return ()
 
     def prepare(self, frozen: dict, batch: Batch) -> Batch:
         return batch

@@ -6,6 +6,7 @@ equations). Each example weighs the same, whatever its size.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,39 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from kontext_jax import flow
-from kontext_jax.encoders import encode_images, encode_text, to_tokens
+from kontext_jax.encoders import encode_clip, encode_images, encode_text, to_tokens
+from kontext_jax.models import lora
+from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.flux import Flux, FluxConfig
-from kontext_jax.models.t5 import T5Config, T5Encoder
+from kontext_jax.models.lora import LoraConfig
+from kontext_jax.models.t5 import T5Config, T5Encoder, pool
+from kontext_jax.objectives import Network
 from kontext_jax.types import Batch, Metrics, Tokens
+
+POOLED = ("clip", "mean", "zeros")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class FlowInit:
+    """Where each network's weights come from.
+
+    A place is the workdir of a run, a diffusers pipeline or a network's folder in it, a single
+    file of Black Forest Labs' layout, or a folder that `kontext_jax.convert` made.
+
+    Attributes:
+      transformer, text_encoder: initial weights; new ones where empty. Frozen networks need some.
+      clip, autoencoder: never trained here.
+      lora: adapters to start from, a file in diffusers' layout.
+      except_for: patterns of tensors that may be missing, or are not to be read; parameters that
+        are missing start anew.
+    """
+
+    transformer: str = ""
+    text_encoder: str = ""
+    clip: str = ""
+    autoencoder: str = ""
+    lora: str = ""
+    except_for: tuple[str, ...] = ()
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -24,61 +54,92 @@ class FlowMatchingConfig:
     """The networks and how times are drawn.
 
     Attributes:
-      autoencoder_from: the workdir of the autoencoder's run; its EMA weights are used.
-      pooled: the transformer's pooled text vector: "mean" of the text encoder's vectors, or
-        "zeros", for FLUX's own widths, whose vector is CLIP's.
+      train_text_encoder: whether the text encoder learns together with the transformer, or is
+        frozen, as T5 is in FLUX.
+      pooled: the transformer's pooled text vector: "clip", "mean" of the text encoder's vectors,
+        or "zeros".
+      lora: adapters to train in place of the whole transformer, if they have a rank.
       guidance: the value fed to the guidance input, where the transformer has one.
     """
 
     kind: str = "flow_matching"
     transformer: FluxConfig = field(default_factory=FluxConfig)
     text_encoder: T5Config = field(default_factory=T5Config)
-    pooled: str = "zeros"
-    autoencoder_from: str = ""
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    train_text_encoder: bool = False
+    pooled: str = "clip"
+    init_from: FlowInit = field(default_factory=FlowInit)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     time: flow.TimeConfig = field(default_factory=flow.TimeConfig)
     guidance: float = 1.0
 
     def __post_init__(self):
-        if self.pooled not in ("mean", "zeros"):
-            raise ValueError(f"pooled {self.pooled!r} is not 'mean' or 'zeros'.")
-        names = ["context_in_dim"] + ["vec_in_dim"] * (self.pooled == "mean")
-        for name in names:
-            width = getattr(self.transformer, name)
-            if width != self.text_encoder.d_model:
+        if self.pooled not in POOLED:
+            raise ValueError(f"pooled {self.pooled!r} is not one of {', '.join(POOLED)}.")
+        d_model = self.text_encoder.d_model
+        widths = [("context_in_dim", d_model, "text_encoder.d_model")]
+        if self.pooled == "mean":
+            widths.append(("vec_in_dim", d_model, "text_encoder.d_model"))
+        if self.pooled == "clip":
+            widths.append(("vec_in_dim", self.clip.hidden_size, "clip.hidden_size"))
+        for name, channels, source in widths:
+            if getattr(self.transformer, name) != channels:
                 raise ValueError(
-                    f"transformer.{name} is {width}, but the text encoder's vectors have "
-                    f"{self.text_encoder.d_model} channels (text_encoder.d_model)."
+                    f"transformer.{name} is {getattr(self.transformer, name)}, but the vectors it "
+                    f"takes have {channels} channels ({source})."
                 )
+        if self.init_from.lora and not self.lora.rank:
+            raise ValueError("init_from.lora needs adapters to fill: set lora.rank.")
 
     def encode_text(
-        self, text_encoder: T5Encoder, batch: Batch
+        self, networks: dict[str, Network], batch: Batch
     ) -> tuple[Float[Array, "B L T"], Float[Array, "B N P"]]:
         """The prompts' token vectors and pooled vectors, as the transformer takes them."""
-        text, pooled = encode_text(text_encoder, batch)
-        if self.pooled == "zeros":
-            pooled = jnp.zeros((*pooled.shape[:2], self.transformer.vec_in_dim), pooled.dtype)
-        return text, pooled
+        text = encode_text(networks["text_encoder"], batch)
+        num_examples = batch.example_ids.shape[1]
+        if self.pooled == "clip":
+            return text, encode_clip(networks["clip"], batch)
+        if self.pooled == "mean":
+            return text, pool(text, batch.text_segments, num_examples)
+        return text, jnp.zeros((len(text), num_examples, self.transformer.vec_in_dim), text.dtype)
+
+
+def networks_of(model: dict[str, Any], frozen: dict[str, Network]) -> dict[str, Network]:
+    """All networks by name, trained and frozen, with the adapters at work in the transformer."""
+    networks = frozen | model
+    if "lora" in networks:
+        networks["transformer"] = lora.attach(networks["transformer"], networks.pop("lora"))
+    return networks
 
 
 class FlowMatching:
-    """One player, ``model``: the transformer together with a text encoder trained from scratch."""
+    """One player, ``model``: the transformer, or adapters of it; the text encoder if trained."""
 
     players = ("model",)
 
     def __init__(self, config: FlowMatchingConfig):
         self.config = config
 
-    def init(self, key: Key[Array, ""]) -> dict[str, dict[str, nnx.Module]]:
-        rngs = nnx.Rngs(key)
-        return {
-            "model": {
-                "transformer": Flux(self.config.transformer, rngs=rngs),
-                "text_encoder": T5Encoder(self.config.text_encoder, rngs=rngs),
-            }
-        }
+    def init(self, key: Key[Array, ""]) -> dict[str, dict[str, Any]]:
+        rngs, config = nnx.Rngs(key), self.config
+        model: dict[str, Any] = {}
+        if config.lora.rank:
+            base = nnx.eval_shape(lambda: Flux(config.transformer, rngs=nnx.Rngs(0)))
+            model["lora"] = lora.init(base, config.lora, rngs.params())
+        else:
+            model["transformer"] = Flux(config.transformer, rngs=rngs)
+        if config.train_text_encoder:
+            model["text_encoder"] = T5Encoder(config.text_encoder, rngs=rngs)
+        return {"model": model}
 
-    def frozen(self) -> dict[str, str]:
-        return {"autoencoder": self.config.autoencoder_from}
+    def frozen(self) -> tuple[str, ...]:
+        config = self.config
+        return (
+            "autoencoder",
+            *(["transformer"] if config.lora.rank else []),
+            *([] if config.train_text_encoder else ["text_encoder"]),
+            *(["clip"] if config.pooled == "clip" else []),
+        )
 
     def prepare(self, frozen: dict, batch: Batch) -> tuple[Batch, Float[Array, "B S C"]]:
         return batch, encode_images(frozen["autoencoder"], batch)
@@ -93,11 +154,11 @@ class FlowMatching:
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Metrics]]:
         """Sums over examples of the mean square error of their target tokens' velocity."""
         batch, latents = inputs
-        model = models["model"]
-        text, pooled = self.config.encode_text(model["text_encoder"], batch)
+        networks = networks_of(models["model"], frozen)
+        text, pooled = self.config.encode_text(networks, batch)
         tokens = to_tokens(batch, latents, text, pooled)
         losses, t, present = per_example_loss(
-            model["transformer"], tokens, self.config.time, self.config.guidance, key
+            networks["transformer"], tokens, self.config.time, self.config.guidance, key
         )
         metrics = {"t": jnp.sum(t * present)}
         return jnp.sum(losses), (jnp.sum(present), metrics)

@@ -128,6 +128,19 @@ def test_padding_is_marked_everywhere():
     assert batch.example_ids.tolist() == [3, -1, -1]
 
 
+def test_clip_ids_lie_at_their_example_s_place():
+    config = dataclasses.replace(
+        CONFIG, text=TextConfig(clip_tokenizer="some/folder", clip_max_tokens=4)
+    )
+    image, ids = np.zeros((16, 16, 3), np.uint8), [np.array([8, i, 9, 9]) for i in range(3)]
+    examples = [Example("a", image, (), np.array([1]), ids[i]) for i in range(3)]
+    batch = assemble([examples[1], None, examples[2]], range(3), {"16x16": 3}, config)
+    assert batch.clip_ids.tolist() == [[8, 1, 9, 9], [0] * 4, [8, 2, 9, 9]]
+    assert batch.clip_ids.dtype == np.int32
+    with pytest.raises(ValueError, match="shape"):  # the examples were made without CLIP
+        assemble([examples[0]._replace(clip_ids=np.zeros(0, np.int32))], [0], {"16x16": 3}, config)
+
+
 @pytest.mark.parametrize("change", ["image", "text", "number"])
 def test_what_does_not_fit_is_refused(change):
     number = 4 if change == "number" else 1
@@ -147,6 +160,7 @@ def test_images_take_their_nearest_size():
     ):
         assert image.shape == (16, {18: 16, 37: 32}[raw.shape[1]], 3)
     np.testing.assert_array_equal(example.text_ids, tokenizer("make 5"))
+    assert example.clip_ids.shape == (0,)
 
 
 def test_an_epoch_shows_all_examples_with_ids_of_their_own(config):
@@ -213,6 +227,15 @@ def test_two_hosts_read_what_one_would(config):
     assert_same(next(alone), expected)
     for loader in (one, alone, *two):
         loader.close()
+
+
+def test_prompts_that_are_dropped_are_dropped_for_clip_too(config, flux_tokenizers):
+    text = TextConfig(clip_tokenizer=str(flux_tokenizers / "tokenizer"), clip_max_tokens=9)
+    for dropout in (0.0, 1.0):
+        batch = row(config, 0, text=text, caption_dropout=dropout)
+        is_there = batch.example_ids >= 0
+        assert is_there.any() and (batch.clip_ids[is_there, 0] == 518).all()
+        assert (batch.clip_ids[is_there, 1] == 519).all() == bool(dropout)
 
 
 @pytest.mark.slow

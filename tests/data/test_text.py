@@ -69,3 +69,37 @@ def test_no_more_tokens_than_were_reserved(folder, prompt):
     ids = tokenizer(prompt)
     assert len(ids) <= tokenizer.reserve(np.array([len(prompt.encode())]))[0]
     assert ids[-1] == 1 and (prompt != "a" or ids.tolist() == [3, 5, 1])
+
+
+def flux_config(folder, **settings) -> TextConfig:
+    names = dict(tokenizer=str(folder / "tokenizer_2"), clip_tokenizer=str(folder / "tokenizer"))
+    return TextConfig(**(names | settings))
+
+
+def test_flux_s_two_tokenizers(flux_tokenizers):
+    tokenizer = Tokenizer(flux_config(flux_tokenizers, max_tokens=6, pad=True, clip_max_tokens=7))
+    assert tokenizer("make it red").tolist() == [4, 5, 6, 1, 0, 0]
+    assert tokenizer("").tolist() == [1, 0, 0, 0, 0, 0]
+    ids = tokenizer.clip("Make it  red")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [518, 517, 514, 513, 519, 519, 519]
+    assert tokenizer.clip("").tolist() == [518] + [519] * 6
+
+
+def test_long_prompts_are_cut_before_the_end_by_both(flux_tokenizers):
+    tokenizer = Tokenizer(flux_config(flux_tokenizers, max_tokens=4, clip_max_tokens=5))
+    assert tokenizer("make it red red red").tolist() == [4, 5, 6, 1]
+    assert tokenizer.clip("make it red red red").tolist() == [518, 517, 514, 513, 519]
+
+
+def test_clip_s_ids_are_77_by_default_and_none_without_its_tokenizer(flux_tokenizers):
+    with_clip = flux_config(flux_tokenizers)
+    assert with_clip.clip_length == len(Tokenizer(with_clip).clip("red")) == 77
+    assert TextConfig().clip_length == 0
+    none = Tokenizer(TextConfig()).clip("red")
+    assert none.shape == (0,) and none.dtype == np.int32
+
+
+def test_a_clip_folder_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="'/nowhere/clip': set text.clip_tokenizer to ''"):
+        Tokenizer(TextConfig(clip_tokenizer="/nowhere/clip"))

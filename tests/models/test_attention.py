@@ -14,13 +14,14 @@ def qkv():
     return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
 
 
-def expected_attention(q, k, v, segments, bias=None, scale=None):
+def expected_attention(q, k, v, segments, bias=None, scale=None, causal=False):
     """Each token of an example over the tokens of that example, one at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = np.full(q.shape, np.nan)
     for b, s, h in np.ndindex(q.shape[:3]):
         mine = np.flatnonzero(segments[b] == segments[b, s])
+        mine = mine[mine <= s] if causal else mine
         logits = scale * k[b, mine, h] @ q[b, s, h]
         if bias is not None:
             logits = logits + np.asarray(bias, np.float64)[b, h, s, mine]
@@ -37,6 +38,12 @@ def test_softmax_within_segments(qkv, with_bias, scale):
         bias = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 6, 6)), jnp.float32)
     out = attention(*qkv, jnp.asarray(SEGMENTS), bias=bias, scale=scale)
     expected = expected_attention(*qkv, SEGMENTS, bias, scale)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_causal_within_segments(qkv):
+    out = attention(*qkv, jnp.asarray(SEGMENTS), causal=True)
+    expected = expected_attention(*qkv, SEGMENTS, causal=True)
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 

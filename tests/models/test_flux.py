@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kontext_jax.checkpoint import by_name
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from kontext_jax.models.clip import ClipConfig, ClipText
 from kontext_jax.models.flux import Flux, FluxConfig
-from kontext_jax.models.t5 import T5Config
+from kontext_jax.models.t5 import T5Config, T5Encoder
+from kontext_jax.names import by_name
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, make_mesh
@@ -248,12 +249,16 @@ def test_parameter_counts_are_black_forest_labs(config, count):
 
 def test_the_train_step_of_kontext_dev_has_shapes():
     """At 1024 pixels: 4096 tokens to make, 4096 of context, 512 of text."""
-    objective = FlowMatching(
-        FlowMatchingConfig(transformer=FluxConfig.dev(), text_encoder=T5Config.xxl())
-    )
+    objective = FlowMatching(FlowMatchingConfig())
     optimizers = {"model": make_optimizer(OptimConfig(), num_steps=10)}
     state, _ = abstract_state(objective, optimizers, make_mesh(MeshConfig()))
-    autoencoder = jax.eval_shape(lambda: Autoencoder(AutoencoderConfig.flux(), rngs=nnx.Rngs(0)))
+    networks = {
+        "autoencoder": lambda: Autoencoder(AutoencoderConfig.flux(), rngs=nnx.Rngs(0)),
+        "text_encoder": lambda: T5Encoder(T5Config.xxl(), rngs=nnx.Rngs(0)),
+        "clip": lambda: ClipText(ClipConfig.large(), rngs=nnx.Rngs(0)),
+    }
+    frozen = {name: jax.eval_shape(make) for name, make in networks.items()}
+    assert set(frozen) == set(objective.frozen())
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -268,11 +273,12 @@ def test_the_train_step_of_kontext_dev_has_shapes():
         offsets=ints(1, 8192),
         text_ids=ints(1, 512),
         text_segments=ints(1, 512),
+        clip_ids=ints(1, 1, 77),
         example_ids=ints(1, 1),
         skipped=ints(1),
     )
     step = make_train_step(objective, optimizers, OptimConfig(), seed=0)
-    new_state, metrics = jax.eval_shape(step, state, {"autoencoder": autoencoder}, batch)
+    new_state, metrics = jax.eval_shape(step, state, frozen, batch)
     assert jax.tree.structure(new_state) == jax.tree.structure(state)
     for new, old in zip(jax.tree.leaves(new_state), jax.tree.leaves(state), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)

@@ -122,6 +122,41 @@ def test_linear_computes_in_its_dtype_and_keeps_float32():
     assert linear.kernel[...].dtype == linear.bias[...].dtype == jnp.float32
 
 
+def test_the_names_of_a_linear_s_parameters():
+    """Checkpoints are read by these names: an adapter that is absent has none."""
+    linear = layers.Linear(6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"))
+    shapes = {jax.tree_util.keystr(k): x.shape for k, x in jax.tree.leaves_with_path(linear)}
+    assert shapes == {".bias.value": (4,), ".kernel.value": (6, 4)}
+    assert linear.lora is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_linear_adds_its_adapter(dtype, use_bias):
+    linear = layers.Linear(
+        6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), use_bias=use_bias
+    )
+    x = normal(2, 5, 6)
+    plain = linear(x)
+    linear.lora = layers.LowRank(6, 4, 2, ("embed", "mlp"), rngs=nnx.Rngs(1), scale=0.5)
+    np.testing.assert_array_equal(linear(x), plain)  # b is zero
+    linear.lora.b[...] = normal(2, 4, seed=3)
+    assert linear(x).dtype == plain.dtype == jnp.dtype(dtype)
+    assert linear.lora.a[...].dtype == linear.lora.b[...].dtype == jnp.float32
+    x64, a, b = (np.asarray(v, np.float64) for v in (x, linear.lora.a[...], linear.lora.b[...]))
+    expected = np.asarray(plain, np.float64) + 0.5 * x64 @ a @ b
+    np.testing.assert_allclose(linear(x), expected, atol=1e-5 if dtype == "float32" else 0.1)
+
+
+def test_a_new_adapter_s_numbers_and_axes():
+    lora = layers.LowRank(400, 6, 50, ("embed", "mlp"), rngs=nnx.Rngs(0), scale=2.0)
+    np.testing.assert_allclose(np.std(lora.a[...]), 1 / 50, rtol=0.03)
+    np.testing.assert_allclose(np.mean(lora.a[...]), 0, atol=1e-3)
+    assert not np.any(lora.b[...])
+    assert lora.a.get_metadata()["axes"] == ("embed", None)
+    assert lora.b.get_metadata()["axes"] == (None, "mlp")
+
+
 def test_stacked_blocks_differ_and_have_a_leading_axis():
     blocks = layers.stack(
         lambda rngs: layers.Linear(4, 4, ("embed", "mlp"), rngs=rngs, dtype=jnp.dtype("float32")),

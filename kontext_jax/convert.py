@@ -1,0 +1,213 @@
+"""Brings weights from one layout to another, bit for bit, a layer of a parameter at a time.
+
+python -m kontext_jax.convert --input=PLACE --output=PATH --format={diffusers,bfl,orbax} \\
+    [--params=ema] [--network=transformer] [--dtype=bfloat16] [--verify]
+
+A place is a run's workdir, a folder that this command made, a diffusers pipeline or the folder of
+one of its networks, or a single file of Black Forest Labs' layout. ``--format`` is what comes out:
+
+    diffusers  a pipeline for ``FluxKontextPipeline.from_pretrained``, or one network's folder
+    bfl        transformer.safetensors and ae.safetensors, text encoders as transformers has them
+    orbax      one checkpoint, which runs start from and ``sample`` reads
+    lora       the adapters of a run that trained some, for ``load_lora_weights``
+
+The output appears under its name when all of it is written, read again, and found equal.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import flags
+
+import kontext_jax
+from kontext_jax import cli
+from kontext_jax.config import from_dict
+from kontext_jax.flow import TimeConfig
+from kontext_jax.runs import PARAMS, load_adapters, open_networks, tokenizers_of
+from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
+from kontext_jax.weights.fingerprint import fingerprint_of
+from kontext_jax.weights.lora import write_lora
+from kontext_jax.weights.networks import NETWORKS, architecture
+from kontext_jax.weights.pipeline import (
+    BFL_FILES,
+    TOKENIZERS,
+    scheduler_json,
+    write_index,
+    write_tokenizer,
+)
+from kontext_jax.weights.reading import Reader
+
+FORMATS = ("diffusers", "bfl", "orbax", "lora")
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+def define_flags() -> None:
+    """Defines the command's flags; not on import, where they would clash with other commands'."""
+    flags.DEFINE_string("input", None, "the place to read, see above")
+    flags.DEFINE_string("output", None, "what to make; must not exist")
+    flags.DEFINE_enum("format", None, FORMATS, "layout of the output")
+    flags.DEFINE_enum("params", "ema", PARAMS, "averaged or raw parameters of a run")
+    flags.DEFINE_enum("network", None, list(NETWORKS), "this network alone; all if left out")
+    flags.DEFINE_enum("dtype", None, list(DTYPES), "to cast to; as stored if left out")
+    flags.DEFINE_bool("verify", False, "also compares outputs with PyTorch's (extra: convert)")
+    flags.mark_flags_as_required(["input", "output", "format"])
+
+
+def convert(
+    place: Path,
+    output: Path,
+    format: str,
+    *,
+    params: str = "ema",
+    network: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, str]:
+    """Converts and returns the fingerprint of each network as it was read.
+
+    Args:
+      place: what to read.
+      output: what to make.
+      format: "diffusers", "bfl", "orbax" or "lora".
+      params: "ema" or "params", of a run.
+      network: the only one to convert.
+      dtype: "float32", "bfloat16" or "float16" to cast to; as stored if left out.
+
+    Raises:
+      FileExistsError: there is something at ``output``.
+      FileNotFoundError: there is nothing at ``place``, or no such network.
+      OSError: the disk is full; nothing is left behind.
+      ValueError: the weights are not what they should be, or the layout has no such network.
+    """
+    if format == "lora":
+        adapters, config, record = load_adapters(place, params)
+        with appearing(output) as path:
+            write_lora(adapters, config, path, record | _software())
+        return {}
+    readers = open_networks(place, params, only=network)
+    if not readers:
+        raise FileNotFoundError(f"There is no {network} in {place}.")
+    to = DTYPES[dtype] if dtype else None
+    fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
+    records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
+    single = network is not None or (len(readers) == 1 and not _is_pipeline(place))
+    with appearing(output) as path:
+        if format == "orbax":
+            step = max(record.get("step", 0) for record in records.values())
+            meta = {
+                "networks": {name: architecture(r.config) for name, r in readers.items()},
+                "records": records,
+            }
+            write_orbax(readers, path, step, meta, to)
+            _write_tokenizers(place, readers, path)
+        elif single:
+            _write_single(*readers.values(), path, format, *records.values(), to)
+        else:
+            _write_pipeline(place, readers, path, format, records, to)
+    return fingerprints
+
+
+def _record(reader: Reader, fingerprint: str) -> dict[str, Any]:
+    return (
+        {k: v for k, v in reader.record.items() if k != "network"}
+        | {"fingerprint": fingerprint}
+        | _software()
+    )
+
+
+def _software() -> dict[str, str]:
+    return {"software": f"kontext_jax {kontext_jax.__version__}"}
+
+
+def _is_pipeline(place: Path) -> bool:
+    return (place / "model_index.json").is_file()
+
+
+def _write_single(reader: Reader, path: Path, format: str, record: dict, dtype) -> None:
+    if format == "diffusers":
+        write_diffusers(reader, path, record, dtype)
+    elif reader.network.has_bfl_layout:
+        write_bfl(reader, path, record, dtype)
+    else:
+        raise ValueError(
+            f"Black Forest Labs have no file of their own for the {reader.network.name}: use "
+            "--format=diffusers."
+        )
+
+
+def _write_pipeline(
+    place: Path, readers: dict[str, Reader], folder: Path, format: str, records: dict, dtype
+) -> None:
+    folder.mkdir()
+    for name, reader in readers.items():
+        if format == "bfl" and reader.network.has_bfl_layout:
+            write_bfl(reader, folder / BFL_FILES[name], records[name], dtype)
+        else:
+            write_diffusers(reader, folder / reader.network.folder, records[name], dtype)
+    _write_tokenizers(place, readers, folder)
+    if format == "diffusers":
+        time = records.get("transformer", {}).get("time")
+        time = from_dict(time, TimeConfig) if time else TimeConfig()
+        (folder / "scheduler").mkdir()
+        scheduler = json.dumps(scheduler_json(time), indent=2) + "\n"
+        (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+        write_index(folder, readers)
+
+
+def _write_tokenizers(place: Path, readers: dict[str, Reader], folder: Path) -> None:
+    for name, source in tokenizers_of(place).items():
+        if name in readers:
+            write_tokenizer(source, folder / TOKENIZERS[name])
+
+
+@contextmanager
+def appearing(output: Path) -> Iterator[Path]:
+    """A path to write to; it becomes ``output`` if all goes well, and vanishes if not.
+
+    Raises:
+      FileExistsError: there is something at ``output``.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} exists; delete it or name another --output.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        path = Path(temporary) / output.name
+        yield path
+        path.rename(output)
+
+
+def main() -> None:
+    options = flags.FLAGS
+    place, output = Path(options.input), Path(options.output)
+    jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
+    fingerprints = convert(
+        place,
+        output,
+        options.format,
+        params=options.params,
+        network=options.network,
+        dtype=options.dtype,
+    )
+    for name, value in fingerprints.items():
+        print(f"{name}: fingerprint {value}")
+    print(f"wrote {output} and read it again: every bit is there")
+    if options.verify:
+        from kontext_jax.weights.verify import verify  # needs PyTorch
+
+        for line in verify(output):
+            print(line)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run("convert", main)

@@ -1,0 +1,71 @@
+"""One short name for the values of a network: the same in every file layout, dtype and mesh.
+
+Each value's float32 bits are mixed with the parameter's name and the value's place in it (the
+finaliser of MurmurHash3 twice, with two seeds); all are added up modulo 2^32. Sums commute, so
+that a network may be taken layer by layer from a file, or all at once on a mesh.
+"""
+
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+from kontext_jax.names import named_leaves
+from kontext_jax.weights.reading import Reader
+
+SEEDS = (0x9E3779B9, 0x7F4A7C15)
+
+
+def fingerprint(network) -> str:
+    """Of a network on its devices, or of any tree of them."""
+    return _text(_tree_sums(named_leaves(network)))
+
+
+def fingerprint_of(reader: Reader) -> str:
+    """Of stored weights, a layer of a parameter in memory at a time."""
+    total = np.zeros(2, np.uint32)
+    for param, layer in reader.network.places(reader.config):
+        if param in reader.dtypes:
+            values = reader.read((param, layer))
+            start = (layer or 0) * math.prod(values.shape) % 2**32
+            total = total + np.asarray(_sums(values, np.uint32(_seed(param)), np.uint32(start)))
+    return _text(total)
+
+
+@jax.jit
+def _tree_sums(leaves: dict[str, Array]) -> UInt32[Array, "2"]:
+    total = jnp.zeros(2, jnp.uint32)
+    for name, values in leaves.items():
+        total = total + _sums(values, jnp.uint32(_seed(name)), jnp.uint32(0))
+    return total
+
+
+@jax.jit
+def _sums(
+    values: Float[Array, "*shape"], seed: UInt32[Array, ""], start: UInt32[Array, ""]
+) -> UInt32[Array, "2"]:
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+    place = jnp.broadcast_to(start, bits.shape)
+    for axis in range(bits.ndim):
+        stride = math.prod(bits.shape[axis + 1 :]) % 2**32
+        steps = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        place = place + steps * jnp.uint32(stride)
+    mixed = _mix(bits ^ _mix(place + seed))
+    return jnp.stack([jnp.sum(_mix(mixed ^ jnp.uint32(s)), dtype=jnp.uint32) for s in SEEDS])
+
+
+def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _seed(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def _text(sums: UInt32[np.ndarray, "2"]) -> str:
+    return "".join(f"{int(value):08x}" for value in np.asarray(sums))

@@ -1,0 +1,480 @@
+"""Adapters as diffusers' ``pytorch_lora_weights.safetensors``, in and out, bit for bit.
+
+An adapted map of diffusers has two tensors, ``transformer.MAP.lora_A.weight`` (rank, in) and
+``transformer.MAP.lora_B.weight`` (out, rank). Our kernels are several of its maps side by side:
+in a file each has the same A, and B's rows are the map's part of ours. The factor of the product
+is alpha / rank, and alpha is no tensor: the file's metadata has it, among the fields of peft's
+``LoraConfig`` (diffusers 0.42, ``LoraBaseMixin._save_lora_weights``).
+"""
+
+import functools
+import json
+import math
+import os
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import safe_open
+
+from kontext_jax.models import lora
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.models.layers import LowRank
+from kontext_jax.models.lora import Adapters, LoraConfig
+from kontext_jax.weights.files import (
+    DTYPES,
+    METADATA_KEY,
+    Entry,
+    NewTensor,
+    TensorFiles,
+    WeightsError,
+    write_file,
+)
+from kontext_jax.weights.networks import NETWORKS, architecture
+from kontext_jax.weights.reading import Reader
+from kontext_jax.weights.table import Piece, Place, in_layer_order
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the file, and looks for in a folder."""
+
+PREFIX = "transformer."
+PEFT_KEY = "lora_adapter_metadata"
+"""Where diffusers keeps peft's ``LoraConfig`` as JSON, among a file's metadata."""
+
+A, B, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
+
+OTHER_FORMATS = (
+    ("kohya's (sd-scripts)", r"^lora_(unet|te\d*|transformer)_|\.lora_(down|up)\."),
+    ("XLabs'", r"processor"),
+    ("Black Forest Labs'", r"(^|\.)(double|single)_blocks\."),
+    ("PEFT's own", r"base_model\."),
+    ("LyCORIS'", r"\.(lokr|hada)_"),
+)
+"""Their names, and what the name of a tensor looks like in them."""
+
+INITS_OF_OTHER_BASES = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""peft's ``init_lora_weights`` that change the kernels under the adapter (peft 0.21, LoraLayer)."""
+
+
+def write_lora(
+    adapters: Adapters, config: FluxConfig, path: Path, record: Mapping[str, Any]
+) -> None:
+    """Adapters as diffusers would save them, for ``FluxKontextPipeline.load_lora_weights``.
+
+    What is written is read again and compared bit for bit before the file gets its name.
+
+    Args:
+      adapters: of the transformer; each fused map has one, its parts in diffusers one each.
+      config: of the transformer.
+      path: a ``.safetensors`` file, or a folder to write `FILE_NAME` in; made if need be.
+      record: where the adapters come from, kept in the file's metadata.
+
+    Raises:
+      OSError: the disk is full.
+      ValueError: there are no adapters, or they are another network's.
+      WeightsError: what was written is not what was to be written.
+    """
+    if not adapters:
+        raise ValueError("There are no adapters to write.")
+    adapters = _on_host(adapters, config)
+    file = path if path.suffix == ".safetensors" else path / FILE_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".incomplete-{uuid.uuid4().hex}")
+    try:
+        write_file(temporary, _tensors(adapters, config), _metadata(adapters, config, record))
+        _check_copy(adapters, read_lora(temporary, config))
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _on_host(adapters: Adapters, config: FluxConfig) -> Adapters:
+    """As NumPy arrays.
+
+    Raises:
+      ValueError: a path or shape is not the transformer's.
+    """
+    jax.eval_shape(lora.attach, NETWORKS["transformer"].abstract(config), adapters)
+    return jax.tree.map(lambda x: np.asarray(jax.device_get(x), np.float32), adapters)
+
+
+def _kernels(config: FluxConfig) -> dict[Place, list[Piece]]:
+    """diffusers' maps by the path, and the layer, of the linear map of ours that they make up."""
+    pieces = NETWORKS["transformer"].table(config, "diffusers").pieces
+    return {
+        (param.removesuffix("/kernel"), layer): parts
+        for (param, layer), parts in pieces.items()
+        if param.endswith("/kernel")
+    }
+
+
+def _module(piece: Piece) -> str:
+    return piece.name.removesuffix(".weight")
+
+
+def _tensors(adapters: Adapters, config: FluxConfig) -> list[NewTensor]:
+    kernels = _kernels(config)
+    tensors = []
+    for path, layer in in_layer_order(kernels):
+        if path not in adapters:
+            continue
+        a, b = _layer(adapters[path], layer)
+        for piece in kernels[path, layer]:
+            rows = piece._replace(shape=(piece.stop - piece.start, len(b)))
+            name, make_b = PREFIX + _module(piece), functools.partial(rows.to_tensor, b)
+            tensors += [
+                NewTensor(f"{name}.{A}", a.T.shape, a.dtype, lambda a=a: a.T),
+                NewTensor(f"{name}.{B}", rows.shape, b.dtype, make_b),
+            ]
+    return tensors
+
+
+def _metadata(adapters: Adapters, config: FluxConfig, record: Mapping[str, Any]) -> dict[str, str]:
+    """``format`` is what PyTorch's loaders ask for.
+
+    Of ``LoraConfig``'s fields only those are written that are not as peft has them by default:
+    older versions refuse fields that they do not know.
+    """
+    ranks, alphas, others = {}, {}, []
+    for (path, _), pieces in _kernels(config).items():
+        for module in map(_module, pieces):
+            if path not in adapters:
+                others.append(module)
+                continue
+            ranks[module] = adapters[path].b.shape[-2]
+            alphas[module] = _alpha(adapters[path].scale, ranks[module])
+    rank, rank_pattern = _with_exceptions(ranks)
+    alpha, alpha_pattern = _with_exceptions(alphas)
+    fields = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": _targets(sorted(ranks), others),
+    }
+    peft = {PREFIX + name: value for name, value in fields.items()}
+    ours = dict(record) | {"network": architecture(config)}
+    return {
+        "format": "pt",
+        PEFT_KEY: json.dumps(peft, indent=2, sort_keys=True),
+        METADATA_KEY: json.dumps(ours, sort_keys=True),
+    }
+
+
+def _alpha(scale: float, rank: int) -> int | float:
+    """The number that, divided by the rank, is the scale; whole numbers as such."""
+    product = scale * rank
+    near = [product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf)]
+    exact = [alpha for alpha in near if alpha / rank == scale]
+    # A scale that was a quotient by this rank has one. Others are off by one rounding of float64,
+    # far below the float32 that they are computed in.
+    alpha = min(exact or near[:1], key=lambda alpha: len(repr(alpha)))
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the others by peft's patterns: ``^`` is where a name starts."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {f"^{name}": value for name, value in values.items() if value != common}
+
+
+def _targets(modules: Sequence[str], others: Iterable[str]) -> Sequence[str] | str:
+    """peft's ``target_modules``: names, which also stand for all that end in them after a dot.
+
+    Where that would be too many (``proj_out`` is also each single block's) a regular expression.
+    """
+    endings = tuple(f".{module}" for module in modules)
+    if any(other.endswith(endings) for other in others):
+        return "|".join(map(re.escape, modules))
+    return modules
+
+
+def _check_copy(wanted: Adapters, copy: Adapters) -> None:
+    def bits(adapter: LowRank):
+        a, b = adapter.a[...], adapter.b[...]
+        return a.shape, a.tobytes(), b.shape, b.tobytes(), np.float32(adapter.scale)
+
+    wrong = [
+        path
+        for path in sorted(wanted.keys() | copy.keys())
+        if path not in wanted or path not in copy or bits(wanted[path]) != bits(copy[path])
+    ]
+    if wrong:
+        raise WeightsError(
+            f"Read again, the written adapters differ in {', '.join(wrong)}; is the disk sound?"
+        )
+
+
+def read_lora(path: Path, config: FluxConfig) -> Adapters:
+    """Adapters that diffusers, peft or `write_lora` saved, as NumPy arrays in float32.
+
+    Maps that are one here may have adapters of their own, or none: they share the ranks of those
+    whose A is the same bit for bit, else get ranks of their own. Layers of smaller rank, or none,
+    are filled up with zeros. The function is the same; training does not move ranks whose A and B
+    are both zero.
+
+    Args:
+      path: the file, or its folder.
+      config: of the transformer that the adapters are for.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      WeightsError: the file has another format, or does not fit; the message names all that is
+        wrong.
+    """
+    stored = _StoredAdapters(path / FILE_NAME if (path / FILE_NAME).is_file() else path, config)
+    layers: dict[str, list[list[Piece]]] = {}
+    stacked = set()
+    for (name, layer), pieces in _kernels(config).items():
+        layers.setdefault(name, []).append(pieces)
+        if layer is not None:
+            stacked.add(name)
+    network = NETWORKS["transformer"].abstract(config)
+    adapters = {}
+    for name in sorted(layers):
+        modules = {_module(piece) for pieces in layers[name] for piece in pieces}
+        scales = {stored.scales[module] for module in modules & stored.scales.keys()}
+        if not scales:
+            continue
+        # One adapter has one scale. Where a file has several they become part of b.
+        fused = [_fuse(stored, pieces, fold=len(scales) > 1) for pieces in layers[name]]
+        rank = max(len(b) for _, b in fused)
+        a = np.stack([np.pad(a, ((0, 0), (0, rank - a.shape[1]))) for a, _ in fused])
+        b = np.stack([np.pad(b, ((0, rank - len(b)), (0, 0))) for _, b in fused])
+        arrays = [a, b] if name in stacked else [a[0], b[0]]
+        adapters[name] = _adapter(network, name, arrays, scales.pop() if len(scales) == 1 else 1.0)
+    return adapters
+
+
+def _fuse(
+    stored: "_StoredAdapters", pieces: Sequence[Piece], fold: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """One layer's a [in, rank] and b [rank, out], with the scale in b if ``fold``."""
+    tensors = {
+        piece: (stored.read(_module(piece), A), stored.read(_module(piece), B))
+        for piece in pieces
+        if _module(piece) in stored.scales
+    }
+    starts: dict[bytes, int] = {}
+    blocks = [np.zeros((pieces[0].shape[1], 0), np.float32)]
+    rank = 0
+    for a, _ in tensors.values():
+        if a.tobytes() not in starts:
+            starts[a.tobytes()] = rank
+            rank += len(a)
+            blocks.append(a.T)
+    joint = np.zeros((rank, pieces[-1].stop), np.float32)
+    for piece, (a, b) in tensors.items():
+        start = starts[a.tobytes()]
+        if fold:
+            b = (b.astype(np.float64) * stored.scales[_module(piece)]).astype(np.float32)
+        joint[start : start + len(a), piece.start : piece.stop] = piece.to_ours(b)
+    return np.concatenate(blocks, axis=1), joint
+
+
+def _adapter(network, path: str, arrays: Sequence[np.ndarray], scale: float) -> LowRank:
+    """As `lora.init` makes it, with these values."""
+    settings = LoraConfig(rank=arrays[0].shape[-1], targets=(path,))
+    shapes = jax.eval_shape(lambda: lora.init(network, settings, jax.random.key(0)))[path]
+    adapter = jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+    adapter.scale = scale
+    return adapter
+
+
+class _StoredAdapters:
+    """The adapters of a file in diffusers' layout, by diffusers' names of the maps.
+
+    Attributes:
+      scales: alpha / rank of each map that has an adapter.
+    """
+
+    def __init__(self, path: Path, config: FluxConfig):
+        """Compares the file with the transformer's name table.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          WeightsError: another format, or tensors or metadata that do not fit; it names all.
+        """
+        self._files = TensorFiles(path)
+        _check_format(self._files)
+        names = self._files.entries
+        # A pipeline's file has the prefix; that of a transformer by itself (save_lora_adapter) not.
+        self._prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
+        shapes = {
+            _module(piece): piece.shape for pieces in _kernels(config).values() for piece in pieces
+        }
+        wrong: list[str] = []
+        ranks = self._ranks(shapes, wrong)
+        self.scales = self._scales(ranks, wrong)
+        if wrong:
+            raise WeightsError(f"The adapters in {path} do not fit: {'; '.join(wrong)}.")
+
+    def read(self, module: str, ending: str) -> np.ndarray:
+        """A tensor in float32."""
+        return self._files.read(f"{self._prefix}{module}.{ending}").astype(np.float32)
+
+    def _ranks(self, shapes: Mapping[str, tuple[int, ...]], wrong: list[str]) -> dict[str, int]:
+        """Of each map that has an adapter."""
+        known = {
+            f"{self._prefix}{module}.{ending}": (module, ending)
+            for module in shapes
+            for ending in (A, B, ALPHA)
+        }
+        found: dict[str, dict[str, Entry]] = {}
+        for name, entry in self._files.entries.items():
+            if name in known:
+                module, ending = known[name]
+                found.setdefault(module, {})[ending] = entry
+            else:
+                wrong.append(f"{name} belongs to no linear map of this transformer")
+        ranks = {}
+        for module, tensors in found.items():
+            missing = [ending for ending in (A, B) if ending not in tensors]
+            odd = {entry.dtype for entry in tensors.values()} - DTYPES.keys()
+            if missing:
+                wrong.append(f"{module} has {', '.join(tensors)} but no {' or '.join(missing)}")
+            if odd:
+                wrong.append(f"{module} is {', '.join(sorted(odd))}, not {', '.join(DTYPES)}")
+            if missing or odd:
+                continue
+            a, b = tensors[A].shape, tensors[B].shape
+            out_features, in_features = shapes[module]
+            if not a or not a[0] or (a, b) != ((a[0], in_features), (out_features, a[0])):
+                wrong.append(
+                    f"{module} has A {a} and B {b}, which do not fit its kernel {shapes[module]}"
+                )
+                continue
+            ranks[module] = a[0]
+        return ranks
+
+    def _scales(self, ranks: Mapping[str, int], wrong: list[str]) -> dict[str, float]:
+        """From peft's fields, or else tensors, or else 1: as diffusers does."""
+        fields = _peft_fields(self._files, self._prefix)
+        alphas = {
+            module: self._files.read(f"{self._prefix}{module}.{ALPHA}")
+            for module in ranks
+            if f"{self._prefix}{module}.{ALPHA}" in self._files.entries
+        }
+        if fields and alphas:
+            wrong.append(f"alpha is both in the metadata and in tensors, {next(iter(alphas))}'s")
+        elif fields:
+            return _scales_of(fields, ranks, wrong)
+        elif alphas:
+            without = sorted(ranks.keys() - alphas.keys())
+            wrong += [f"{module} has no alpha, others do" for module in without]
+            wrong += [
+                f"{module}'s alpha is no number" for module, x in alphas.items() if x.size != 1
+            ]
+        if wrong:
+            return {}
+        return {
+            module: alphas[module].item() / rank if alphas else 1.0
+            for module, rank in ranks.items()
+        }
+
+
+def _peft_fields(files: TensorFiles, prefix: str) -> dict[str, Any]:
+    """The fields of peft's ``LoraConfig``; none if the file does not have them.
+
+    Raises:
+      WeightsError: what is there is no JSON object.
+    """
+    fields: dict[str, Any] = {}
+    for file in sorted({entry.file for entry in files.entries.values()}):
+        with safe_open(file, framework="np") as opened:
+            text = (opened.metadata() or {}).get(PEFT_KEY, "{}")
+        try:
+            fields |= json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(f"{PEFT_KEY} in {file}'s metadata is no JSON object.") from error
+    return {
+        name.removeprefix(prefix): value
+        for name, value in fields.items()
+        if name.startswith(prefix)
+    }
+
+
+def _scales_of(
+    fields: Mapping[str, Any], ranks: Mapping[str, int], wrong: list[str]
+) -> dict[str, float]:
+    """alpha / rank of each map, by the fields of ``LoraConfig``; its defaults are peft's."""
+    init = fields.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(INITS_OF_OTHER_BASES):
+        wrong.append(f"init_lora_weights {init!r} means adapters of a base that was changed too")
+    scales = {}
+    for module, rank in ranks.items():
+        declared = _by_pattern(fields.get("rank_pattern"), module, fields.get("r", 8))
+        alpha = _by_pattern(fields.get("alpha_pattern"), module, fields.get("lora_alpha", 8))
+        if declared != rank:
+            wrong.append(f"{module} has rank {rank}, and {declared} in the metadata")
+        if not isinstance(alpha, int | float):
+            wrong.append(f"{module} has alpha {alpha!r} in the metadata")
+            continue
+        scales[module] = alpha / (math.sqrt(rank) if fields.get("use_rslora") else rank)
+    return scales
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
+    """The value of the first pattern that the name ends in (peft's ``get_pattern_key``)."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return otherwise
+
+
+def _check_format(files: TensorFiles) -> None:
+    """Refuses other formats of adapters, and files without any.
+
+    Raises:
+      WeightsError: it is one of them.
+    """
+    for name, pattern in OTHER_FORMATS:
+        example = next((key for key in files.entries if re.search(pattern, key)), None)
+        if example is not None:
+            raise WeightsError(
+                f"{files.path} has adapters in {name} layout ({example}); diffusers' layout is "
+                "needed. diffusers reads most others: load_lora_weights, then save_lora_adapter."
+            )
+    if not any(key.endswith((A, B)) for key in files.entries):
+        raise WeightsError(f"{files.path} has no adapters in diffusers' layout: no *.{A}.")
+
+
+class MergedReader:
+    """A transformer's weights with adapters added to its kernels, as `lora.merge` does."""
+
+    def __init__(self, reader: Reader, adapters: Adapters):
+        """Wraps ``reader``.
+
+        Args:
+          reader: the weights under the adapters.
+          adapters: of the transformer, on devices or as `read_lora` gives them.
+
+        Raises:
+          ValueError: a path or shape is not the transformer's.
+        """
+        self.network, self.config, self.record = reader.network, reader.config, reader.record
+        self.dtypes = reader.dtypes
+        self._reader = reader
+        self._adapters = _on_host(adapters, reader.config)
+
+    def read(self, place: Place) -> np.ndarray:
+        """One layer of a parameter, a kernel merged in float32 and rounded to its stored dtype."""
+        stored = self._reader.read(place)
+        param, layer = place
+        adapter = self._adapters.get(param.removesuffix("/kernel"))
+        if adapter is None or not param.endswith("/kernel"):
+            return stored
+        a, b = _layer(adapter, layer)
+        merged = stored.astype(np.float32) + np.float32(adapter.scale) * (a @ b)
+        return merged.astype(stored.dtype)
+
+
+def _layer(adapter: LowRank, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """One layer's a [in, rank] and b [rank, out]; all of them where they are not stacked."""
+    a, b = adapter.a[...], adapter.b[...]
+    return (a, b) if layer is None else (a[layer], b[layer])

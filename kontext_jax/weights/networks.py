@@ -1,0 +1,114 @@
+"""The four networks that exist outside this package, and what each is called there."""
+
+import dataclasses
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from kontext_jax.models.clip import ClipConfig, ClipText
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.models.t5 import T5Config, T5Encoder
+from kontext_jax.names import named_leaves
+from kontext_jax.weights import autoencoder, clip, flux, t5
+from kontext_jax.weights.table import Place, Table, in_layer_order
+
+COMPUTE_SETTINGS = ("dtype", "timestep_dtype", "remat")
+"""Fields of a network's config that say how it is computed and not what it is."""
+
+
+class Network(NamedTuple):
+    """One of them.
+
+    Attributes:
+      name: what it is called here.
+      model, config_class: our module and its config.
+      format: its name table and settings (``weights/flux.py`` and the like).
+      folder: of a diffusers pipeline.
+      library, class_name: what ``model_index.json`` says of it.
+      stem: of its files in such a folder.
+    """
+
+    name: str
+    model: type[nnx.Module]
+    config_class: type
+    format: ModuleType
+    folder: str
+    library: str
+    class_name: str
+    stem: str
+
+    @property
+    def has_bfl_layout(self) -> bool:
+        """Black Forest Labs' code itself reads T5 and CLIP through transformers."""
+        return hasattr(self.format, "is_bfl")
+
+    def abstract(self, config):
+        """The network of this config, as shapes."""
+        return nnx.eval_shape(lambda: self.model(config, rngs=nnx.Rngs(0)))
+
+    def shapes(self, config) -> dict[str, tuple[int, ...]]:
+        """Of our parameters."""
+        return {name: leaf.shape for name, leaf in named_leaves(self.abstract(config)).items()}
+
+    def places(self, config) -> list[Place]:
+        """Every layer of every parameter, in the order in which files have them."""
+        return in_layer_order(self.table(config, "bfl").pieces)
+
+    def table(self, config, layout: str) -> Table:
+        """Its name table, laid out for this config."""
+        return Table(self.format.rows(config), self.shapes(config), layout)
+
+
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network(
+            "transformer",
+            Flux,
+            FluxConfig,
+            flux,
+            "transformer",
+            "diffusers",
+            flux.DIFFUSERS_CLASS,
+            "diffusion_pytorch_model",
+        ),
+        Network(
+            "autoencoder",
+            Autoencoder,
+            AutoencoderConfig,
+            autoencoder,
+            "vae",
+            "diffusers",
+            autoencoder.DIFFUSERS_CLASS,
+            "diffusion_pytorch_model",
+        ),
+        Network(
+            "text_encoder",
+            T5Encoder,
+            T5Config,
+            t5,
+            "text_encoder_2",
+            "transformers",
+            t5.TRANSFORMERS_CLASS,
+            "model",
+        ),
+        Network(
+            "clip",
+            ClipText,
+            ClipConfig,
+            clip,
+            "text_encoder",
+            "transformers",
+            clip.TRANSFORMERS_CLASS,
+            "model",
+        ),
+    )
+}
+
+
+def architecture(config) -> dict[str, Any]:
+    """What a network is, without how it is computed."""
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if name not in COMPUTE_SETTINGS}
