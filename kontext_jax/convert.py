@@ -14,7 +14,6 @@ one of its networks, or a single file of Black Forest Labs' layout. ``--format``
 The output appears under its name when all of it is written, read again, and found equal.
 """
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,8 +37,9 @@ from kontext_jax.weights.networks import NETWORKS, architecture
 from kontext_jax.weights.pipeline import (
     BFL_FILES,
     TOKENIZERS,
-    scheduler_json,
+    time_of,
     write_index,
+    write_scheduler,
     write_tokenizer,
 )
 from kontext_jax.weights.reading import Reader
@@ -95,8 +95,6 @@ def convert(
             write_lora(adapters, config, path, record | _software())
         return {}
     readers = open_networks(place, params, only=network)
-    if not readers:
-        raise FileNotFoundError(f"There is no {network} in {place}.")
     to = DTYPES[dtype] if dtype else None
     fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
     records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
@@ -157,10 +155,8 @@ def _write_pipeline(
     _write_tokenizers(place, readers, folder)
     if format == "diffusers":
         time = records.get("transformer", {}).get("time")
-        time = from_dict(time, TimeConfig) if time else TimeConfig()
-        (folder / "scheduler").mkdir()
-        scheduler = json.dumps(scheduler_json(time), indent=2) + "\n"
-        (folder / "scheduler" / "scheduler_config.json").write_text(scheduler)
+        time = from_dict(time, TimeConfig) if time else time_of(place)
+        write_scheduler(folder, time)
         write_index(folder, readers)
 
 

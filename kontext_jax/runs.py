@@ -32,7 +32,15 @@ from kontext_jax.weights.loading import check_same, load
 from kontext_jax.weights.lora import MergedReader, read_lora
 from kontext_jax.weights.networks import NETWORKS
 from kontext_jax.weights.pipeline import BFL_FILES, TOKENIZERS, time_of
-from kontext_jax.weights.reading import OrbaxReader, Reader, config_of, open_file, open_folder
+from kontext_jax.weights.reading import (
+    OrbaxReader,
+    Reader,
+    config_of,
+    kind_of,
+    open_file,
+    open_folder,
+    read_config,
+)
 
 PARAMS = ("ema", "params")
 """A run's averaged parameters, and those that it trains."""
@@ -251,11 +259,7 @@ def open_network(
       FileNotFoundError: there is nothing, or no such network.
       ValueError: the weights are not what they should be.
     """
-    readers = open_networks(place, params, except_for, only=name)
-    if name not in readers:
-        there = f"; there is {', '.join(readers)}" if readers else ""
-        raise FileNotFoundError(f"There is no {name} in {place}{there}.")
-    return readers[name]
+    return open_networks(place, params, except_for, only=name)[name]
 
 
 def open_networks(
@@ -267,37 +271,79 @@ def open_networks(
       place: see the module's docstring.
       params: "ema" or "params", of a run.
       except_for: patterns of tensors that may be missing, or are not to be read.
-      only: the one network that is wanted, where there are several.
+      only: the one network that is wanted.
 
     Raises:
-      FileNotFoundError: there is nothing.
+      FileNotFoundError: there is nothing, or not the network that is wanted.
       ValueError: the weights are not what they should be.
     """
     path = Path(place)
+    known = _networks_at(path)
+    if only is not None and only not in known:
+        raise FileNotFoundError(f"There is no {only} in {place}; there is {', '.join(known)}.")
+    wanted = known if only is None else [only]
+    return {name: _open_one(path, name, params, except_for) for name in wanted}
+
+
+def _networks_at(path: Path) -> list[str]:
+    """The names of the networks at a place."""
+    if _is_run(path):
+        objective = load_config(path).make_objective()
+        abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
+        trained = [n for player in abstract for n in _networks(abstract[player], player)]
+        return [name for name in NETWORKS if name in {*trained, *objective.frozen()}]
     if (path / "checkpoints").is_dir():
-        return _open_run(path, params, only) if _is_run(path) else _open_converted(path, only)
+        return list(load_meta(path)["networks"])
     if path.is_file():
-        reader = open_file(path, except_for)
-        return {reader.network.name: reader}
+        return [open_file(path).network.name]
     if (path / "config.json").is_file():
-        reader = open_folder(path, except_for=except_for)
-        return {reader.network.name: reader}
-    readers: dict[str, Reader] = {}
-    for network in NETWORKS.values():
-        if only not in (None, network.name):
-            continue
-        file = path / BFL_FILES.get(network.name, "none")
-        if file.is_file():
-            readers[network.name] = open_file(file, except_for)
-        elif (path / network.folder / "config.json").is_file():
-            readers[network.name] = open_folder(path / network.folder, except_for=except_for)
-    if not readers and not (path / "model_index.json").is_file():
+        return [kind_of(read_config(path), path).name]
+    inside = [
+        network.name
+        for network in NETWORKS.values()
+        if (path / BFL_FILES.get(network.name, "-")).is_file()
+        or (path / network.folder / "config.json").is_file()
+    ]
+    if not inside:
         raise FileNotFoundError(
-            f"There are no weights at {str(place)!r}: it is no run with checkpoints (train one: "
+            f"There are no weights at {str(path)!r}: it is no run with checkpoints (train one: "
             "python -m kontext_jax.train --workdir=...), no folder of diffusers' layout, and no "
             ".safetensors file."
         )
-    return readers
+    return inside
+
+
+def _open_one(path: Path, name: str, params: str, except_for: Sequence[str]) -> Reader:
+    if _is_run(path):
+        return _open_from_run(path, name, params)
+    if (path / "checkpoints").is_dir():  # what `weights.export.write_orbax` wrote
+        meta, network = load_meta(path), NETWORKS[name]
+        config = config_of(network, meta["networks"][name])
+        return OrbaxReader(_item(path, "params"), [name], network, config, meta["records"][name])
+    if path.is_file():
+        return open_file(path, except_for)
+    if (path / "config.json").is_file():
+        return open_folder(path, except_for)
+    file = path / BFL_FILES.get(name, "-")
+    if file.is_file():
+        return open_file(file, except_for)
+    return open_folder(path / NETWORKS[name].folder, except_for)
+
+
+def _open_from_run(workdir: Path, name: str, params: str) -> Reader:
+    meta, item, network = load_meta(workdir), _item(workdir, params), NETWORKS[name]
+    config = from_dict(meta["config"])
+    record = record_of(config, int(item.parent.name), params)
+    if config.objective.kind == "autoencoder":
+        scaled = _scaled(config.objective.autoencoder, meta["metrics"], workdir)
+        return OrbaxReader(item, [name], network, scaled, record)
+    if name in config.make_objective().frozen():
+        reader = _open_init(config, name)
+        if name != "transformer":
+            return reader
+        adapters, _, _ = load_adapters(workdir, params)
+        return MergedReader(reader, adapters, record)
+    return OrbaxReader(item, ["model", name], network, getattr(config.objective, name), record)
 
 
 def load_adapters(
@@ -329,43 +375,6 @@ def tokenizers_of(place: Path) -> dict[str, str]:
 
 def _is_run(place: str | Path) -> bool:
     return (Path(place) / "checkpoints").is_dir() and "config" in load_meta(place)
-
-
-def _open_converted(folder: Path, only: str | None) -> dict[str, Reader]:
-    """What `weights.export.write_orbax` wrote."""
-    meta = load_meta(folder)
-    return {
-        name: OrbaxReader(
-            _item(folder, "params"), [name], NETWORKS[name], config_of(NETWORKS[name], values), meta
-        )
-        for name, values in meta["networks"].items()
-        if only in (None, name)
-    }
-
-
-def _open_run(workdir: Path, params: str, only: str | None) -> dict[str, Reader]:
-    meta = load_meta(workdir)
-    config, item = from_dict(meta["config"]), _item(workdir, params)
-    record = record_of(config, int(item.parent.name), params)
-    if config.objective.kind == "autoencoder":
-        scaled = _scaled(config.objective.autoencoder, meta["metrics"], workdir)
-        network = NETWORKS["autoencoder"]
-        return {"autoencoder": OrbaxReader(item, ["autoencoder"], network, scaled, record)}
-    objective = config.make_objective()
-    abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
-    readers: dict[str, Reader] = {}
-    for name in abstract["model"]:
-        if name in NETWORKS and only in (None, name):
-            readers[name] = OrbaxReader(
-                item, ["model", name], NETWORKS[name], getattr(config.objective, name), record
-            )
-    for name in objective.frozen():
-        if only in (None, name):
-            readers[name] = _open_init(config, name)
-    if "lora" in abstract["model"] and "transformer" in readers:
-        adapters, _, _ = load_adapters(workdir, params)
-        readers["transformer"] = MergedReader(readers["transformer"], adapters, record)
-    return readers
 
 
 def _item(folder: Path, name: str) -> Path:

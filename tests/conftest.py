@@ -1,5 +1,6 @@
 """Every test runs strictly: eight CPU devices, no silent promotion of dtypes or ranks."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,6 +116,46 @@ def flux_tokenizers(tmp_path_factory) -> Path:
     scores = [(piece, -float(i)) for i, piece in enumerate(pieces)]
     t5 = T5Tokenizer(scores, extra_ids=0, model_max_length=512)
     t5.save_pretrained(folder / "tokenizer_2")
+    return folder
+
+
+def _new(model, config):
+    return model(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(random_network, flux_tokenizers, tmp_path_factory) -> Path:
+    """A whole FluxKontextPipeline with networks as small as can be, of 8 pixels a token."""
+    from kontext_jax.flow import TimeConfig
+    from kontext_jax.models.autoencoder import AutoencoderConfig
+    from kontext_jax.models.clip import ClipConfig
+    from kontext_jax.models.flux import FluxConfig
+    from kontext_jax.models.t5 import T5Config
+    from kontext_jax.weights import export, pipeline
+    from kontext_jax.weights.networks import NETWORKS
+    from kontext_jax.weights.reading import ArrayReader
+
+    configs = {
+        "transformer": FluxConfig(
+            in_channels=32, hidden_size=32, num_heads=2, depth=2, depth_single=2, vec_in_dim=32,
+            context_in_dim=32, axes_dim=(4, 6, 6),
+        ),
+        "autoencoder": AutoencoderConfig.tiny(channels=8, latent_channels=8),
+        "text_encoder": T5Config(
+            vocab_size=104, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+        ),
+        "clip": ClipConfig.tiny(),
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "pipeline"
+    for seed, (name, config) in enumerate(configs.items()):
+        kind = NETWORKS[name]
+        network = random_network(functools.partial(_new, kind.model, config), seed)
+        export.write_diffusers(ArrayReader(kind, network), folder / kind.folder, {})
+        if name in pipeline.TOKENIZERS:
+            tokenizer = pipeline.TOKENIZERS[name]
+            pipeline.write_tokenizer(str(flux_tokenizers / tokenizer), folder / tokenizer)
+    pipeline.write_scheduler(folder, TimeConfig())
+    pipeline.write_index(folder, configs)
     return folder
 
 

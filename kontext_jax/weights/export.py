@@ -3,7 +3,6 @@
 Everything is written a layer of a parameter at a time, read again, and compared bit for bit.
 """
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,16 +133,15 @@ class _LayersHandler(ocp.type_handlers.NumpyHandler):
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
-        self._one_at_a_time = asyncio.Lock()
 
     async def _open_and_write(self, value: _Layers, tspec, ts_context) -> None:
-        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        async with self._one_at_a_time:
-            if not value.stacked:
-                await array.write(value.read(None))
-                return
-            for layer in range(value.shape[0]):
-                await array[layer].write(value.read(layer))
+        # It waits for each write, so that Orbax's other coroutines, and their layers, wait too.
+        array = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
+        if not value.stacked:
+            array.write(value.read(None)).result()
+            return
+        for layer in range(value.shape[0]):
+            array[layer].write(value.read(layer)).result()
 
 
 def write_orbax(
@@ -177,11 +175,13 @@ def write_orbax(
         "meta": ocp.JsonCheckpointHandler(),
     }
     checkpoints = folder.absolute() / "checkpoints"
+    params = ocp.args.PyTreeSave(tree, save_args=save_args)
+    args = ocp.args.Composite(params=params, meta=ocp.args.JsonSave(dict(meta)))
     with ocp.CheckpointManager(checkpoints, item_handlers=handlers, options=options) as manager:
-        params = ocp.args.PyTreeSave(tree, save_args=save_args)
-        manager.save(
-            step, args=ocp.args.Composite(params=params, meta=ocp.args.JsonSave(dict(meta)))
-        )
+        try:
+            manager.save(step, args=args)
+        except ValueError as error:  # what TensorStore makes of a failing disk
+            raise OSError(f"The checkpoint could not be written: {error}") from error
     for name, reader in readers.items():
         item = checkpoints / str(step) / "params"
         copy = OrbaxReader(item, [name], reader.network, reader.config, {})

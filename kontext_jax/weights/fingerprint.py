@@ -21,7 +21,7 @@ SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 def fingerprint(network) -> str:
     """Of a network on its devices, or of any tree of them."""
-    return _text(_tree_sums(named_leaves(network)))
+    return _text(np.asarray(_tree_sums(named_leaves(network))))
 
 
 def fingerprint_of(reader: Reader) -> str:
@@ -68,4 +68,4 @@ def _seed(name: str) -> int:
 
 
 def _text(sums: UInt32[np.ndarray, "2"]) -> str:
-    return "".join(f"{int(value):08x}" for value in np.asarray(sums))
+    return "".join(f"{int(value):08x}" for value in sums)

@@ -1,6 +1,7 @@
 """The four networks that exist outside this package, and what each is called there."""
 
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class Network(NamedTuple):
 
     def abstract(self, config):
         """The network of this config, as shapes."""
-        return nnx.eval_shape(lambda: self.model(config, rngs=nnx.Rngs(0)))
+        return _abstract(self.model, config)
 
     def shapes(self, config) -> dict[str, tuple[int, ...]]:
         """Of our parameters."""
@@ -59,6 +60,11 @@ class Network(NamedTuple):
     def table(self, config, layout: str) -> Table:
         """Its name table, laid out for this config."""
         return Table(self.format.rows(config), self.shapes(config), layout)
+
+
+@functools.lru_cache(maxsize=32)  # an autoencoder takes a second
+def _abstract(model: type[nnx.Module], config):
+    return nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
 
 
 NETWORKS = {

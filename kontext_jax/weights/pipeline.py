@@ -19,10 +19,10 @@ TOKENIZERS = {"text_encoder": "tokenizer_2", "clip": "tokenizer"}
 """Folders of the text encoders' tokenizers."""
 
 
-def scheduler_json(time: TimeConfig) -> dict[str, Any]:
-    """diffusers' ``scheduler_config.json`` of the same times."""
+def write_scheduler(folder: Path, time: TimeConfig) -> None:
+    """diffusers' ``scheduler/scheduler_config.json`` of the same times."""
     shifted = time.shift == "resolution"
-    return {
+    values = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": 1000,
@@ -33,6 +33,9 @@ def scheduler_json(time: TimeConfig) -> dict[str, Any]:
         "base_image_seq_len": time.base_tokens,
         "max_image_seq_len": time.max_tokens,
     }
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def time_of(folder: Path) -> TimeConfig:

@@ -1,0 +1,303 @@
+"""From a pipeline to a run and back, in every layout: whole folders, as the commands see them."""
+
+import dataclasses
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kontext_jax import runs, sample
+from kontext_jax.checkpoint import CheckpointConfig
+from kontext_jax.config import Config, SheetConfig
+from kontext_jax.convert import convert
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.text import TextConfig
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.lora import LoraConfig
+from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
+from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train import train
+from kontext_jax.weights import export, files
+from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.fingerprint import fingerprint_of
+
+NAMES = ("transformer", "autoencoder", "text_encoder", "clip")
+
+
+@pytest.fixture(scope="module")
+def config(pipeline_folder, world_folder) -> Config:
+    """Fine-tuning of the whole pipeline's transformer; what Kontext from released weights looks
+    like."""
+    readers = runs.open_networks(pipeline_folder)
+    place = str(pipeline_folder)
+    settings = {
+        name: dataclasses.replace(readers[name].config, dtype="float32", remat="none")
+        for name in ("transformer", "text_encoder", "clip")
+    }
+    return Config(
+        objective=FlowMatchingConfig(
+            **settings,
+            init_from=FlowInit(
+                transformer=place, text_encoder=place, clip=place, autoencoder=place
+            ),
+            guidance=2.5,
+        ),
+        data=DataConfig(
+            path=str(world_folder),
+            batch_size=8,
+            geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
+            packing=PackingConfig(image_tokens=32, text_tokens=24, max_examples=1),
+            text=TextConfig(
+                tokenizer=f"{place}/tokenizer_2",
+                max_tokens=24,
+                pad=True,
+                clip_tokenizer=f"{place}/tokenizer",
+            ),
+        ),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=0, ema_decay=0.5),
+        checkpoint=CheckpointConfig(every=2),
+        sheets=SheetConfig(every=0),
+        num_steps=2,
+        log_every=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    train(config, workdir)
+    return workdir
+
+
+def fingerprints(place: Path) -> dict[str, str]:
+    return {name: fingerprint_of(reader) for name, reader in runs.open_networks(place).items()}
+
+
+def test_every_layout_holds_the_same_bits(pipeline_folder, tmp_path):
+    said = convert(pipeline_folder, tmp_path / "bfl", "bfl")
+    convert(tmp_path / "bfl", tmp_path / "orbax", "orbax")
+    convert(tmp_path / "orbax", tmp_path / "again", "diffusers")
+    assert set(said) == set(NAMES) and len(set(said.values())) == 4
+    for place in (pipeline_folder, tmp_path / "bfl", tmp_path / "orbax", tmp_path / "again"):
+        assert fingerprints(place) == said
+    before, after = (
+        files.TensorFiles(folder / "transformer")
+        for folder in (pipeline_folder, tmp_path / "again")
+    )
+    assert before.entries.keys() == after.entries.keys()
+    for name in before.entries:
+        np.testing.assert_array_equal(before.read(name), after.read(name))
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json"):
+        assert (pipeline_folder / name).read_text() == (tmp_path / "again" / name).read_text()
+
+
+@pytest.mark.slow
+def test_a_run_tells_where_its_weights_come_from(run, pipeline_folder, tmp_path):
+    said = convert(run, tmp_path / "diffusers", "diffusers")
+    before = fingerprints(pipeline_folder)
+    assert [n for n in NAMES if before[n] != said[n]] == ["transformer"]  # the rest is frozen
+    convert(tmp_path / "diffusers", tmp_path / "orbax", "orbax")
+    record = runs.open_network(tmp_path / "orbax", "transformer").record
+    assert record["step"] == 2 and record["params"] == "ema"
+    assert record["fingerprint"] == said["transformer"]
+    assert record["position_scheme"] == "offset" and record["geometry"]["sizes"] == [[32, 32]]
+    raw = convert(run, tmp_path / "raw.safetensors", "bfl", params="params", network="transformer")
+    assert raw["transformer"] != said["transformer"]
+
+
+@pytest.mark.slow
+def test_an_image_is_the_same_from_every_layout(run, tmp_path):
+    context = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    sampler = SamplerConfig(num_steps=2, cfg_scale=2.0)
+
+    def image(place):
+        return sample.generate(str(place), "make it red", [context], sampler, dtype="float32")[0]
+
+    expected = image(run)
+    assert expected.std() > 1
+    for layout in ("diffusers", "orbax"):
+        convert(run, tmp_path / layout, layout)
+        np.testing.assert_array_equal(image(tmp_path / layout), expected)
+
+
+def test_a_cast_is_the_nearest_value(pipeline_folder, tmp_path):
+    half = tmp_path / "half"
+    convert(pipeline_folder, half, "diffusers", network="transformer", dtype="bfloat16")
+    rounded, exact = (runs.open_network(place, "transformer") for place in (half, pipeline_folder))
+    place = ("double_blocks/img_attn/qkv/kernel", 1)
+    assert rounded.read(place).dtype == "bfloat16"
+    assert (rounded.read(place) == exact.read(place).astype("bfloat16")).all()
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tmp_path):
+    lora = LoraConfig(rank=2, alpha=4.0, targets=("double_blocks/*", "single_blocks/linear1"))
+    objective = dataclasses.replace(config.objective, lora=lora)
+    train(dataclasses.replace(config, objective=objective), tmp_path / "lora")
+    base = runs.open_network(config.objective.init_from.transformer, "transformer")
+    merged = runs.open_network(tmp_path / "lora", "transformer")
+    changed = {
+        param.split("/")[0] + "/" + param.split("/")[-1]
+        for param, layer in base.network.places(base.config)
+        if (base.read((param, layer)) != merged.read((param, layer))).any()
+    }
+    assert changed == {"double_blocks/kernel", "single_blocks/kernel"}
+
+    convert(tmp_path / "lora", tmp_path / "file", "lora")
+    adapters, _, _ = runs.load_adapters(tmp_path / "lora")
+    init_from = dataclasses.replace(objective.init_from, lora=str(tmp_path / "file"))
+    going_on = dataclasses.replace(
+        config, objective=dataclasses.replace(objective, init_from=init_from)
+    )
+    initial = runs.load_initial(going_on, make_mesh(MeshConfig(), jax.devices()[:1]))
+    for path, adapter in initial["model"]["lora"].items():
+        np.testing.assert_array_equal(adapter.b, adapters[path].b)
+
+    convert(tmp_path / "lora", tmp_path / "whole", "diffusers")
+    images = [
+        sample.generate(str(tmp_path / name), "it", [], SamplerConfig(num_steps=2), dtype="float32")
+        for name in ("lora", "whole")
+    ]
+    distance = np.abs(images[0][0].astype(int) - images[1][0].astype(int))
+    assert distance.max() <= 1  # adapters at work, and merged: rounding alone differs
+    other = dataclasses.replace(objective, init_from=init_from, lora=LoraConfig(rank=3))
+    with pytest.raises(ValueError, match="rank, alpha and targets"):
+        runs.load_initial(
+            dataclasses.replace(config, objective=other), make_mesh(MeshConfig(), jax.devices()[:1])
+        )
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_its_weights_and_resumes(config, run, tmp_path):
+    mesh = make_mesh(MeshConfig())
+    initial = runs.load_initial(config, mesh)["model"]["transformer"]
+    base = runs.open_network(config.objective.init_from.transformer, "transformer")
+    place = ("single_blocks/linear1/kernel", 1)
+    np.testing.assert_array_equal(initial.single_blocks.linear1.kernel[1], base.read(place))
+    assert not initial.single_blocks.linear1.kernel[...].sharding.is_fully_replicated
+
+    shutil.copytree(run, tmp_path / "run")
+    longer = dataclasses.replace(config, num_steps=3)
+    assert train(longer, tmp_path / "run")["examples"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_refuses_frozen_weights_that_have_changed(config, pipeline_folder, tmp_path):
+    place = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    init_from = dataclasses.replace(config.objective.init_from, clip=str(place))
+    objective = dataclasses.replace(config.objective, init_from=init_from)
+    changed = dataclasses.replace(config, objective=objective, num_steps=1)
+    train(changed, tmp_path / "run")
+    file = place / "text_encoder" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="made with another frozen networks"):
+        train(dataclasses.replace(changed, num_steps=2), tmp_path / "run")
+
+
+def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_path):
+    """From [schnell], which has no guidance input, to [dev]'s form."""
+    folder = shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
+    tensors = files.TensorFiles(folder)
+    kept = [
+        files.NewTensor(
+            name, entry.shape, files.DTYPES[entry.dtype], lambda n=name: tensors.read(n)
+        )
+        for name, entry in tensors.entries.items()
+        if "guidance" not in name
+    ]
+    files.write_file(tmp_path / "file", kept, {})
+    (tmp_path / "file").replace(folder / "diffusion_pytorch_model.safetensors")
+
+    def initial(*except_for):
+        init_from = FlowInit(transformer=str(folder), except_for=except_for)
+        objective = dataclasses.replace(config.objective, init_from=init_from)
+        changed = dataclasses.replace(config, objective=objective)
+        return runs.load_initial(changed, make_mesh(MeshConfig()))["model"]["transformer"]
+
+    with pytest.raises(WeightsError, match="guidance_embedder.linear_1.weight is missing; .*_2.bi"):
+        initial()
+    network = initial("*guidance_embedder*")
+    fresh = config.make_objective().init(jax.random.key(config.seed))["model"]["transformer"]
+    np.testing.assert_allclose(
+        network.guidance_in.in_layer.kernel[...],
+        fresh.guidance_in.in_layer.kernel[...],
+        atol=1e-7,
+    )
+    base = runs.open_network(pipeline_folder, "transformer")
+    np.testing.assert_array_equal(network.img_in.kernel[...], base.read(("img_in/kernel", None)))
+
+
+@pytest.mark.parametrize("format", ["diffusers", "bfl", "orbax"])
+def test_a_full_disk_leaves_nothing_behind(pipeline_folder, tmp_path, format):
+    """Files may not grow beyond 20 kB here, which fails like a full disk: in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            convert(pipeline_folder, tmp_path / "out", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_written_is_read_again(pipeline_folder, tmp_path, monkeypatch):
+    """A bit that flips on its way to the disk."""
+    write = files.write_file
+
+    def flip(path, tensors, metadata):
+        write(path, tensors, metadata)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+
+    monkeypatch.setattr(export, "write_file", flip)
+    with pytest.raises(WeightsError, match="the written transformer differs in .*; is the disk"):
+        convert(pipeline_folder, tmp_path / "t.safetensors", "bfl", network="transformer")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_overwritten(pipeline_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="out exists; delete it or name another --output"):
+        convert(pipeline_folder, tmp_path / "out", "bfl")
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments", "sentence"),
+    [
+        ("nowhere", {}, "There are no weights at .*nowhere"),
+        ("", {"network": "clip", "format": "bfl"}, "no file of their own for the clip"),
+        ("vae", {"network": "transformer"}, "There is no transformer in .*vae; there is autoenc"),
+        ("", {"format": "lora"}, "no run with checkpoints"),
+    ],
+)
+def test_what_cannot_be_converted_is_said(pipeline_folder, tmp_path, place, arguments, sentence):
+    with pytest.raises((OSError, ValueError), match=sentence):
+        convert(pipeline_folder / place, tmp_path / "out", **{"format": "diffusers"} | arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_architecture_than_the_run_s_is_refused(config):
+    transformer = dataclasses.replace(config.objective.transformer, depth=3, mlp_ratio=2.0)
+    objective = dataclasses.replace(config.objective, transformer=transformer)
+    with pytest.raises(WeightsError, match="depth is 2, not 3; mlp_ratio is 4.0, not 2.0"):
+        runs.load_initial(dataclasses.replace(config, objective=objective), make_mesh(MeshConfig()))
+
+
+def test_a_pipeline_without_clip_has_a_null_for_it(pipeline_folder, tmp_path):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "in")
+    shutil.rmtree(folder / "text_encoder")
+    convert(folder, tmp_path / "out", "diffusers")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer"] == [None, None]
+    with pytest.raises(ValueError, match="holds no clip; sampling needs a whole pipeline"):
+        sample.generate(str(tmp_path / "out"), "", [], SamplerConfig(num_steps=1))
