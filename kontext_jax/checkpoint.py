@@ -18,6 +18,7 @@ from kontext_jax.train_state import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
 TREES = ("params", "opt_state", "ema")
+CHUNK_BYTES = 128 * 2**20
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -54,7 +55,7 @@ class Checkpointer:
           data: the loader's state.
           meta: the resolved config and the latest metrics, as JSON.
         """
-        trees = {name: ocp.args.PyTreeSave(by_name(getattr(state, name))) for name in TREES}
+        trees = {name: _chunked(by_name(getattr(state, name))) for name in TREES}
         counters = {name: int(getattr(state, name)) for name in COUNTERS}
         self._manager.save(
             int(state.step),
@@ -154,3 +155,12 @@ class Checkpointer:
                 f"{item}, {'; '.join(wrong[:5])}{more}. Use the config of its run, or start a new "
                 "--workdir."
             )
+
+
+def _chunked(tree) -> ocp.args.PyTreeSave:
+    """Large arrays in pieces, along the layers first: one layer can be read without the others."""
+
+    def pieces(array) -> ocp.SaveArgs:
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if array.ndim else ())
+
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(pieces, tree))

@@ -18,3 +18,12 @@ if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
   touch "$stamp"
 fi
 source .venv/bin/activate
+
+install_extra() { # NAME: installs one more extra of pyproject.toml, once
+  local stamp=.venv/installed-$1
+  if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
+    echo "installing the extra '$1' into .venv (once)"
+    python -m pip install -qq --editable ".[$1]"
+    touch "$stamp"
+  fi
+}

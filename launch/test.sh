@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one.
-# Further arguments go to pytest: launch/test.sh -k packing
+# Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one,
+# for which PyTorch is installed too. Further arguments go to pytest: launch/test.sh -k packing
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -11,5 +11,6 @@ arguments=(-n "${TEST_PROCESSES:-2}" --dist worksteal)
 if [[ "${1:-}" == --all ]]; then
   shift
   arguments+=(-m "")
+  install_extra convert
 fi
 JAX_PLATFORMS=cpu python -m pytest -q "${arguments[@]}" "$@"

@@ -447,18 +447,19 @@ def _check_format(files: TensorFiles) -> None:
 class MergedReader:
     """A transformer's weights with adapters added to its kernels, as `lora.merge` does."""
 
-    def __init__(self, reader: Reader, adapters: Adapters):
+    def __init__(self, reader: Reader, adapters: Adapters, record: dict[str, Any] | None = None):
         """Wraps ``reader``.
 
         Args:
           reader: the weights under the adapters.
           adapters: of the transformer, on devices or as `read_lora` gives them.
+          record: where the sum comes from; the reader's own if left out.
 
         Raises:
           ValueError: a path or shape is not the transformer's.
         """
-        self.network, self.config, self.record = reader.network, reader.config, reader.record
-        self.dtypes = reader.dtypes
+        self.network, self.config, self.dtypes = reader.network, reader.config, reader.dtypes
+        self.record = reader.record if record is None else record
         self._reader = reader
         self._adapters = _on_host(adapters, reader.config)
 
