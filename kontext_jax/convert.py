@@ -1,7 +1,7 @@
 """Brings weights from one layout to another, bit for bit, a layer of a parameter at a time.
 
 python -m kontext_jax.convert --input=PLACE --output=PATH --format={diffusers,bfl,orbax} \\
-    [--params=ema] [--network=transformer] [--dtype=bfloat16] [--verify]
+    [--params=ema] [--network=transformer] [--dtype=bfloat16] [--lora=FILE] [--verify]
 
 A place is a run's workdir, a folder that this command made, a diffusers pipeline or the folder of
 one of its networks, or a single file of Black Forest Labs' layout. ``--format`` is what comes out:
@@ -32,7 +32,7 @@ from kontext_jax.flow import TimeConfig
 from kontext_jax.runs import PARAMS, load_adapters, open_networks, tokenizers_of
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
 from kontext_jax.weights.fingerprint import fingerprint_of
-from kontext_jax.weights.lora import write_lora
+from kontext_jax.weights.lora import MergedReader, read_lora, write_lora
 from kontext_jax.weights.networks import NETWORKS, architecture
 from kontext_jax.weights.pipeline import (
     BFL_FILES,
@@ -60,6 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("params", "ema", PARAMS, "averaged or raw parameters of a run")
     flags.DEFINE_enum("network", None, list(NETWORKS), "this network alone; all if left out")
     flags.DEFINE_enum("dtype", None, list(DTYPES), "to cast to; as stored if left out")
+    flags.DEFINE_string("lora", None, "adapters to merge, a file or folder of diffusers' layout")
     flags.DEFINE_bool("verify", False, "also compares outputs with PyTorch's (extra: convert)")
     flags.mark_flags_as_required(["input", "output", "format"])
 
@@ -72,6 +73,7 @@ def convert(
     params: str = "ema",
     network: str | None = None,
     dtype: str | None = None,
+    lora: Path | None = None,
 ) -> dict[str, str]:
     """Converts and returns the fingerprint of each network as it was read.
 
@@ -82,6 +84,7 @@ def convert(
       params: "ema" or "params", of a run.
       network: the only one to convert.
       dtype: "float32", "bfloat16" or "float16" to cast to; as stored if left out.
+      lora: adapters to merge into the transformer, a file or folder of diffusers' layout.
 
     Raises:
       FileExistsError: there is something at ``output``.
@@ -95,6 +98,11 @@ def convert(
             write_lora(adapters, config, path, record | _software())
         return {}
     readers = open_networks(place, params, only=network)
+    if lora is not None:
+        if "transformer" not in readers:
+            raise ValueError(f"There is no transformer in {place} to merge {lora} into.")
+        adapters = read_lora(lora, readers["transformer"].config)
+        readers["transformer"] = MergedReader(readers["transformer"], adapters)
     to = DTYPES[dtype] if dtype else None
     fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
     records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
@@ -185,6 +193,10 @@ def appearing(output: Path) -> Iterator[Path]:
 def main() -> None:
     options = flags.FLAGS
     place, output = Path(options.input), Path(options.output)
+    if options.verify:  # PyTorch is looked for before there is anything to compare with it
+        if options.format == "lora":
+            raise ValueError("--verify compares whole networks; --format=lora has none.")
+        from kontext_jax.weights.verify import verify
     jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
     fingerprints = convert(
         place,
@@ -193,15 +205,14 @@ def main() -> None:
         params=options.params,
         network=options.network,
         dtype=options.dtype,
+        lora=Path(options.lora) if options.lora else None,
     )
     for name, value in fingerprints.items():
         print(f"{name}: fingerprint {value}")
     print(f"wrote {output} and read it again: every bit is there")
     if options.verify:
-        from kontext_jax.weights.verify import verify  # needs PyTorch
-
-        for line in verify(output):
-            print(line)
+        for line in verify(output, open_networks(output)):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
-from kontext_jax.models.lora import Adapters
+from kontext_jax.models.lora import Adapters, attach
 from kontext_jax.names import named_leaves
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, networks_of
@@ -80,8 +80,8 @@ def load_config(workdir: str | Path) -> Config:
     return from_dict(load_meta(workdir)["config"])
 
 
-def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema"):
-    """(network, config) of one player, laid out over the mesh.
+def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema", dtype: str = ""):
+    """(network, config) of one player, laid out over the mesh; computed in ``dtype`` if given.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -94,6 +94,9 @@ def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema
             f"{workdir} is a run of {config.objective.kind}, which trains "
             f"{', '.join(objective.players)} and no {player}."
         )
+    if dtype:
+        config.objective = _computed_in(config.objective, dtype)
+        objective = config.make_objective()
     abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0)))[player]
     shardings = shardings_of(abstract, mesh)
     with closing(_open(workdir)) as checkpointer:
@@ -101,7 +104,9 @@ def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema
     return network, config
 
 
-def load_model(place: str | Path, mesh: Mesh, params: str = "ema", dtype: str = "") -> Model:
+def load_model(
+    place: str | Path, mesh: Mesh, params: str = "ema", dtype: str = "", lora: str = ""
+) -> Model:
     """The whole model at a place, laid out over the mesh.
 
     Args:
@@ -109,33 +114,38 @@ def load_model(place: str | Path, mesh: Mesh, params: str = "ema", dtype: str = 
       mesh: where it goes.
       params: "ema" or "params", of a run.
       dtype: to compute the transformer and the text encoders in; their own if left out.
+      lora: adapters to put to work, a file or folder of diffusers' layout.
 
     Raises:
       FileNotFoundError: there is nothing.
       ValueError: it is something else, incomplete, or not what it says.
     """
     if _is_run(place):
-        model, config = load_player(place, "model", mesh, params)
+        model, config = load_player(place, "model", mesh, params, dtype)
         frozen = load_frozen(config, mesh, load_meta(place)["frozen"])
         networks, objective, data = networks_of(model, frozen), config.objective, config.data
     else:
         readers = open_networks(place, params)
         objective, data = _settings(Path(place), readers)
+        objective = _computed_in(objective, dtype) if dtype else objective
         networks = {
-            name: load(reader, reader.config, mesh, dtype=None) for name, reader in readers.items()
+            name: load(reader, getattr(objective, name, reader.config), mesh, dtype=None)
+            for name, reader in readers.items()
         }
-    if dtype:
-        networks = {name: _computed_in(dtype, net, name) for name, net in networks.items()}
+    if lora:
+        adapters = read_lora(Path(lora), objective.transformer)
+        networks["transformer"] = attach(networks["transformer"], adapters)
     identity = {name: fingerprint(network) for name, network in networks.items()}
     return Model(objective, data, networks, identity)
 
 
-def _computed_in(dtype: str, network: Network, name: str) -> Network:
-    if name == "autoencoder":
-        return network
-    kind = NETWORKS[name]
-    recast = kind.abstract(dataclasses.replace(network.config, dtype=dtype))
-    return jax.tree.unflatten(jax.tree.structure(recast), jax.tree.leaves(network))
+def _computed_in(objective, dtype: str):
+    """The objective's config with all but the autoencoder computed in ``dtype``."""
+    networks = {
+        name: dataclasses.replace(getattr(objective, name), dtype=dtype)
+        for name in ("transformer", "text_encoder", "clip")
+    }
+    return dataclasses.replace(objective, **networks)
 
 
 def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[str, Network]:

@@ -59,6 +59,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("seed", 0, "of the initial noise")
     flags.DEFINE_enum("params", "ema", ["ema", "params"], "averaged or raw parameters")
+    flags.DEFINE_string("lora", None, "adapters to use, a file or folder of diffusers' layout")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in; as trained if unset")
     flags.DEFINE_bool("provenance", True, "a PNG tells how it was made; other formats do not")
     flags.mark_flags_as_required(["checkpoint", "output"])
@@ -75,6 +76,7 @@ def generate(
     seed: int = 0,
     params: str = "ema",
     dtype: str = "",
+    lora: str = "",
 ) -> tuple[Image, dict[str, Any]]:
     """One image, and the record of how it was made.
 
@@ -88,6 +90,7 @@ def generate(
       seed: of the initial noise.
       params: "ema" or "params", the averaged or the raw parameters of a run.
       dtype: to compute in, "float32" or "bfloat16"; the model's own if left out.
+      lora: adapters to use, a file or folder of diffusers' layout.
 
     Raises:
       FileNotFoundError: there is nothing at ``checkpoint``.
@@ -96,7 +99,7 @@ def generate(
     """
     _check_strength(init, sampler)
     mesh = make_mesh(MeshConfig())
-    model = load_model(checkpoint, mesh, params, dtype)
+    model = load_model(checkpoint, mesh, params, dtype, lora)
     example = _example(prompt, contexts, init, size, model.data)
     generator = Generator(
         [example], _room_for(example, model.data), model.objective, sampler, mesh, seed
@@ -202,6 +205,7 @@ def main() -> None:
         seed=options.seed,
         params=options.params,
         dtype=options.dtype or "",
+        lora=options.lora or "",
     )
     write_image(image, output, record if options.provenance else None)
     print(f"wrote {output}, {_format_size(size_of(image))}")

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 import configs.emoji
+import configs.finetune
 import configs.quickstart
 from kontext_jax.config import Config, SheetConfig, fingerprint, from_dict, pick, to_dict
 from kontext_jax.evaluate import EvalConfig
@@ -12,7 +13,7 @@ from kontext_jax.sampler import SamplerConfig
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = [
     (module.__name__.removeprefix("configs."), variant, make)
-    for module in (configs.quickstart, configs.emoji)
+    for module in (configs.quickstart, configs.emoji, configs.finetune)
     for variant, make in module.VARIANTS.items()
 ]
 IDS = [f"{name}-{variant}" for name, variant, _ in RUNS]

@@ -160,13 +160,22 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     for path, adapter in initial["model"]["lora"].items():
         np.testing.assert_array_equal(adapter.b, adapters[path].b)
 
+    def image(place, lora=""):
+        sampler = SamplerConfig(num_steps=2)
+        made, _ = sample.generate(str(place), "it", [], sampler, dtype="float32", lora=lora)
+        return made.astype(int)
+
     convert(tmp_path / "lora", tmp_path / "whole", "diffusers")
-    images = [
-        sample.generate(str(tmp_path / name), "it", [], SamplerConfig(num_steps=2), dtype="float32")
-        for name in ("lora", "whole")
-    ]
-    distance = np.abs(images[0][0].astype(int) - images[1][0].astype(int))
-    assert distance.max() <= 1  # adapters at work, and merged: rounding alone differs
+    by_run, merged = image(tmp_path / "lora"), image(tmp_path / "whole")
+    assert np.abs(by_run - merged).max() <= 1  # rounding alone differs
+    by_file = image(tmp_path / "whole", str(tmp_path / "file"))  # twice as much of it
+    assert np.abs(by_file - merged).max() > 1
+    pipeline, file = Path(config.objective.init_from.transformer), tmp_path / "file"
+    convert(pipeline, tmp_path / "merged", "bfl", network="transformer", lora=file)
+    again = runs.open_network(tmp_path / "merged", "transformer")
+    assert fingerprint_of(again) == fingerprint_of(
+        runs.open_network(tmp_path / "lora", "transformer")
+    )
     other = dataclasses.replace(objective, init_from=init_from, lora=LoraConfig(rank=3))
     with pytest.raises(ValueError, match="rank, alpha and targets"):
         runs.load_initial(

@@ -32,6 +32,7 @@ OPTIONS = {
     "seed": 3,
     "params": "ema",
     "dtype": None,
+    "lora": None,
     "provenance": True,
 }
 IDENTITY = {"transformer": "0123456789abcdef"}

@@ -117,8 +117,10 @@ class GroupNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - self._mean(y)
         y = y * jax.lax.rsqrt(self._mean(jnp.square(y)) + 1e-6)
-        y = y * self.scale[...].reshape(1, 1, 1, -1) + self.bias[...].reshape(1, 1, 1, -1)
-        return y.astype(x.dtype)
+        scale, bias = (
+            p[...].astype(jnp.float32).reshape(1, 1, 1, -1) for p in (self.scale, self.bias)
+        )
+        return (y * scale + bias).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 1 1 c"]:
         """The mean of each group, given to each of its channels."""

@@ -87,7 +87,10 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
-        scale, bias = (p[...].reshape((1,) * (x.ndim - 1) + (-1,)) for p in (self.scale, self.bias))
+        scale, bias = (
+            p[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+            for p in (self.scale, self.bias)
+        )
         return (y * scale + bias).astype(x.dtype)
 
 

@@ -140,7 +140,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return _scale(y, self.scale[...]).astype(x.dtype)
+        return _scale(y, self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def _scale(x: Float[Array, "*b D"], scale: Float[Array, " D"]) -> Float[Array, "*b D"]:

@@ -192,7 +192,8 @@ class T5Encoder(nnx.Module):
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
         )
-        return jnp.transpose(self.relative_attention_bias[buckets], (2, 0, 1))[None]
+        bias = self.relative_attention_bias[buckets].astype(jnp.float32)
+        return jnp.transpose(bias, (2, 0, 1))[None]
 
 
 def _local_windows(config: T5Config, key: Key[Array, ""]) -> Float[Array, "buckets H"]:

@@ -128,7 +128,9 @@ def from_shapes(shapes: dict[str, tuple[int, ...]]) -> AutoencoderConfig:
     """
 
     def numbers(prefix: str) -> list[int]:
-        found = {name.removeprefix(prefix).split(".")[0] for name in shapes if prefix in name}
+        found = {
+            name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
+        }
         return sorted(map(int, found))
 
     channels = shapes["encoder.conv_in.weight"][0]

@@ -97,7 +97,7 @@ def _files_of(path: Path) -> Iterator[Path]:
     if indices:
         try:
             names = set(json.loads(indices[0].read_text())["weight_map"].values())
-        except (KeyError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{indices[0]} is no index of safetensors files.") from error
         missing = sorted(name for name in names if not (path / name).is_file())
         if missing:

@@ -104,7 +104,8 @@ def from_json(values: dict[str, Any]) -> FluxConfig:
         depth_single=values["num_single_layers"],
         vec_in_dim=values["pooled_projection_dim"],
         context_in_dim=values["joint_attention_dim"],
-        axes_dim=tuple(values["axes_dims_rope"]),
+        # FLUX.1 [dev] and [schnell] were published before diffusers wrote this one down.
+        axes_dim=tuple(values.get("axes_dims_rope", FluxConfig.axes_dim)),
         guidance_embed=values["guidance_embeds"],
     )
 
@@ -153,7 +154,10 @@ def from_shapes(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
         )
 
     def depth(stack: str) -> int:
-        return 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith(stack))
+        layers = {int(name.split(".")[1]) for name in shapes if name.startswith(stack)}
+        if not layers:
+            raise KeyError(f"{stack}0")
+        return 1 + max(layers)
 
     return FluxConfig(
         in_channels=channels,

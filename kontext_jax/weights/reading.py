@@ -175,10 +175,16 @@ class ArrayReader:
 
 
 def _stored_names(files: TensorFiles, network: Network) -> dict[str, str]:
-    """The files' names by the table's."""
-    names = {}
+    """The files' names by the table's.
+
+    Raises:
+      WeightsError: two tensors, with and without a prefix, are one of the table's.
+    """
+    names: dict[str, str] = {}
     for stored in files.entries:
         name = network.format.known_as(stored)
+        if name in names:
+            raise WeightsError(f"{files.path} has {name} twice: as {names[name]} and as {stored}.")
         if name is not None:
             names[name] = stored
     return names
@@ -197,7 +203,7 @@ def open_folder(folder: Path, except_for: Sequence[str] = ()) -> TensorReader:
         config = network.format.from_json(values)
     except KeyError as error:
         raise WeightsError(f"{folder / 'config.json'} says nothing of {error}.") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
     return TensorReader(TensorFiles(folder), network, config, "diffusers", except_for)
 

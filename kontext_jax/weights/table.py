@@ -8,6 +8,7 @@ PyTorch keeps a linear map as (out, in) and a convolution as (out, in, height, w
 (in, out) and (height, width, in, out).
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -90,11 +91,12 @@ class Table:
           layout: "bfl" or "diffusers".
 
         Raises:
-          ValueError: a parameter without a row, or a row without a parameter: the table is wrong.
+          ValueError: a parameter without a row or with two, or a row without a parameter: the table
+            is wrong.
         """
-        described = {row.param for row in rows}
-        if described != set(shapes) or len(described) != len(rows):
-            wrong = sorted(described ^ set(shapes))
+        described, wanted = Counter(row.param for row in rows), Counter(shapes.keys())
+        if described != wanted:
+            wrong = sorted((described - wanted) | (wanted - described))
             raise ValueError(f"The table does not describe the network: {', '.join(wrong)}.")
         self.pieces: dict[Place, list[Piece]] = {}
         for row in rows:

@@ -9,6 +9,7 @@ from flax import nnx
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig, ClipText
 from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.t5 import T5Config, T5Encoder
 from kontext_jax.names import by_name
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
@@ -247,9 +248,10 @@ def test_parameter_counts_are_black_forest_labs(config, count):
     assert sum(x.size for x in jax.tree.leaves(model)) == count
 
 
-def test_the_train_step_of_kontext_dev_has_shapes():
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=16)], ids=["full", "lora"])
+def test_the_train_step_of_kontext_dev_has_shapes(lora):
     """At 1024 pixels: 4096 tokens to make, 4096 of context, 512 of text."""
-    objective = FlowMatching(FlowMatchingConfig())
+    objective = FlowMatching(FlowMatchingConfig(lora=lora))
     optimizers = {"model": make_optimizer(OptimConfig(), num_steps=10)}
     state, _ = abstract_state(objective, optimizers, make_mesh(MeshConfig()))
     networks = {
@@ -257,8 +259,10 @@ def test_the_train_step_of_kontext_dev_has_shapes():
         "text_encoder": lambda: T5Encoder(T5Config.xxl(), rngs=nnx.Rngs(0)),
         "clip": lambda: ClipText(ClipConfig.large(), rngs=nnx.Rngs(0)),
     }
+    if lora.rank:
+        networks["transformer"] = lambda: Flux(FluxConfig.dev(), rngs=nnx.Rngs(0))
+    assert set(networks) == set(objective.frozen())
     frozen = {name: jax.eval_shape(make) for name, make in networks.items()}
-    assert set(frozen) == set(objective.frozen())
 
     def ints(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,0 +1,19 @@
+"""The small networks, made once."""
+
+import functools
+
+import pytest
+from flax import nnx
+
+from kontext_jax.weights.networks import NETWORKS
+from tests.weights.small import CONFIGS
+
+
+def _new(name):
+    return NETWORKS[name].model(CONFIGS[name], rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def networks(random_network):
+    """One of each of the four kinds, by name, with random float32 parameters."""
+    return {name: random_network(functools.partial(_new, name)) for name in CONFIGS}
