@@ -107,6 +107,11 @@ def convert(
     fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
     records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
     single = network is not None or (len(readers) == 1 and not _is_pipeline(place))
+    if output.suffix == ".safetensors" and not (single and format == "bfl"):
+        raise ValueError(
+            f"{output} would be a folder; a single file holds one network in Black Forest Labs' "
+            "layout: --format=bfl --network=transformer."
+        )
     with appearing(output) as path:
         if format == "orbax":
             step = max(record.get("step", 0) for record in records.values())

@@ -287,11 +287,14 @@ def test_what_is_there_is_not_overwritten(pipeline_folder, tmp_path):
         ("", {"network": "clip", "format": "bfl"}, "no file of their own for the clip"),
         ("vae", {"network": "transformer"}, "There is no transformer in .*vae; there is autoenc"),
         ("", {"format": "lora"}, "no run with checkpoints"),
+        ("", {"format": "bfl", "output": "a.safetensors"}, "a.safetensors would be a folder"),
     ],
 )
 def test_what_cannot_be_converted_is_said(pipeline_folder, tmp_path, place, arguments, sentence):
     with pytest.raises((OSError, ValueError), match=sentence):
-        convert(pipeline_folder / place, tmp_path / "out", **{"format": "diffusers"} | arguments)
+        arguments = dict(arguments)
+        output = tmp_path / arguments.pop("output", "out")
+        convert(pipeline_folder / place, output, **{"format": "diffusers"} | arguments)
     assert not list(tmp_path.iterdir())
 
 
