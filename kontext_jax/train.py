@@ -18,6 +18,7 @@ from kontext_jax import cli
 from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, to_dict, validated
 from kontext_jax.data.pipeline import Loader
+from kontext_jax.flops import chip_peak, num_chips
 from kontext_jax.optim import make_optimizer
 from kontext_jax.runs import identity_of, load_frozen, load_initial
 from kontext_jax.sharding import batch_sharding, make_mesh, num_batch_shards
@@ -82,7 +83,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
-    window = Window(config)
+    window = Window(config, mesh)
     with closing(checkpointer), closing(writer), closing(loader), jax.set_mesh(mesh):
         for step in range(start + 1, config.num_steps + 1):
             local = next(loader)
@@ -109,8 +110,9 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
 class Window:
     """Gathers the metrics of the steps between two lines of the log, without waiting for them."""
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, mesh: Mesh):
+        kind = mesh.devices.flat[0].device_kind
+        self._config, self._chips, self._peak = config, num_chips(mesh.size, kind), chip_peak(kind)
         self._seen = self._unreadable = self._in_a_row = 0
         self._start()
 
@@ -136,6 +138,7 @@ class Window:
         good = [step for step in steps if step["skipped_in_a_row"] == 0]
         examples = sum(int(step["examples"]) for step in steps)
         unreadable = sum(int(step["skipped_records"]) for step in steps)
+        flops = sum(float(step.pop("model_flops")) for step in steps)
         self._seen += examples + unreadable
         self._unreadable += unreadable
         self._in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
@@ -147,7 +150,17 @@ class Window:
             "skipped_in_a_row": self._in_a_row,
             "steps_per_second": len(steps) / seconds,
             "examples_per_second": examples / seconds,
+            **self._per_chip(examples / seconds, flops / seconds),
         }
+
+    def _per_chip(self, examples: float, flops: float) -> dict[str, float]:
+        """Rates of one chip, from those of all; without FLOPs, or a known peak, it says less."""
+        rates = {"examples_per_second_per_chip": examples / self._chips}
+        if flops:
+            rates["model_tflop_per_second_per_chip"] = flops / self._chips / 1e12
+        if flops and self._peak:
+            rates["mfu"] = flops / self._chips / self._peak
+        return rates
 
     def stop_if_hopeless(self) -> None:
         """Raises TrainingStopped if the run should not go on; all processes agree on it."""

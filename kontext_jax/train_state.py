@@ -134,6 +134,7 @@ def make_train_step(
         metrics |= {
             "examples": jnp.sum(batch.example_ids >= 0),
             "skipped_records": jnp.sum(batch.skipped),
+            "model_flops": objective.flops(batch),
             "skipped_in_a_row": skipped_in_a_row,
         }
         state = TrainState(

@@ -11,6 +11,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+SHORT = {
+    "examples_per_second_per_chip": "samples/s/chip",
+    "model_tflop_per_second_per_chip": "TFLOP/s/chip",
+}
+"""What the console calls a number, where that is not the last part of its name."""
+
 
 class Writer:
     """Logs a run in its workdir. Only the first process writes; on the others all is silent."""
@@ -73,7 +79,14 @@ def _shown(values: dict[str, float | int]) -> list[str]:
     """Losses first; what was skipped only if anything was."""
     names = [name for name, value in values.items() if value or not name.startswith("skipped")]
     names.sort(key=lambda name: not name.endswith("loss"))
-    return [f"{name.split('/')[-1]} {values[name]:.4g}" for name in names]
+    return [_text(name, values[name]) for name in names]
+
+
+def _text(name: str, value: float | int) -> str:
+    """A number as the console shows it."""
+    if name == "mfu":
+        return f"MFU {value:.1%}"
+    return f"{SHORT.get(name, name.split('/')[-1])} {value:.4g}"
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -10,7 +10,7 @@ LAYERS = [
     {"types", "cli", "names"},
     {"geometry", "sharding", "flow", "data", "metrics"},
     {"models"},
-    {"encoders", "weights"},
+    {"encoders", "weights", "flops"},
     {"objectives", "sampler", "optim"},
     {"train_state"},
     {"checkpoint", "evaluator", "provenance", "writer"},

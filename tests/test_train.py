@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kontext_jax import flops
 from kontext_jax import train as train_module
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.config import Config, SheetConfig
@@ -23,7 +25,8 @@ from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.runs import load_config, open_network
-from kontext_jax.train import TrainingStopped, train
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train import TrainingStopped, Window, train
 from kontext_jax.writer import Writer
 
 
@@ -98,6 +101,7 @@ def test_an_autoencoder_run_leaves_all_that_is_needed(world_folder, autoencoder)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert logged[-1]["autoencoder/loss"] < logged[0]["autoencoder/loss"]
     assert all(line["examples_per_second"] > 0 for line in logged)
+    assert not {"model_flops", "model_tflop_per_second_per_chip", "mfu"} & set(logged[-1])
     network = open_network(autoencoder, "autoencoder")
     last = logged[-1]
     variance = last["autoencoder/latent_square"] - last["autoencoder/latent_mean"] ** 2
@@ -141,11 +145,11 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
 
     straight, killed = lines(tmp_path / "straight"), lines(tmp_path / "killed")
     assert [line["step"] for line in killed] == list(range(1, 13))
-    timed = ("steps_per_second", "examples_per_second")
     for line, other in zip(straight, killed, strict=True):
-        assert {k: v for k, v in line.items() if k not in timed} == {
-            k: v for k, v in other.items() if k not in timed
+        assert {k: v for k, v in line.items() if "per_second" not in k} == {
+            k: v for k, v in other.items() if "per_second" not in k
         }
+    assert all(line["model_tflop_per_second_per_chip"] > 0 for line in straight)
     assert len({line["model/loss"] for line in straight}) == 12
     assert straight[-1]["skipped_in_a_row"] == 0
 
@@ -187,6 +191,37 @@ def test_a_run_with_too_many_unreadable_records_stops(tmp_path):
 def test_a_run_needs_its_autoencoder(world_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="init_from.autoencoder: There are no weights at"):
         train(flow_config(world_folder, tmp_path / "nowhere"), tmp_path / "flow")
+
+
+@pytest.mark.parametrize("peak", [None, 5e12])
+def test_a_window_rates_chips_by_the_flops_of_all_its_steps(monkeypatch, peak):
+    """Steps that were skipped were computed too. MFU needs a chip whose peak is known."""
+    if peak:
+        monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, peak)
+    window = Window(Config(), make_mesh(MeshConfig()))
+    metrics = {"loss": 2.0, "model_flops": 4e12, "examples": 16, "skipped_records": 0}
+    for skipped_in_a_row in range(3):
+        values = metrics | {"skipped_in_a_row": skipped_in_a_row}
+        window.add({name: jnp.asarray(value) for name, value in values.items()})
+    summary = window.summary({})
+    rate = summary["examples_per_second"]
+    assert (summary["loss"], summary["examples"]) == (2.0, 48)
+    assert "model_flops" not in summary
+    np.testing.assert_allclose(summary["examples_per_second_per_chip"], rate / 8)
+    np.testing.assert_allclose(summary["model_tflop_per_second_per_chip"], rate / 8 * 4 / 16)
+    assert ("mfu" in summary) == bool(peak)
+    if peak:
+        np.testing.assert_allclose(summary["mfu"], rate / 8 * 4 / 16 / 5)
+
+
+def test_the_console_shows_rates_under_short_names(tmp_path, capsys):
+    writer = Writer(tmp_path, num_steps=9)
+    rates = {"examples_per_second_per_chip": 2.25, "model_tflop_per_second_per_chip": 502.1}
+    writer.metrics(2, rates | {"mfu": 0.5077, "model/loss": 0.5})
+    writer.close()
+    expected = "step 2/9  loss 0.5  samples/s/chip 2.25  TFLOP/s/chip 502.1  MFU 50.8%  ETA"
+    assert capsys.readouterr().out.startswith(expected)
+    assert lines(tmp_path) == [{"step": 2} | rates | {"mfu": 0.5077, "model/loss": 0.5}]
 
 
 def test_the_log_forgets_steps_that_are_run_again(tmp_path):

@@ -27,6 +27,9 @@ class Chase:
     def prepare(self, frozen, batch):
         return frozen["target"], jnp.sum(batch.example_ids >= 0).astype(jnp.float32)
 
+    def flops(self, batch):
+        return jnp.zeros(())
+
     def loss(self, player, models, frozen, inputs, key):
         target, weight = inputs
         leader, follower = models["leader"]["kernel"][:, 0], models["follower"]["bias"]

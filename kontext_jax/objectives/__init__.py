@@ -32,6 +32,10 @@ class Objective(Protocol):
         """What the losses need of a batch, without gradient."""
         ...
 
+    def flops(self, batch: Batch) -> Float[Array, ""]:
+        """Model FLOPs of a step on this batch, for MFU; 0 where nobody counts them."""
+        ...
+
     def loss(
         self,
         player: str,

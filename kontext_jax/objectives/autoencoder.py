@@ -61,6 +61,9 @@ class AutoencoderObjective:
     def prepare(self, frozen: dict, batch: Batch) -> Batch:
         return batch
 
+    def flops(self, batch: Batch) -> Float[Array, ""]:
+        return jnp.zeros(())
+
     def loss(
         self, player: str, models: dict, frozen: dict, inputs: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Metrics]]:

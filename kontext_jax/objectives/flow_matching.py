@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax import flow
 from kontext_jax.encoders import encode_clip, encode_images, encode_text, to_tokens
+from kontext_jax.flops import training_flops
 from kontext_jax.models import lora
 from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.flux import Flux, FluxConfig
@@ -143,6 +144,24 @@ class FlowMatching:
 
     def prepare(self, frozen: dict, batch: Batch) -> tuple[Batch, Float[Array, "B S C"]]:
         return batch, encode_images(frozen["autoencoder"], batch)
+
+    def flops(self, batch: Batch) -> Float[Array, ""]:
+        """Of the transformer, on the examples' own tokens (``flops.py`` says what counts)."""
+        numbers = 1 + jnp.arange(batch.example_ids.shape[1])
+
+        def lengths(segments: Int[Array, "B S"]) -> Float[Array, "B N"]:
+            member = segments[:, :, None] == numbers[None, None]
+            return jnp.sum(member, axis=1, dtype=jnp.float32)
+
+        target = lengths(jnp.where(batch.is_target, batch.segments, 0))
+        per_example = training_flops(
+            self.config.transformer,
+            target=target,
+            contexts=lengths(batch.segments) - target,
+            text=lengths(batch.text_segments),
+            lora=self.config.lora,
+        )
+        return jnp.sum(jnp.where(target > 0, per_example, 0.0))
 
     def loss(
         self,

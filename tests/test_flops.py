@@ -1,0 +1,163 @@
+"""The count of FLOPs, against published numbers and against the products that JAX traces."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kontext_jax.flops import (
+    chip_peak,
+    forward_flops,
+    linear_maps,
+    num_chips,
+    training_flops,
+)
+from kontext_jax.models import lora
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.models.lora import LoraConfig
+
+TARGET, CONTEXTS, TEXT = 6, 10, 5
+ROWS = 2
+
+
+def config_of(**sizes) -> FluxConfig:
+    """Sizes that all differ, so that no two can be mixed up; more layers than one."""
+    different = dict(hidden_size=64, mlp_ratio=3.0, vec_in_dim=40, context_in_dim=56)
+    return FluxConfig.tiny(**different, axes_dim=(4, 6, 6), remat="none", **sizes)
+
+
+def products(jaxpr) -> int:
+    """FLOPs of all products of matrices in a jaxpr, the bodies of loops as often as they run.
+
+    A product with a vector, or of two, is none: on CPUs the scales of norms are written so.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            left, right = (var.aval.shape for var in equation.invars)
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+            inner = math.prod(left[i] for i in contracted)
+            outer = math.prod(left[i] for i in batch)
+            rows = math.prod(left) // inner // outer
+            columns = math.prod(right) // inner // outer
+            if min(rows, inner, columns) > 1:
+                total += 2 * outer * rows * inner * columns
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        inside = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
+        total += times * sum(products(x) for x in inside if hasattr(x, "eqns"))
+    return total
+
+
+def inputs_of(config: FluxConfig, contexts: int = 0) -> tuple[dict, dict]:
+    """Arguments of `Flux` for rows of one example each: those with gradients, and the layout."""
+    image = TARGET + contexts
+    floats = {
+        "latents": np.zeros((ROWS, image, config.in_channels), np.float32),
+        "text": np.zeros((ROWS, TEXT, config.context_in_dim), np.float32),
+        "pooled": np.zeros((ROWS, 1, config.vec_in_dim), np.float32),
+        "t": np.zeros((ROWS, 1), np.float32),
+    }
+    if config.guidance_embed:
+        floats["guidance"] = np.zeros((ROWS, 1), np.float32)
+    layout = {
+        "positions": np.zeros((ROWS, image, 3), np.int32),
+        "segments": np.ones((ROWS, image), np.int32),
+        "text_segments": np.ones((ROWS, TEXT), np.int32),
+    }
+    return floats, layout
+
+
+def network_of(config: FluxConfig) -> Flux:
+    return nnx.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))
+
+
+def call(model, floats, layout):
+    return model(**floats, **layout)
+
+
+def total(model, floats, layout):
+    return jnp.sum(call(model, floats, layout))
+
+
+@pytest.mark.parametrize(
+    ("target", "contexts", "text", "tera"),
+    [
+        (256, 0, 256, 20.42),  # MLPerf's 256 px; NVIDIA's submission counts 20.3
+        (1024, 0, 512, 64.51),  # 512 px
+        (4096, 0, 512, 223.15),  # 1024 px; MaxDiffusion's benchmark
+        (1024, 1024, 512, 112.98),
+        (4096, 4096, 512, 496.37),  # Kontext at 1024 px
+    ],
+)
+@pytest.mark.parametrize("config", [FluxConfig.dev(), FluxConfig.schnell()], ids=["dev", "schnell"])
+def test_flux_takes_the_known_flops(config, target, contexts, text, tera):
+    flops = training_flops(config, target=target, contexts=contexts, text=text)
+    assert round(flops / 1e12, 2) == tera
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_a_forward_pass_takes_exactly_what_is_counted(guidance):
+    config = config_of(guidance_embed=guidance)
+    jaxpr = jax.make_jaxpr(call)(network_of(config), *inputs_of(config))
+    expected = forward_flops(config, target=TARGET, contexts=0, text=TEXT)
+    assert products(jaxpr) == ROWS * expected
+
+
+def test_of_contexts_only_the_unread_velocity_is_not_counted():
+    config = config_of()
+    jaxpr = jax.make_jaxpr(call)(network_of(config), *inputs_of(config, CONTEXTS))
+    expected = forward_flops(config, target=TARGET, contexts=CONTEXTS, text=TEXT)
+    unread = 2 * CONTEXTS * config.hidden_size * config.in_channels
+    assert products(jaxpr) == ROWS * (expected + unread)
+
+
+def test_training_takes_exactly_three_times_as_much():
+    """Inputs have gradients here; where they have none, the first maps take one product less."""
+    config = config_of(guidance_embed=True)
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(network_of(config), *inputs_of(config))
+    expected = training_flops(config, target=TARGET, contexts=0, text=TEXT)
+    assert products(jaxpr) == ROWS * expected
+    assert expected == 3 * forward_flops(config, target=TARGET, contexts=0, text=TEXT)
+
+
+@pytest.mark.parametrize("targets", [LoraConfig().targets, ("*",)], ids=["default", "all"])
+def test_training_adapters_takes_exactly_what_is_counted(targets, random_network):
+    config, adapters = config_of(guidance_embed=True), LoraConfig(rank=3, targets=targets)
+    base = random_network(lambda: Flux(config, rngs=nnx.Rngs(0)))
+
+    def adapted(lowrank, floats, layout):
+        return total(lora.attach(base, lowrank), floats, layout)
+
+    lowrank = jax.eval_shape(lambda: lora.init(base, adapters, jax.random.key(0)))
+    grad = jax.grad(adapted, argnums=(0, 1))
+    jaxpr = jax.make_jaxpr(grad)(lowrank, *inputs_of(config))
+    expected = training_flops(config, target=TARGET, contexts=0, text=TEXT, lora=adapters)
+    assert products(jaxpr) == ROWS * expected
+
+
+def test_every_linear_map_is_counted_under_its_path():
+    config = config_of(guidance_embed=True)
+    everything = LoraConfig(rank=1, targets=("*",))
+    adapters = jax.eval_shape(lambda: lora.init(network_of(config), everything, jax.random.key(0)))
+    assert set(linear_maps(config)) == set(adapters)
+
+
+def test_a_packed_batch_takes_what_its_examples_take(recipe):
+    """Rows of one example, none and three; every second has a context. Padding costs nothing."""
+    flops = jax.jit(recipe.objective.flops)(recipe.rows([1, 0, 3]))
+    config = recipe.objective.config.transformer
+    expected = sum(training_flops(config, target=4, contexts=4 * (i % 2), text=8) for i in range(4))
+    np.testing.assert_allclose(flops, expected, rtol=1e-6)
+
+
+def test_chips_by_the_names_of_their_devices():
+    assert chip_peak("TPU v5 lite") == 197e12
+    assert chip_peak("TPU v5") == 459e12
+    assert chip_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert chip_peak("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None
+    assert chip_peak(jax.devices()[0].device_kind) is None  # a CPU
+    assert num_chips(8, "TPU v5") == 8
+    assert num_chips(8, "TPU7x") == 4
