@@ -62,20 +62,20 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
     image = tmp_path / "out.png"
     context = tmp_path / "context.png"
     Image.fromarray(np.full((40, 30, 3), 200, np.uint8)).save(context)
-    ok(
-        "sample",
-        f"--checkpoint={flow}",
-        "--prompt=make it night, 夜",
-        f"--context={context}",
-        "--num_steps=2",
-        f"--output={image}",
-    )
+    settings = ["--prompt=make it night, 夜", f"--context={context}", "--num_steps=2"]
+    ok("sample", f"--checkpoint={flow}", *settings, f"--output={image}")
     with Image.open(image) as made:
         assert made.size == (32, 32)
     record = read_provenance(image)
     assert record["prompt"] == "make it night, 夜"
-    assert record["model"]["step"] == 2 and record["num_steps"] == 2
+    assert len(record["model"]["transformer"]) == 16 and record["num_steps"] == 2
     assert tmp_path.name not in image.read_bytes().decode("latin-1")
+
+    exported, again = tmp_path / "exported", tmp_path / "again.png"
+    said = ok("convert", f"--input={flow}", f"--output={exported}", "--format=diffusers")
+    assert f"transformer: fingerprint {record['model']['transformer']}" in said
+    ok("sample", f"--checkpoint={exported}", *settings, "--dtype=float32", f"--output={again}")
+    assert image.read_bytes() == again.read_bytes()  # picture and record
 
     config = tmp_path / "eval.py"
     config.write_text(
@@ -115,6 +115,19 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
         (["sample", "--checkpoint=no", "--output=a.png", "--strength=0.5"], "name it with --init."),
         (["sample", "--checkpoint=no", "--output=a.png", "--strength=2"], "at most 1"),
         (["evaluate", "--workdir=x"], "evaluate: give --config"),
+        (
+            ["convert", "--input=no", "--output=x", "--format=bfl"],
+            "convert: There are no weights at 'no'",
+        ),
+        (
+            ["convert", "--input=no", "--output=README.md", "--format=bfl"],
+            "convert: README.md exists; delete it or name another --output.",
+        ),
+        (["convert", "--input=no", "--output=x", "--format=nonsense"], "be one of <diffusers|bfl|"),
+        (
+            ["convert", "--input=no", "--output=x", "--format=bfl", "--network=unet"],
+            "be one of <transformer|autoencoder|text_encoder|clip>",
+        ),
     ],
 )
 def test_a_mistake_gets_one_sentence(arguments, sentence):

@@ -165,7 +165,10 @@ def write_orbax(
       WeightsError: what was written is not what was to be written.
     """
     tree = {name: _orbax_tree(reader, dtype) for name, reader in readers.items()}
-    registry = ocp.type_handlers.create_type_handler_registry((_Layers, _LayersHandler()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns if it is missing
+        (_Layers, _LayersHandler()),
+    )
     save_args = jax.tree.map(
         lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)), tree
     )
