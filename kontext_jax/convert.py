@@ -92,6 +92,8 @@ def convert(
       OSError: the disk is full; nothing is left behind.
       ValueError: the weights are not what they should be, or the layout has no such network.
     """
+    if output.exists():
+        raise FileExistsError(f"{output} exists; delete it or name another --output.")
     if format == "lora":
         adapters, config, record = load_adapters(place, params)
         with appearing(output) as path:
@@ -103,15 +105,15 @@ def convert(
             raise ValueError(f"There is no transformer in {place} to merge {lora} into.")
         adapters = read_lora(lora, readers["transformer"].config)
         readers["transformer"] = MergedReader(readers["transformer"], adapters)
-    to = DTYPES[dtype] if dtype else None
-    fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
-    records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
     single = network is not None or (len(readers) == 1 and not _is_pipeline(place))
     if output.suffix == ".safetensors" and not (single and format == "bfl"):
         raise ValueError(
             f"{output} would be a folder; a single file holds one network in Black Forest Labs' "
             "layout: --format=bfl --network=transformer."
         )
+    to = DTYPES[dtype] if dtype else None
+    fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
+    records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
     with appearing(output) as path:
         if format == "orbax":
             step = max(record.get("step", 0) for record in records.values())
@@ -181,13 +183,7 @@ def _write_tokenizers(place: Path, readers: dict[str, Reader], folder: Path) -> 
 
 @contextmanager
 def appearing(output: Path) -> Iterator[Path]:
-    """A path to write to; it becomes ``output`` if all goes well, and vanishes if not.
-
-    Raises:
-      FileExistsError: there is something at ``output``.
-    """
-    if output.exists():
-        raise FileExistsError(f"{output} exists; delete it or name another --output.")
+    """A path to write to; it becomes ``output`` if all goes well, and vanishes if not."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         path = Path(temporary) / output.name

@@ -97,9 +97,9 @@ def _files_of(path: Path) -> Iterator[Path]:
     if indices:
         try:
             names = set(json.loads(indices[0].read_text())["weight_map"].values())
+            missing = sorted(name for name in names if not (path / name).is_file())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{indices[0]} is no index of safetensors files.") from error
-        missing = sorted(name for name in names if not (path / name).is_file())
         if missing:
             raise FileNotFoundError(f"{indices[0]} names files that are missing: {missing}.")
         yield from (path / name for name in sorted(names))
@@ -148,6 +148,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
             array = tensor.make()
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
             file.write(array.tobytes())
+            del array  # before the next is made
 
 
 def write_sharded(

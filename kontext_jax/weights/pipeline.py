@@ -47,7 +47,10 @@ def time_of(folder: Path) -> TimeConfig:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return TimeConfig()
-    values = json.loads(path.read_text())
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON ({error}).") from error
     dynamic, shift = values.get("use_dynamic_shifting", False), values.get("shift", 1.0)
     if values.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or (
         not dynamic and shift != 1.0

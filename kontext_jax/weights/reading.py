@@ -203,7 +203,9 @@ def open_folder(folder: Path, except_for: Sequence[str] = ()) -> TensorReader:
         config = network.format.from_json(values)
     except KeyError as error:
         raise WeightsError(f"{folder / 'config.json'} says nothing of {error}.") from error
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise WeightsError(f"{folder / 'config.json'} has a wrong type ({error}).") from error
+    except ValueError as error:
         raise WeightsError(f"{folder / 'config.json'} cannot be used: {error}") from error
     return TensorReader(TensorFiles(folder), network, config, "diffusers", except_for)
 

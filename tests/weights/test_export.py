@@ -1,0 +1,238 @@
+"""Writing weights: as others read them, a layer of a parameter at a time, and checked."""
+
+import dataclasses
+import json
+import weakref
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from kontext_jax.names import by_name, named_leaves
+from kontext_jax.weights.export import check_copy, write_bfl, write_diffusers, write_orbax
+from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.networks import NETWORKS, architecture
+from kontext_jax.weights.reading import ArrayReader, OrbaxReader, open_file, open_folder
+from tests.weights.small import CONFIGS, assert_same, reader_of, tensors_of
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+class Watched(np.ndarray):
+    """An array whose copies, casts and views are counted as long as they live."""
+
+    alive: dict[int, int] = {}
+
+    def __array_finalize__(self, of):
+        if self.base is None:  # a view holds nothing of its own
+            Watched.alive[id(self)] = self.nbytes
+            weakref.finalize(self, Watched.alive.pop, id(self))
+
+
+class WatchedReader(ArrayReader):
+    """Says what was read, in order, and how much of it was held whenever it was asked for more."""
+
+    def __init__(self, module):
+        super().__init__(NETWORKS["transformer"], module)
+        self.places, self.held = [], []
+
+    def read(self, place):
+        self.places.append(place)
+        self.held.append(sum(Watched.alive.values()))
+        values = super().read(place)
+        array = np.ndarray.__new__(Watched, values.shape, values.dtype)
+        array[...] = values
+        return array
+
+
+@pytest.fixture
+def watched(networks):
+    assert not Watched.alive
+    return WatchedReader(networks["transformer"])
+
+
+def all_places(reader):
+    return reader.network.places(reader.config)
+
+
+def largest(reader) -> int:
+    """Bytes of the largest layer of a parameter."""
+    shapes = reader.network.shapes(reader.config)
+    return 4 * max(
+        np.prod(shapes[param][layer is not None :], dtype=int)
+        for param, layer in all_places(reader)
+    )
+
+
+def test_shards_are_small_and_whole(networks, tmp_path):
+    reader = reader_of(networks["transformer"])
+    write_diffusers(reader, tmp_path / "out", {"step": 3}, max_shard_bytes=8000)
+    index = json.loads(
+        (tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text()
+    )
+    expected = tensors_of(networks["transformer"], "diffusers")
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in expected.values())
+    assert index["weight_map"].keys() == expected.keys()
+    shards = sorted(set(index["weight_map"].values()))
+    number = len(shards)
+    assert number > 5 and shards[0] == f"diffusion_pytorch_model-00001-of-{number:05d}.safetensors"
+    stored = {}
+    for shard in shards:
+        tensors = load_file(tmp_path / "out" / shard)
+        assert sum(a.nbytes for a in tensors.values()) <= 8000 or len(tensors) == 1
+        stored |= tensors
+        with safe_open(tmp_path / "out" / shard, framework="np") as opened:
+            metadata = opened.metadata()
+        assert metadata["format"] == "pt"
+        network = json.loads(json.dumps(architecture(reader.config)))
+        assert json.loads(metadata["kontext_jax"]) == {"step": 3, "network": network}
+    assert stored.keys() == expected.keys()
+    for name, array in expected.items():
+        assert stored[name].tobytes() == array.tobytes(), name
+    assert_same(open_folder(tmp_path / "out"), reader)
+
+
+@pytest.mark.parametrize(("name", "other"), [("mlp_ratio", 2.0), ("theta", 500.0)])
+def test_diffusers_has_no_other_mlp_and_no_other_theta(networks, tmp_path, name, other):
+    reader = reader_of(networks["transformer"])
+    reader.config = dataclasses.replace(reader.config, **{name: other})
+    with pytest.raises(ValueError, match="has mlp_ratio 4 and theta 10000, not .*" + str(other)):
+        write_diffusers(reader, tmp_path / "out", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cast_is_what_is_written_and_checked(networks, tmp_path):
+    reader = reader_of(networks["text_encoder"])
+    write_diffusers(reader, tmp_path / "out", {}, BFLOAT16)
+    stored = open_folder(tmp_path / "out")
+    assert set(stored.dtypes.values()) == {BFLOAT16}
+    check_copy(reader, stored, BFLOAT16)
+    with pytest.raises(
+        WeightsError, match="the written text_encoder differs in .*shared/embedding"
+    ):
+        check_copy(reader, stored)  # other dtypes
+
+
+class Changed(ArrayReader):
+    """A network but for the last bit of an element in some places."""
+
+    def __init__(self, module, *places):
+        super().__init__(NETWORKS["clip"], module)
+        self.places = places
+
+    def read(self, place):
+        array = super().read(place).copy()
+        if place in self.places:
+            array.view(np.uint32).flat[-1] ^= 1
+        return array
+
+
+def test_all_that_differs_is_named(networks):
+    reader = reader_of(networks["clip"])
+    check_copy(reader, Changed(networks["clip"]))
+    places = ("blocks/norm1/bias", 1), ("position_embedding", None)
+    with pytest.raises(WeightsError) as error:
+        check_copy(reader, Changed(networks["clip"], *places))
+    assert str(error.value) == (
+        "Read again, the written clip differs in position_embedding, blocks/norm1/bias of layer 1; "
+        "is the disk sound?"
+    )
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "bfl"])
+def test_files_are_written_from_one_layer_at_a_time(watched, tmp_path, layout):
+    if layout == "diffusers":
+        write_diffusers(watched, tmp_path / "out", {}, max_shard_bytes=8000)
+    else:
+        write_bfl(watched, tmp_path / "out.safetensors", {})
+    places = all_places(watched)
+    assert watched.places == 2 * places  # to be written, and to be compared
+    assert 0 < max(watched.held) <= 2 * largest(watched)
+
+
+def test_orbax_is_written_from_one_layer_at_a_time(watched, tmp_path):
+    write_orbax({"transformer": watched}, tmp_path, 5, {}, BFLOAT16)
+    places = all_places(watched)
+    written, compared = watched.places[: len(places)], watched.places[len(places) :]
+    assert sorted(written, key=str) == sorted(places, key=str) and compared == places
+    assert watched.held[: len(places)] == [0] * len(places)
+    assert 0 < max(watched.held) <= 2 * largest(watched)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(networks, tmp_path_factory):
+    """A folder with the transformer in bfloat16 and CLIP in float32, as step 5."""
+    folder = tmp_path_factory.mktemp("orbax")
+    half = jax.tree.map(lambda x: np.asarray(x).astype(BFLOAT16), networks["transformer"])
+    readers = {"transformer": reader_of(half), "clip": reader_of(networks["clip"])}
+    write_orbax(readers, folder, 5, {"networks": {"clip": architecture(CONFIGS["clip"])}})
+    return folder, {"transformer": half, "clip": networks["clip"]}
+
+
+def assert_arrays(tree, expected):
+    actual, expected = named_leaves(tree), named_leaves(expected)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype and actual[name].shape == array.shape, name
+        assert np.asarray(actual[name]).tobytes() == np.asarray(array).tobytes(), name
+
+
+def test_orbax_reads_it_by_itself_onto_devices(checkpoint):
+    """With nothing of ours: names, shapes and values come from the checkpoint."""
+    folder, expected = checkpoint
+    with ocp.CheckpointManager(
+        folder / "checkpoints",
+        item_handlers={
+            "params": ocp.PyTreeCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    ) as manager:
+        assert manager.latest_step() == 5
+        tree = manager.item_metadata(5)["params"].tree
+        split = jax.sharding.NamedSharding(
+            jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]), jax.sharding.PartitionSpec()
+        )
+        restore_args = jax.tree.map(
+            lambda _: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=split), tree
+        )
+        restored = manager.restore(
+            5,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeRestore(restore_args=restore_args),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored.params))
+    assert_arrays(restored.params, by_name(expected))
+    network = json.loads(json.dumps(architecture(CONFIGS["clip"])))
+    assert restored.meta == {"networks": {"clip": network}}
+
+
+def test_orbax_reads_it_by_itself_into_numpy(checkpoint):
+    folder, expected = checkpoint
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.restore(folder / "checkpoints" / "5" / "params")
+    assert_arrays(tree, by_name(expected))
+
+
+def test_we_read_it_layer_by_layer(checkpoint):
+    folder, expected = checkpoint
+    for name, network in expected.items():
+        reader = reader_of(network)
+        item = folder / "checkpoints" / "5" / "params"
+        assert_same(OrbaxReader(item, [name], reader.network, reader.config, {}), reader)
+
+
+def test_a_bfl_file_is_one_file_of_our_record(networks, tmp_path):
+    reader = reader_of(networks["autoencoder"])
+    write_bfl(reader, tmp_path / "new" / "ae.safetensors", {"step": 3})
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["ae.safetensors"]
+    stored = load_file(tmp_path / "new" / "ae.safetensors")
+    expected = tensors_of(networks["autoencoder"], "bfl")
+    assert stored.keys() == expected.keys()
+    assert all(stored[name].tobytes() == array.tobytes() for name, array in expected.items())
+    assert open_file(tmp_path / "new" / "ae.safetensors").record["step"] == 3

@@ -1,0 +1,249 @@
+"""safetensors files: written as the library writes them, and what is refused and why."""
+
+import json
+import pickle
+import weakref
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from kontext_jax.weights.files import (
+    DTYPES,
+    NewTensor,
+    TensorFiles,
+    WeightsError,
+    write_file,
+    write_sharded,
+)
+
+
+def arrays_of(dtype, *shapes) -> dict[str, np.ndarray]:
+    """Any bits there are, the odd ones included: infinities, subnormals, -0."""
+    rng = np.random.default_rng(0)
+    bits = [rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8) for shape in shapes]
+    return {f"tensor.{i}": b.view(dtype)[..., 0] for i, b in enumerate(bits)}
+
+
+def new(arrays: dict[str, np.ndarray]) -> list[NewTensor]:
+    return [NewTensor(n, a.shape, a.dtype, lambda a=a: a) for n, a in arrays.items()]
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype and actual[name].shape == array.shape, name
+        assert actual[name].tobytes() == array.tobytes(), name
+
+
+def read_all(path: Path) -> dict[str, np.ndarray]:
+    files = TensorFiles(path)
+    return {name: files.read(name) for name in files.entries}
+
+
+def refusal(path: Path) -> str:
+    """The one sentence that opening a file or folder fails with."""
+    with pytest.raises((WeightsError, FileNotFoundError)) as error:
+        TensorFiles(path)
+    sentence = str(error.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_file_is_what_the_library_writes_and_reads(tmp_path, name):
+    dtype = DTYPES[name]
+    arrays = arrays_of(dtype, (3, 5), (7,), (2, 3, 1, 1), (1,))
+    metadata = {"format": "pt", "kontext_jax": json.dumps({"prompt": '"夜"\n'})}
+    write_file(tmp_path / "ours", new(arrays), metadata)
+    save_file(arrays, tmp_path / "theirs", metadata)
+    assert_same(load_file(tmp_path / "ours"), arrays)
+    assert_same(read_all(tmp_path / "ours"), arrays)
+    assert_same(read_all(tmp_path / "theirs"), arrays)
+    with safe_open(tmp_path / "ours", framework="np") as opened:
+        assert opened.metadata() == metadata
+        assert opened.get_slice("tensor.0").get_dtype() == name
+    for file in ("ours", "theirs"):
+        files = TensorFiles(tmp_path / file)
+        assert files.record == {"prompt": '"夜"\n'}
+        assert files.entries["tensor.2"] == (tmp_path / file, (2, 3, 1, 1), name)
+
+
+def test_dtypes_may_be_mixed_and_tensors_start_at_multiples_of_eight(tmp_path):
+    shapes = iter([(3,), (2, 2), (5,)])
+    arrays = {name: arrays_of(dtype, next(shapes))["tensor.0"] for name, dtype in DTYPES.items()}
+    write_file(tmp_path / "file", new(arrays), {})
+    assert_same(load_file(tmp_path / "file"), arrays)
+    length = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
+    assert length % 8 == 0
+    assert (tmp_path / "file").stat().st_size == 8 + length + sum(a.nbytes for a in arrays.values())
+
+
+def test_a_tensor_is_made_when_the_one_before_is_written_and_gone(tmp_path):
+    made = []
+
+    def make(value):
+        assert all(array() is None for array in made)
+        array = np.full((50, 4), value, np.float32)
+        made.append(weakref.ref(array))
+        return array
+
+    float32 = np.dtype(np.float32)
+    tensors = [NewTensor(f"{i}", (50, 4), float32, lambda i=i: make(i)) for i in range(3)]
+    write_file(tmp_path / "file", tensors, {})
+    assert {name: array.max() for name, array in load_file(tmp_path / "file").items()} == {
+        "0": 0,
+        "1": 1,
+        "2": 2,
+    }
+
+
+def test_many_shards_have_an_index_as_diffusers_writes_it(tmp_path):
+    arrays = arrays_of(np.dtype(np.float32), (2, 5), (5,), (30,), (1,), (1,))  # 40, 20, 120, 4, 4
+    write_sharded(tmp_path, "model", new(arrays), {"format": "pt"}, max_shard_bytes=60)
+    shards = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index == {
+        "metadata": {"total_size": 188},
+        "weight_map": {
+            "tensor.0": shards[0],
+            "tensor.1": shards[0],
+            "tensor.2": shards[1],
+            "tensor.3": shards[2],
+            "tensor.4": shards[2],
+        },
+    }
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(shards)
+    for shard in shards:
+        names = {name for name, file in index["weight_map"].items() if file == shard}
+        assert_same(load_file(tmp_path / shard), {name: arrays[name] for name in names})
+        with safe_open(tmp_path / shard, framework="np") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert_same(read_all(tmp_path), arrays)
+
+
+def test_what_fits_one_file_has_no_index(tmp_path):
+    arrays = arrays_of(np.dtype(ml_dtypes.bfloat16), (2, 5), (5,))
+    write_sharded(tmp_path, "model", new(arrays), {}, max_shard_bytes=30)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert_same(read_all(tmp_path), arrays)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 40, -1])
+def test_a_file_that_is_cut_off_is_refused(tmp_path, size):
+    path = tmp_path / "model.safetensors"
+    write_file(path, new(arrays_of(np.dtype(np.float32), (8, 8))), {"format": "pt"})
+    path.write_bytes(path.read_bytes()[:size])
+    assert refusal(path).startswith(f"{path} is cut off or no safetensors file (")
+    assert refusal(tmp_path).startswith(f"{path} is cut off or no safetensors file (")
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def pickled(path: Path, payload: Payload, protocol: int) -> None:
+    path.write_bytes(pickle.dumps({"weight": payload}, protocol))
+
+
+def zipped(path: Path, payload: Payload) -> None:
+    """As torch.save writes it."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"weight": payload}, 2))
+        archive.writestr("archive/data/0", bytes(16))
+
+
+@pytest.fixture
+def nothing_is_unpickled(tmp_path, monkeypatch):
+    """A payload that no one may load."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle was loaded")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    payload = Payload(tmp_path / "it has run")
+    yield payload
+    assert not payload.path.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5, "zip"])
+def test_a_pickle_under_another_name_is_refused_unread(tmp_path, nothing_is_unpickled, protocol):
+    path = tmp_path / "model.safetensors"
+    if protocol == "zip":
+        zipped(path, nothing_is_unpickled)
+    else:
+        pickled(path, nothing_is_unpickled, protocol)
+    assert refusal(path).startswith(f"{path} is a pickle and no safetensors file; pickles can run")
+    assert refusal(tmp_path).startswith(f"{path} is a pickle")
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_an_old_pickle_is_no_safetensors_file_either(tmp_path, nothing_is_unpickled, protocol):
+    path = tmp_path / "model.safetensors"
+    pickled(path, nothing_is_unpickled, protocol)
+    assert refusal(path).startswith(f"{path} is cut off or no safetensors file")
+
+
+@pytest.mark.parametrize("ending", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
+def test_a_pickle_s_ending_is_refused_unread(tmp_path, nothing_is_unpickled, ending):
+    path = tmp_path / f"model{ending}"
+    zipped(path, nothing_is_unpickled)
+    assert refusal(path) == f"{path} is a pickle; only .safetensors files are loaded."
+    assert refusal(tmp_path) == f"{tmp_path} holds no .safetensors file."
+
+
+def test_a_folder_of_several_files_needs_an_index(tmp_path):
+    for name in ("a", "b"):
+        write_file(tmp_path / f"{name}.safetensors", new(arrays_of(DTYPES["F16"], (2,))), {})
+    assert refusal(tmp_path) == f"{tmp_path} holds 2 .safetensors files and no index."
+
+
+def test_files_that_the_index_names_must_be_there(tmp_path):
+    arrays = arrays_of(np.dtype(np.float32), (4,), (4,), (4,))
+    write_sharded(tmp_path, "model", new(arrays), {}, max_shard_bytes=16)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    missing = ["model-00002-of-00003.safetensors"]
+    assert refusal(tmp_path) == f"{index} names files that are missing: {missing}."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": ["b"]}}',
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    assert refusal(tmp_path) == f"{index} is no index of safetensors files."
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    arrays = arrays_of(np.dtype(np.float32), (4,), (4,))
+    write_sharded(tmp_path, "model", new(arrays), {}, max_shard_bytes=16)
+    first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    write_file(second, new(arrays), {})
+    assert refusal(tmp_path) == f"tensor.0 is both in {first} and {second}."
+
+
+def test_a_missing_folder_is_said(tmp_path):
+    assert refusal(tmp_path / "no") == f"{tmp_path / 'no'} holds no .safetensors file."
