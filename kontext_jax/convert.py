@@ -29,7 +29,7 @@ import kontext_jax
 from kontext_jax import cli
 from kontext_jax.config import from_dict
 from kontext_jax.flow import TimeConfig
-from kontext_jax.runs import PARAMS, load_adapters, open_networks, tokenizers_of
+from kontext_jax.places import PARAMS, load_adapters, open_networks, tokenizers_of
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
 from kontext_jax.weights.fingerprint import fingerprint_of
 from kontext_jax.weights.lora import MergedReader, read_lora, write_lora
@@ -121,8 +121,8 @@ def convert(
                 "networks": {name: architecture(r.config) for name, r in readers.items()},
                 "records": records,
             }
-            write_orbax(readers, path, step, meta, to)
             _write_tokenizers(place, readers, path)
+            write_orbax(readers, path, step, meta, to)
         elif single:
             _write_single(*readers.values(), path, format, *records.values(), to)
         else:
@@ -162,12 +162,12 @@ def _write_pipeline(
     place: Path, readers: dict[str, Reader], folder: Path, format: str, records: dict, dtype
 ) -> None:
     folder.mkdir()
+    _write_tokenizers(place, readers, folder)  # first: one that is missing costs no time
     for name, reader in readers.items():
         if format == "bfl" and reader.network.has_bfl_layout:
             write_bfl(reader, folder / BFL_FILES[name], records[name], dtype)
         else:
             write_diffusers(reader, folder / reader.network.folder, records[name], dtype)
-    _write_tokenizers(place, readers, folder)
     if format == "diffusers":
         time = records.get("transformer", {}).get("time")
         time = from_dict(time, TimeConfig) if time else time_of(place)

@@ -24,8 +24,9 @@ from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator
 from kontext_jax.metrics import world
 from kontext_jax.objectives.flow_matching import networks_of
+from kontext_jax.places import load_meta, load_player
 from kontext_jax.report import write_report
-from kontext_jax.runs import load_frozen, load_meta, load_player
+from kontext_jax.runs import load_frozen
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Triple

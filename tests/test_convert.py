@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from kontext_jax import runs, sample
+from kontext_jax import places, runs, sample
 from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig
 from kontext_jax.convert import convert
@@ -35,7 +35,7 @@ NAMES = ("transformer", "autoencoder", "text_encoder", "clip")
 def config(pipeline_folder, world_folder) -> Config:
     """Fine-tuning of the whole pipeline's transformer; what Kontext from released weights looks
     like."""
-    readers = runs.open_networks(pipeline_folder)
+    readers = places.open_networks(pipeline_folder)
     place = str(pipeline_folder)
     settings = {
         name: dataclasses.replace(readers[name].config, dtype="float32", remat="none")
@@ -77,7 +77,7 @@ def run(config, tmp_path_factory) -> Path:
 
 
 def fingerprints(place: Path) -> dict[str, str]:
-    return {name: fingerprint_of(reader) for name, reader in runs.open_networks(place).items()}
+    return {name: fingerprint_of(reader) for name, reader in places.open_networks(place).items()}
 
 
 def test_every_layout_holds_the_same_bits(pipeline_folder, tmp_path):
@@ -104,7 +104,7 @@ def test_a_run_tells_where_its_weights_come_from(run, pipeline_folder, tmp_path)
     before = fingerprints(pipeline_folder)
     assert [n for n in NAMES if before[n] != said[n]] == ["transformer"]  # the rest is frozen
     convert(tmp_path / "diffusers", tmp_path / "orbax", "orbax")
-    record = runs.open_network(tmp_path / "orbax", "transformer").record
+    record = places.open_network(tmp_path / "orbax", "transformer").record
     assert record["step"] == 2 and record["params"] == "ema"
     assert record["fingerprint"] == said["transformer"]
     assert record["position_scheme"] == "offset" and record["geometry"]["sizes"] == [[32, 32]]
@@ -130,7 +130,9 @@ def test_an_image_is_the_same_from_every_layout(run, tmp_path):
 def test_a_cast_is_the_nearest_value(pipeline_folder, tmp_path):
     half = tmp_path / "half"
     convert(pipeline_folder, half, "diffusers", network="transformer", dtype="bfloat16")
-    rounded, exact = (runs.open_network(place, "transformer") for place in (half, pipeline_folder))
+    rounded, exact = (
+        places.open_network(place, "transformer") for place in (half, pipeline_folder)
+    )
     place = ("double_blocks/img_attn/qkv/kernel", 1)
     assert rounded.read(place).dtype == "bfloat16"
     assert (rounded.read(place) == exact.read(place).astype("bfloat16")).all()
@@ -141,8 +143,8 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     lora = LoraConfig(rank=2, alpha=4.0, targets=("double_blocks/*", "single_blocks/linear1"))
     objective = dataclasses.replace(config.objective, lora=lora)
     train(dataclasses.replace(config, objective=objective), tmp_path / "lora")
-    base = runs.open_network(config.objective.init_from.transformer, "transformer")
-    merged = runs.open_network(tmp_path / "lora", "transformer")
+    base = places.open_network(config.objective.init_from.transformer, "transformer")
+    merged = places.open_network(tmp_path / "lora", "transformer")
     changed = {
         param.split("/")[0] + "/" + param.split("/")[-1]
         for param, layer in base.network.places(base.config)
@@ -151,7 +153,7 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     assert changed == {"double_blocks/kernel", "single_blocks/kernel"}
 
     convert(tmp_path / "lora", tmp_path / "file", "lora")
-    adapters, _, _ = runs.load_adapters(tmp_path / "lora")
+    adapters, _, _ = places.load_adapters(tmp_path / "lora")
     init_from = dataclasses.replace(objective.init_from, lora=str(tmp_path / "file"))
     going_on = dataclasses.replace(
         config, objective=dataclasses.replace(objective, init_from=init_from)
@@ -172,9 +174,9 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     assert np.abs(by_file - merged).max() > 1
     pipeline, file = Path(config.objective.init_from.transformer), tmp_path / "file"
     convert(pipeline, tmp_path / "merged", "bfl", network="transformer", lora=file)
-    again = runs.open_network(tmp_path / "merged", "transformer")
+    again = places.open_network(tmp_path / "merged", "transformer")
     assert fingerprint_of(again) == fingerprint_of(
-        runs.open_network(tmp_path / "lora", "transformer")
+        places.open_network(tmp_path / "lora", "transformer")
     )
     other = dataclasses.replace(objective, init_from=init_from, lora=LoraConfig(rank=3))
     with pytest.raises(ValueError, match="rank, alpha and targets"):
@@ -187,7 +189,7 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
 def test_a_run_starts_from_its_weights_and_resumes(config, run, tmp_path):
     mesh = make_mesh(MeshConfig())
     initial = runs.load_initial(config, mesh)["model"]["transformer"]
-    base = runs.open_network(config.objective.init_from.transformer, "transformer")
+    base = places.open_network(config.objective.init_from.transformer, "transformer")
     place = ("single_blocks/linear1/kernel", 1)
     np.testing.assert_array_equal(initial.single_blocks.linear1.kernel[1], base.read(place))
     assert not initial.single_blocks.linear1.kernel[...].sharding.is_fully_replicated
@@ -241,7 +243,7 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
         fresh.guidance_in.in_layer.kernel[...],
         atol=1e-7,
     )
-    base = runs.open_network(pipeline_folder, "transformer")
+    base = places.open_network(pipeline_folder, "transformer")
     np.testing.assert_array_equal(network.img_in.kernel[...], base.read(("img_in/kernel", None)))
 
 

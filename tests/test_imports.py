@@ -15,7 +15,8 @@ LAYERS = [
     {"train_state"},
     {"checkpoint", "evaluator", "provenance", "writer"},
     {"config"},
-    {"runs", "sheets", "report"},
+    {"places", "sheets", "report"},
+    {"runs"},
     {"train", "sample", "evaluate", "convert"},
 ]
 

@@ -24,7 +24,7 @@ from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.runs import load_config, open_network
+from kontext_jax.places import load_config, open_network
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import TrainingStopped, Window, train
 from kontext_jax.writer import Writer

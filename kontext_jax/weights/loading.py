@@ -10,6 +10,9 @@ from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.networks import architecture
 from kontext_jax.weights.reading import Reader
 
+MEASURED = ("scale_factor", "shift_factor")
+"""Settings that follow from an autoencoder's weights; a run measures its own."""
+
 
 def check_same(reader: Reader, config, where: str) -> None:
     """Refuses weights of another architecture than ``config``'s.
@@ -18,7 +21,11 @@ def check_same(reader: Reader, config, where: str) -> None:
       WeightsError: it names every setting that differs.
     """
     stored, wanted = architecture(reader.config), architecture(config)
-    wrong = [f"{k} is {stored[k]}, not {wanted[k]}" for k in wanted if stored[k] != wanted[k]]
+    wrong = [
+        f"{name} is {stored[name]}, not {value}"
+        for name, value in wanted.items()
+        if name not in MEASURED and stored[name] != value
+    ]
     if wrong:
         raise WeightsError(
             f"The {reader.network.name} in {where} is another than this run's: {'; '.join(wrong)}. "
