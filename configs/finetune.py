@@ -10,10 +10,14 @@ Kontext itself has the same shapes; ``--config.objective.init_from.transformer=`
 single file of Black Forest Labs' layout, or a run). An editing model needs nothing that a
 text-to-image model does not have: contexts are more tokens.
 
-`full` trains all 11.9 B parameters, with float32 weights, moments and average: 190 GB over the
-chips of the mesh, beside the frozen text encoders. `lora` keeps the transformer as stored, in
-bfloat16, and trains adapters of rank 16 on attention and MLPs. Neither has been run at full size
-on released weights: their parts are tested at small sizes, and their shapes at full size.
+`full` trains all 11.9 B parameters, with float32 weights, gradients, moments and average: 238 GB
+over the chips of the mesh, beside activations and the frozen text encoders. `lora` keeps the
+transformer as stored, in bfloat16, and trains adapters of rank 16 on attention and MLPs. Neither
+has been run at full size on released weights: their parts are tested at small sizes, and their
+shapes at full size. Attention's logits alone are 7.5 GB a row of 8,832 tokens until it has a
+kernel of its own: give each chip one row, by `optim.accumulate_steps`.
+
+Sheets show examples of the training set, for a folder has no other split.
 """
 
 from kontext_jax.checkpoint import CheckpointConfig
@@ -49,7 +53,9 @@ def full() -> Config:
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=500),
         mesh=MeshConfig(data=1, fsdp=-1),
         checkpoint=CheckpointConfig(every=500),
-        sheets=SheetConfig(every=500, num_examples=8, sampler=SamplerConfig(num_steps=28)),
+        sheets=SheetConfig(
+            every=500, num_examples=8, split="train", sampler=SamplerConfig(num_steps=28)
+        ),
         num_steps=10_000,
     )
 

@@ -15,7 +15,7 @@ The output appears under its name when all of it is written, read again, and fou
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,12 @@ from kontext_jax.config import from_dict
 from kontext_jax.flow import TimeConfig
 from kontext_jax.places import PARAMS, load_adapters, open_networks, tokenizers_of
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
-from kontext_jax.weights.fingerprint import fingerprint_of
+from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
 from kontext_jax.weights.lora import MergedReader, read_lora, write_lora
 from kontext_jax.weights.networks import NETWORKS, architecture
 from kontext_jax.weights.pipeline import (
     BFL_FILES,
     TOKENIZERS,
-    time_of,
     write_index,
     write_scheduler,
     write_tokenizer,
@@ -74,8 +73,9 @@ def convert(
     network: str | None = None,
     dtype: str | None = None,
     lora: Path | None = None,
+    verify: Callable[[Path, dict[str, Reader]], None] | None = None,
 ) -> dict[str, str]:
-    """Converts and returns the fingerprint of each network as it was read.
+    """Converts and returns the fingerprint of each network as it was written.
 
     Args:
       place: what to read.
@@ -85,6 +85,7 @@ def convert(
       network: the only one to convert.
       dtype: "float32", "bfloat16" or "float16" to cast to; as stored if left out.
       lora: adapters to merge into the transformer, a file or folder of diffusers' layout.
+      verify: called with what was written, and its readers, before it gets its name.
 
     Raises:
       FileExistsError: there is something at ``output``.
@@ -95,25 +96,35 @@ def convert(
     if output.exists():
         raise FileExistsError(f"{output} exists; delete it or name another --output.")
     if format == "lora":
+        if network or dtype or lora or verify:
+            raise ValueError("--format=lora writes a run's adapters as they are; nothing else.")
         adapters, config, record = load_adapters(place, params)
+        record |= {"fingerprint": fingerprint(adapters)} | _software()
         with appearing(output) as path:
-            write_lora(adapters, config, path, record | _software())
-        return {}
+            write_lora(adapters, config, path, record)
+        return {"lora": record["fingerprint"]}
     readers = open_networks(place, params, only=network)
     if lora is not None:
         if "transformer" not in readers:
             raise ValueError(f"There is no transformer in {place} to merge {lora} into.")
         adapters = read_lora(lora, readers["transformer"].config)
-        readers["transformer"] = MergedReader(readers["transformer"], adapters)
+        record = readers["transformer"].record | {"lora": fingerprint(adapters)}
+        readers["transformer"] = MergedReader(readers["transformer"], adapters, record)
     single = network is not None or (len(readers) == 1 and not _is_pipeline(place))
     if output.suffix == ".safetensors" and not (single and format == "bfl"):
         raise ValueError(
             f"{output} would be a folder; a single file holds one network in Black Forest Labs' "
             "layout: --format=bfl --network=transformer."
         )
+    tokenizers = {n: source for n, source in tokenizers_of(place).items() if n in readers}
+    for name in TOKENIZERS.keys() & readers.keys() - tokenizers.keys():
+        if not single:
+            raise FileNotFoundError(f"There is no {TOKENIZERS[name]} for the {name} in {place}.")
     to = DTYPES[dtype] if dtype else None
-    fingerprints = {name: fingerprint_of(reader) for name, reader in readers.items()}
-    records = {name: _record(reader, fingerprints[name]) for name, reader in readers.items()}
+    for reader in readers.values():
+        if to and isinstance(reader, MergedReader):
+            reader.round_to(to)
+    records = {name: _record(reader, to) for name, reader in readers.items()}
     with appearing(output) as path:
         if format == "orbax":
             step = max(record.get("step", 0) for record in records.values())
@@ -121,21 +132,27 @@ def convert(
                 "networks": {name: architecture(r.config) for name, r in readers.items()},
                 "records": records,
             }
-            _write_tokenizers(place, readers, path)
+            _write_tokenizers(tokenizers, path)
             write_orbax(readers, path, step, meta, to)
         elif single:
             _write_single(*readers.values(), path, format, *records.values(), to)
         else:
-            _write_pipeline(place, readers, path, format, records, to)
-    return fingerprints
+            _write_pipeline(readers, path, format, records, to)
+            _write_tokenizers(tokenizers, path)
+            if format == "diffusers":
+                write_index(path, readers)
+        if verify:
+            verify(path, open_networks(path))
+    return {name: record["fingerprint"] for name, record in records.items()}
 
 
-def _record(reader: Reader, fingerprint: str) -> dict[str, Any]:
-    return (
-        {k: v for k, v in reader.record.items() if k != "network"}
-        | {"fingerprint": fingerprint}
-        | _software()
-    )
+def _record(reader: Reader, dtype: np.dtype | None) -> dict[str, Any]:
+    """What is known of the source, the fingerprint of its values, and that of what is written."""
+    record = {k: v for k, v in reader.record.items() if k != "network"} | _software()
+    record["made_from"] = record["fingerprint"] = fingerprint_of(reader)
+    if dtype:
+        record["fingerprint"] = fingerprint_of(reader, dtype)
+    return record
 
 
 def _software() -> dict[str, str]:
@@ -159,26 +176,22 @@ def _write_single(reader: Reader, path: Path, format: str, record: dict, dtype) 
 
 
 def _write_pipeline(
-    place: Path, readers: dict[str, Reader], folder: Path, format: str, records: dict, dtype
+    readers: dict[str, Reader], folder: Path, format: str, records: dict, dtype
 ) -> None:
     folder.mkdir()
-    _write_tokenizers(place, readers, folder)  # first: one that is missing costs no time
     for name, reader in readers.items():
         if format == "bfl" and reader.network.has_bfl_layout:
             write_bfl(reader, folder / BFL_FILES[name], records[name], dtype)
         else:
             write_diffusers(reader, folder / reader.network.folder, records[name], dtype)
     if format == "diffusers":
-        time = records.get("transformer", {}).get("time")
-        time = from_dict(time, TimeConfig) if time else time_of(place)
-        write_scheduler(folder, time)
-        write_index(folder, readers)
+        time = records.get("transformer", {}).get("time", {})
+        write_scheduler(folder, from_dict(time, TimeConfig))
 
 
-def _write_tokenizers(place: Path, readers: dict[str, Reader], folder: Path) -> None:
-    for name, source in tokenizers_of(place).items():
-        if name in readers:
-            write_tokenizer(source, folder / TOKENIZERS[name])
+def _write_tokenizers(tokenizers: dict[str, str], folder: Path) -> None:
+    for name, source in tokenizers.items():
+        write_tokenizer(source, folder / TOKENIZERS[name])
 
 
 @contextmanager
@@ -194,10 +207,6 @@ def appearing(output: Path) -> Iterator[Path]:
 def main() -> None:
     options = flags.FLAGS
     place, output = Path(options.input), Path(options.output)
-    if options.verify:  # PyTorch is looked for before there is anything to compare with it
-        if options.format == "lora":
-            raise ValueError("--verify compares whole networks; --format=lora has none.")
-        from kontext_jax.weights.verify import verify
     jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
     fingerprints = convert(
         place,
@@ -207,13 +216,22 @@ def main() -> None:
         network=options.network,
         dtype=options.dtype,
         lora=Path(options.lora) if options.lora else None,
+        verify=_verification() if options.verify else None,
     )
     for name, value in fingerprints.items():
         print(f"{name}: fingerprint {value}")
     print(f"wrote {output} and read it again: every bit is there")
-    if options.verify:
-        for line in verify(output, open_networks(output)):
+
+
+def _verification() -> Callable[[Path, dict[str, Reader]], None]:
+    """Compares with PyTorch, which is looked for before there is anything to compare."""
+    from kontext_jax.weights.verify import verify
+
+    def compare(path: Path, readers: dict[str, Reader]) -> None:
+        for line in verify(path, readers):
             print(line, flush=True)
+
+    return compare
 
 
 if __name__ == "__main__":

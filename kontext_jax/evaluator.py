@@ -24,6 +24,9 @@ from kontext_jax.types import Batch, Example
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 
+MAX_PIXELS = 2**21
+"""Decoded at once: two images of a megapixel."""
+
 
 class Generator:
     """Samples the targets of given examples: packed, sharded over the mesh, with fixed noise.
@@ -81,7 +84,7 @@ class Generator:
         for size, members in groups.items():
             stacked = np.stack([tokens[i] for i in members])
             # Equal chunks, the last one filled up, so that each size compiles once.
-            chunk = min(len(members), 64)
+            chunk = min(len(members), 64, max(1, MAX_PIXELS // (size[0] * size[1])))
             padded = np.concatenate([stacked, np.repeat(stacked[-1:], -len(members) % chunk, 0)])
             for start in range(0, len(padded), chunk):
                 part = self._decode(autoencoder, padded[start : start + chunk], size=size)

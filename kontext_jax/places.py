@@ -21,15 +21,18 @@ from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.lora import Adapters
 from kontext_jax.objectives import Network
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
+from kontext_jax.weights import flux
+from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
 from kontext_jax.weights.loading import check_same
 from kontext_jax.weights.lora import MergedReader
 from kontext_jax.weights.networks import NETWORKS
-from kontext_jax.weights.pipeline import BFL_FILES, TOKENIZERS
+from kontext_jax.weights.pipeline import BFL_FILES, TOKENIZERS, time_of
 from kontext_jax.weights.reading import (
     OrbaxReader,
     Reader,
     config_of,
     kind_of,
+    matches,
     open_file,
     open_folder,
     read_config,
@@ -37,6 +40,9 @@ from kontext_jax.weights.reading import (
 
 PARAMS = ("ema", "params")
 """A run's averaged parameters, and those that it trains."""
+
+DTYPES = ("dtype", "timestep_dtype")
+"""Settings of how networks are computed that change what comes out."""
 
 
 def load_meta(workdir: str | Path) -> dict[str, Any]:
@@ -54,8 +60,12 @@ def load_config(workdir: str | Path) -> Config:
 
     Raises:
       FileNotFoundError: there is no checkpoint.
+      ValueError: training has not made it.
     """
-    return from_dict(load_meta(workdir)["config"])
+    meta = load_meta(workdir)
+    if "config" not in meta:
+        raise ValueError(f"{workdir} holds converted weights, and is no run.")
+    return from_dict(meta["config"])
 
 
 def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema", dtype: str = ""):
@@ -142,8 +152,7 @@ def _networks_at(path: Path, except_for: Sequence[str]) -> list[str]:
     inside = [
         network.name
         for network in NETWORKS.values()
-        if (path / BFL_FILES.get(network.name, "-")).is_file()
-        or (path / network.folder / "config.json").is_file()
+        if _bfl_file(path, network.name) or (path / network.folder / "config.json").is_file()
     ]
     if not inside:
         raise FileNotFoundError(
@@ -165,10 +174,18 @@ def _open_one(path: Path, name: str, params: str, except_for: Sequence[str]) -> 
         return open_file(path, except_for)
     if (path / "config.json").is_file():
         return open_folder(path, except_for)
-    file = path / BFL_FILES.get(name, "-")
-    if file.is_file():
-        return open_file(file, except_for)
-    return open_folder(path / NETWORKS[name].folder, except_for)
+    file = _bfl_file(path, name)
+    reader = open_file(file, except_for) if file else None
+    reader = reader or open_folder(path / NETWORKS[name].folder, except_for)
+    if name == "transformer" and "time" not in reader.record and (path / "scheduler").is_dir():
+        reader.record["time"] = to_dict(time_of(path))
+    return reader
+
+
+def _bfl_file(folder: Path, name: str) -> Path | None:
+    """The network's single file, in a folder of such; pipelines may have one beside their own."""
+    file = folder / BFL_FILES.get(name, "-")
+    return file if file.is_file() and not (folder / "model_index.json").is_file() else None
 
 
 def _open_from_run(workdir: Path, name: str, params: str) -> Reader:
@@ -180,6 +197,11 @@ def _open_from_run(workdir: Path, name: str, params: str) -> Reader:
         return OrbaxReader(item, [name], network, scaled, record)
     if name in config.make_objective().frozen():
         reader = open_init(config, name)
+        if identity_of_reader(reader) != meta["frozen"][name]:
+            raise ValueError(
+                f"The {name} that {workdir} was trained with is another now: "
+                f"{getattr(config.objective.init_from, name)} was trained on or replaced since."
+            )
         if name != "transformer":
             return reader
         adapters, _, _ = load_adapters(workdir, params)
@@ -200,8 +222,16 @@ def open_init(config: Config, name: str) -> Reader:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"objective.init_from.{name}: {error}") from error
     if hasattr(config.objective, name):
-        check_same(reader, getattr(config.objective, name), place)
+        but = ("guidance_embed",) if _leaves_out_guidance(init_from.except_for) else ()
+        check_same(reader, getattr(config.objective, name), place, but)
     return reader
+
+
+def _leaves_out_guidance(except_for: Sequence[str]) -> bool:
+    """Whether the patterns name all that [dev] has and [schnell] has not, in one layout."""
+    rows = [row for row in flux.rows(FluxConfig.dev()) if row.param.startswith("guidance_in")]
+    layouts = ([row.bfl for row in rows], [row.diffusers for row in rows])
+    return any(all(matches(name, except_for) for name in names) for names in layouts)
 
 
 def load_adapters(
@@ -231,6 +261,21 @@ def tokenizers_of(place: Path) -> dict[str, str]:
     return {name: str(folder) for name, folder in folders.items() if folder.is_dir()}
 
 
+def identity_of_reader(reader: Reader) -> list:
+    """What tells a network from others: its values, and an autoencoder's scale of latents."""
+    return [fingerprint_of(reader), *_scale_of(reader.config)]
+
+
+def identity_of(networks: dict[str, Network]) -> dict[str, list]:
+    """The same of networks on devices, by name."""
+    return {name: [fingerprint(x), *_scale_of(x.config)] for name, x in networks.items()}
+
+
+def _scale_of(config) -> list[float]:
+    is_autoencoder = isinstance(config, AutoencoderConfig)
+    return [config.scale_factor, config.shift_factor] if is_autoencoder else []
+
+
 def record_of(config: Config, step: int, params: str) -> dict[str, Any]:
     """What travels with a run's weights: where they come from, and how they are to be used."""
     geometry = config.data.geometry
@@ -245,9 +290,21 @@ def record_of(config: Config, step: int, params: str) -> dict[str, Any]:
         record |= {
             "pooled": config.objective.pooled,
             "time": to_dict(config.objective.time),
-            "text": {"max_tokens": text.max_tokens, "pad": text.pad},
+            "text": {
+                "max_tokens": text.max_tokens,
+                "clip_max_tokens": text.clip_max_tokens,
+                "pad": text.pad,
+            },
+            "compute": {
+                name: _dtypes(getattr(config.objective, name))
+                for name in ("transformer", "text_encoder", "clip")
+            },
         }
     return record
+
+
+def _dtypes(config) -> dict[str, str]:
+    return {name: value for name, value in vars(config).items() if name in DTYPES}
 
 
 def is_run(place: str | Path) -> bool:

@@ -1,5 +1,6 @@
 """Networks on a mesh: what a run starts from, what it only uses, and all that sampling needs."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ from kontext_jax.data.text import TextConfig
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import AutoencoderConfig
-from kontext_jax.models.lora import attach
+from kontext_jax.models.lora import Adapters
 from kontext_jax.names import named_leaves
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, networks_of
 from kontext_jax.places import (
     computed_in,
+    identity_of,
     is_run,
     load_meta,
     load_player,
@@ -25,11 +27,12 @@ from kontext_jax.places import (
     open_init,
     open_networks,
 )
+from kontext_jax.sharding import shardings_of
 from kontext_jax.weights.fingerprint import fingerprint
 from kontext_jax.weights.loading import load
 from kontext_jax.weights.lora import read_lora
 from kontext_jax.weights.networks import NETWORKS
-from kontext_jax.weights.pipeline import TOKENIZERS, time_of
+from kontext_jax.weights.pipeline import TOKENIZERS
 from kontext_jax.weights.reading import Reader
 
 
@@ -67,7 +70,7 @@ def load_model(
     if is_run(place):
         model, config = load_player(place, "model", mesh, params, dtype)
         frozen = load_frozen(config, mesh, load_meta(place)["frozen"])
-        networks, objective, data = networks_of(model, frozen), config.objective, config.data
+        networks, objective, data = frozen | model, config.objective, config.data
     else:
         readers = open_networks(place, params)
         objective, data = _settings(Path(place), readers)
@@ -76,11 +79,20 @@ def load_model(
             name: load(reader, getattr(objective, name, reader.config), mesh, dtype=None)
             for name, reader in readers.items()
         }
+    if lora and "lora" in networks:
+        raise ValueError(f"{place} has adapters of its own; merge them first, by convert.")
     if lora:
-        adapters = read_lora(Path(lora), objective.transformer)
-        networks["transformer"] = attach(networks["transformer"], adapters)
-    identity = {name: fingerprint(network) for name, network in networks.items()}
-    return Model(objective, data, networks, identity)
+        networks["lora"] = read_lora(Path(lora), objective.transformer)
+    return Model(objective, data, networks_of(networks, {}), _identity(networks))
+
+
+def _identity(networks: dict[str, Any]) -> dict[str, list]:
+    adapters = networks.get("lora")
+    identity = identity_of({name: x for name, x in networks.items() if name != "lora"})
+    if adapters is not None:
+        scales = sorted({adapter.scale for adapter in adapters.values()})
+        identity["lora"] = [fingerprint(adapters), *scales]
+    return identity
 
 
 def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[str, Network]:
@@ -104,9 +116,11 @@ def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[s
         else:
             network_config = getattr(config.objective, name)
         frozen[name] = load(reader, network_config, mesh, dtype=None)
-    if known is not None and known != identity_of(frozen):
+    now = identity_of(frozen)
+    changed = [name for name in now if known is not None and known.get(name) != now[name]]
+    if changed:
         raise ValueError(
-            f"{', '.join(frozen)}: trained on or replaced since this run used them. Keep the "
+            f"{', '.join(changed)}: trained on or replaced since this run used it. Keep the "
             "weights that a run was made with."
         )
     return frozen
@@ -130,47 +144,48 @@ def load_initial(config: Config, mesh: Mesh) -> dict[str, dict[str, Network]]:
             given = initial.setdefault(player, {})
             if name == "lora":
                 adapters = read_lora(Path(place), config.objective.transformer)
-                given[name] = _fitting_adapters(adapters, abstract[player][name], place)
+                given[name] = _filled(adapters, _fresh(config, player, name, mesh), place)
                 continue
             reader = open_init(config, name)
-            missing = set(NETWORKS[name].shapes(reader.config)) - set(reader.dtypes)
-            fresh = _fresh(config, player, name, missing) if missing else None
-            given[name] = load(reader, getattr(config.objective, name), mesh, initial=fresh)
+            network_config = getattr(config.objective, name)
+            missing = set(NETWORKS[name].shapes(network_config)) - set(reader.dtypes)
+            fresh = named_leaves(_fresh(config, player, name, mesh)) if missing else None
+            given[name] = load(reader, network_config, mesh, initial=fresh)
     return initial
 
 
-def _fresh(config: Config, player: str, name: str, missing: set[str]) -> dict[str, jax.Array]:
-    """What a new run would start these parameters from."""
+def _fresh(config: Config, player: str, name: str, mesh: Mesh) -> Network:
+    """What a new run would start a network from."""
 
-    @jax.jit
     def make(key):
-        network = networks_by_name(config.make_objective().init(key)[player], player)[name]
-        return {param: x for param, x in named_leaves(network).items() if param in missing}
+        return networks_by_name(config.make_objective().init(key)[player], player)[name]
 
-    return make(jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return jax.jit(make, out_shardings=shardings_of(jax.eval_shape(make, key), mesh))(key)
 
 
-def _fitting_adapters(adapters, wanted, place: str):
-    shapes, has = (
-        {name: leaf.shape for name, leaf in named_leaves(tree).items()}
-        for tree in (wanted, adapters)
-    )
-    scales, given = ({k: v.scale for k, v in tree.items()} for tree in (wanted, adapters))
-    if shapes != has or scales != given:
+def _filled(stored: Adapters, fresh: Adapters, place: str) -> Adapters:
+    """Fresh adapters, which add nothing, with stored ones in their first ranks.
+
+    Files of others have ranks of their own for q, k and v, three times as many together.
+    """
+    wrong = [f"{path} is no target" for path in sorted(stored.keys() - fresh.keys())]
+    wrong += [
+        f"{path} has rank {adapter.a.shape[-1]}"
+        for path, adapter in stored.items()
+        if path in fresh and adapter.a.shape[-1] > fresh[path].a.shape[-1]
+    ]
+    if wrong:
         raise ValueError(
-            f"The adapters in {place} are not those of objective.lora: set its rank, alpha and "
-            "targets to theirs."
+            f"The adapters in {place} do not go into those of objective.lora: {'; '.join(wrong)}. "
+            "Set its targets and rank accordingly."
         )
-    return adapters
-
-
-def identity_of(frozen: dict[str, Network]) -> dict[str, list]:
-    """What tells one state of frozen networks from another: their values, the latents' scale."""
-    identity = {name: [fingerprint(network)] for name, network in frozen.items()}
-    if "autoencoder" in frozen:
-        config = frozen["autoencoder"].config
-        identity["autoencoder"] += [config.scale_factor, config.shift_factor]
-    return identity
+    filled = jax.tree.map(lambda x: x, fresh)
+    for path, adapter in stored.items():
+        rank, ratio = adapter.a.shape[-1], adapter.scale / fresh[path].scale
+        filled[path].a[...] = fresh[path].a[...].at[..., :rank].set(adapter.a[...])
+        filled[path].b[...] = fresh[path].b[...].at[..., :rank, :].set(ratio * adapter.b[...])
+    return filled
 
 
 def _settings(place: Path, readers: dict[str, Reader]) -> tuple[FlowMatchingConfig, DataConfig]:
@@ -182,25 +197,27 @@ def _settings(place: Path, readers: dict[str, Reader]) -> tuple[FlowMatchingConf
     pooled = record.get("pooled", "clip")
     if pooled == "clip" and "clip" not in readers:
         raise ValueError(f"{place} holds no clip; sampling needs a whole pipeline.")
-    time = from_dict(record["time"], TimeConfig) if "time" in record else time_of(place)
-    objective = FlowMatchingConfig(
-        transformer=transformer,
-        text_encoder=readers["text_encoder"].config,
-        pooled=pooled,
-        time=time,
-        **({"clip": readers["clip"].config} if "clip" in readers else {}),
-    )
+    networks = {
+        name: dataclasses.replace(readers[name].config, **record.get("compute", {}).get(name, {}))
+        for name in ("transformer", "text_encoder", "clip")
+        if name in readers
+    }
+    time = from_dict(record.get("time", {}), TimeConfig)
+    objective = FlowMatchingConfig(**networks, pooled=pooled, time=time)
     autoencoder = readers["autoencoder"].config
     geometry = record.get("geometry") or {"pixels_per_token": autoencoder.pixels_per_token}
     # FLUX.1 [schnell], without guidance, was trained with half the tokens.
-    text = {"max_tokens": 512 if transformer.guidance_embed else 256, "pad": True}
+    text = {
+        "max_tokens": 512 if transformer.guidance_embed else 256,
+        "clip_max_tokens": objective.clip.max_positions,
+        "pad": True,
+    }
     t5, clip = (place / TOKENIZERS[name] for name in ("text_encoder", "clip"))
     return objective, DataConfig(
         geometry=from_dict(geometry, GeometryConfig),
         text=TextConfig(
             tokenizer=str(t5),
             clip_tokenizer=str(clip) if pooled == "clip" else "",
-            clip_max_tokens=objective.clip.max_positions,
             **(text | record.get("text", {})),
         ),
     )

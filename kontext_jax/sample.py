@@ -60,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "of the initial noise")
     flags.DEFINE_enum("params", "ema", ["ema", "params"], "averaged or raw parameters")
     flags.DEFINE_string("lora", None, "adapters to use, a file or folder of diffusers' layout")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in; as trained if unset")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in; if unset as trained")
     flags.DEFINE_bool("provenance", True, "a PNG tells how it was made; other formats do not")
     flags.mark_flags_as_required(["checkpoint", "output"])
 
@@ -114,6 +114,7 @@ def generate(
         "size": _format_size(size_of(image)),
         "seed": seed,
         "params": params,
+        "dtype": model.objective.transformer.dtype,
     }
     return image, record | dataclasses.asdict(sampler)
 
@@ -121,8 +122,11 @@ def generate(
 def _check_strength(init: Image | None, sampler: SamplerConfig) -> None:
     if init is None and sampler.strength < 1:
         raise ValueError("A --strength below 1 starts from an image: name it with --init.")
-    if init is not None and sampler.strength == 1:
-        raise ValueError("At --strength=1 nothing is left of --init: give less, such as 0.6.")
+    if init is not None and sampler.first_step == 0:
+        raise ValueError(
+            f"At --strength={sampler.strength:g} all {sampler.num_steps} steps run and nothing is "
+            "left of --init: give less, such as 0.6."
+        )
 
 
 def _describe(image: Image) -> dict[str, str]:

@@ -17,6 +17,7 @@ from kontext_jax.convert import convert
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
+from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
@@ -27,6 +28,7 @@ from kontext_jax.train import train
 from kontext_jax.weights import export, files
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.fingerprint import fingerprint_of
+from kontext_jax.weights.pipeline import write_scheduler
 
 NAMES = ("transformer", "autoencoder", "text_encoder", "clip")
 
@@ -81,6 +83,10 @@ def fingerprints(place: Path) -> dict[str, str]:
 
 
 def test_every_layout_holds_the_same_bits(pipeline_folder, tmp_path):
+    """With the times of [schnell], which are not the default."""
+    pipeline_folder = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    shutil.rmtree(pipeline_folder / "scheduler")
+    write_scheduler(pipeline_folder, TimeConfig(shift="none"))
     said = convert(pipeline_folder, tmp_path / "bfl", "bfl")
     convert(tmp_path / "bfl", tmp_path / "orbax", "orbax")
     convert(tmp_path / "orbax", tmp_path / "again", "diffusers")
@@ -118,7 +124,7 @@ def test_an_image_is_the_same_from_every_layout(run, tmp_path):
     sampler = SamplerConfig(num_steps=2, cfg_scale=2.0)
 
     def image(place):
-        return sample.generate(str(place), "make it red", [context], sampler, dtype="float32")[0]
+        return sample.generate(str(place), "make it red", [context], sampler)[0]
 
     expected = image(run)
     assert expected.std() > 1
@@ -136,6 +142,8 @@ def test_a_cast_is_the_nearest_value(pipeline_folder, tmp_path):
     place = ("double_blocks/img_attn/qkv/kernel", 1)
     assert rounded.read(place).dtype == "bfloat16"
     assert (rounded.read(place) == exact.read(place).astype("bfloat16")).all()
+    assert rounded.record["fingerprint"] == fingerprint_of(rounded)
+    assert rounded.record["made_from"] == fingerprint_of(exact)
 
 
 @pytest.mark.slow
@@ -178,11 +186,22 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     assert fingerprint_of(again) == fingerprint_of(
         places.open_network(tmp_path / "lora", "transformer")
     )
-    other = dataclasses.replace(objective, init_from=init_from, lora=LoraConfig(rank=3))
-    with pytest.raises(ValueError, match="rank, alpha and targets"):
-        runs.load_initial(
-            dataclasses.replace(config, objective=other), make_mesh(MeshConfig(), jax.devices()[:1])
-        )
+
+    def filled(**changes):
+        other = dataclasses.replace(lora, **changes)
+        changed = dataclasses.replace(objective, init_from=init_from, lora=other)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        return runs.load_initial(dataclasses.replace(config, objective=changed), mesh)["model"]
+
+    more = filled(rank=3)["lora"]["single_blocks/linear1"]
+    part = adapters["single_blocks/linear1"]
+    np.testing.assert_allclose(
+        more.scale * more.a[...] @ more.b[...], part.scale * part.a[...] @ part.b[...], atol=1e-8
+    )
+    with pytest.raises(ValueError, match="proj has rank 2.*Set its targets and rank"):
+        filled(rank=1)
+    with pytest.raises(ValueError, match="single_blocks/linear1 is no target"):
+        filled(targets=("double_blocks/*",))
 
 
 @pytest.mark.slow
@@ -210,8 +229,10 @@ def test_a_run_refuses_frozen_weights_that_have_changed(config, pipeline_folder,
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="made with another frozen networks"):
+    with pytest.raises(ValueError, match="made with another clip: give it"):
         train(dataclasses.replace(changed, num_steps=2), tmp_path / "run")
+    with pytest.raises(ValueError, match="The clip that .* was trained with is another now"):
+        convert(tmp_path / "run", tmp_path / "out", "diffusers")
 
 
 def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_path):
@@ -227,6 +248,8 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
     ]
     files.write_file(tmp_path / "file", kept, {})
     (tmp_path / "file").replace(folder / "diffusion_pytorch_model.safetensors")
+    settings = json.loads((folder / "config.json").read_text()) | {"guidance_embeds": False}
+    (folder / "config.json").write_text(json.dumps(settings))
 
     def initial(*except_for):
         init_from = FlowInit(transformer=str(folder), except_for=except_for)
@@ -234,8 +257,12 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
         changed = dataclasses.replace(config, objective=objective)
         return runs.load_initial(changed, make_mesh(MeshConfig()))["model"]["transformer"]
 
+    with pytest.raises(WeightsError, match="guidance_embed is False, not True"):
+        initial()
+    (folder / "config.json").write_text(json.dumps(settings | {"guidance_embeds": True}))
     with pytest.raises(WeightsError, match="guidance_embedder.linear_1.weight is missing; .*_2.bi"):
         initial()
+    (folder / "config.json").write_text(json.dumps(settings))
     network = initial("*guidance_embedder*")
     fresh = config.make_objective().init(jax.random.key(config.seed))["model"]["transformer"]
     np.testing.assert_allclose(

@@ -75,6 +75,7 @@ def test_an_image_tells_all_about_its_making_but_no_names(command, tmp_path):
         "size": "16x32",
         "seed": 3,
         "params": "ema",
+        "dtype": "float32",
         "num_steps": 2,
         "guidance": 2.5,
         "cfg_scale": 1.0,
@@ -93,7 +94,7 @@ def test_a_record_can_be_left_out(command, tmp_path):
     ("options", "sentence"),
     [
         ({"strength": 0.5}, "below 1 starts from an image: name it with --init"),
-        ({"init": "b.png"}, "At --strength=1 nothing is left of --init"),
+        ({"init": "b.png"}, "At --strength=1 all 2 steps run and nothing is left of --init"),
         ({"init": "b.png", "strength": 0.4}, "strength 0.4 leaves none of 2 steps"),
         ({"init": "b.png", "strength": 0.5, "size": "20x16"}, "20x16 is not a multiple of 8"),
         ({"init": "none.png", "strength": 0.5}, "There is no image none.png"),

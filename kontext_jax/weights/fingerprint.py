@@ -11,6 +11,8 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt32
 
 from kontext_jax.names import named_leaves
@@ -21,21 +23,25 @@ SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 def fingerprint(network) -> str:
     """Of a network on its devices, or of any tree of them."""
-    return _text(np.asarray(_tree_sums(named_leaves(network))))
+    leaves = named_leaves(network)
+    sharding = getattr(next(iter(leaves.values())), "sharding", None)
+    # Every process gets the sums, however the network is split.
+    everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
+    return _text(np.asarray(jax.jit(_tree_sums, out_shardings=everywhere)(leaves)))
 
 
-def fingerprint_of(reader: Reader) -> str:
-    """Of stored weights, a layer of a parameter in memory at a time."""
+def fingerprint_of(reader: Reader, dtype: np.dtype | None = None) -> str:
+    """Of stored weights, cast to ``dtype`` if given; a layer of a parameter in memory at a time."""
     total = np.zeros(2, np.uint32)
     for param, layer in reader.network.places(reader.config):
         if param in reader.dtypes:
             values = reader.read((param, layer))
+            values = values.astype(dtype or values.dtype)
             start = (layer or 0) * math.prod(values.shape) % 2**32
             total = total + np.asarray(_sums(values, np.uint32(_seed(param)), np.uint32(start)))
     return _text(total)
 
 
-@jax.jit
 def _tree_sums(leaves: dict[str, Array]) -> UInt32[Array, "2"]:
     total = jnp.zeros(2, jnp.uint32)
     for name, values in leaves.items():

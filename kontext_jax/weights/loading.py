@@ -1,5 +1,7 @@
 """From stored weights to networks on a mesh."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
@@ -14,8 +16,8 @@ MEASURED = ("scale_factor", "shift_factor")
 """Settings that follow from an autoencoder's weights; a run measures its own."""
 
 
-def check_same(reader: Reader, config, where: str) -> None:
-    """Refuses weights of another architecture than ``config``'s.
+def check_same(reader: Reader, config, where: str, but: Sequence[str] = ()) -> None:
+    """Refuses weights of another architecture than ``config``'s; settings ``but`` may differ.
 
     Raises:
       WeightsError: it names every setting that differs.
@@ -24,7 +26,7 @@ def check_same(reader: Reader, config, where: str) -> None:
     wrong = [
         f"{name} is {stored[name]}, not {value}"
         for name, value in wanted.items()
-        if name not in MEASURED and stored[name] != value
+        if name not in (*MEASURED, *but) and stored[name] != value
     ]
     if wrong:
         raise WeightsError(

@@ -463,8 +463,13 @@ class MergedReader:
         self._reader = reader
         self._adapters = _on_host(adapters, reader.config)
 
+    def round_to(self, dtype: np.dtype) -> None:
+        """Gives merged kernels in this dtype, and not in that of what is under the adapters."""
+        merged = {f"{path}/kernel": dtype for path in self._adapters}
+        self.dtypes = self.dtypes | merged
+
     def read(self, place: Place) -> np.ndarray:
-        """One layer of a parameter, a kernel merged in float32 and rounded to its stored dtype."""
+        """One layer of a parameter, a kernel merged in float32 and rounded once."""
         stored = self._reader.read(place)
         param, layer = place
         adapter = self._adapters.get(param.removesuffix("/kernel"))
@@ -472,7 +477,7 @@ class MergedReader:
             return stored
         a, b = _layer(adapter, layer)
         merged = stored.astype(np.float32) + np.float32(adapter.scale) * (a @ b)
-        return merged.astype(stored.dtype)
+        return merged.astype(self.dtypes[param])
 
 
 def _layer(adapter: LowRank, layer: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -66,18 +66,15 @@ class TensorReader:
         self.dtypes = self._check(network.table(config, layout), except_for)
 
     def _check(self, table: Table, except_for: Sequence[str]) -> dict[str, np.dtype]:
-        def excepted(name: str) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in except_for)
-
         wanted = table.tensors()
-        for name in [n for n in self._stored_as if n not in wanted and excepted(n)]:
+        for name in [name for name in self._stored_as if matches(name, except_for)]:
             del self._stored_as[name]
         wrong = [f"{name} is not wanted" for name in self._stored_as if name not in wanted]
         dtypes: dict[str, np.dtype] = {}
         for (param, _), pieces in table.pieces.items():
             for piece in pieces:
                 if piece.name not in self._stored_as:
-                    if not excepted(piece.name):
+                    if not matches(piece.name, except_for):
                         wrong.append(f"{piece.name} is missing")
                     continue
                 entry = self._files.entries[self._stored_as[piece.name]]
@@ -108,6 +105,11 @@ class TensorReader:
             for piece in self._pieces[place]
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the glob patterns is ``name``'s."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class OrbaxReader:
@@ -285,8 +287,10 @@ def config_of(network: Network, values: dict[str, Any]):
     """A network's config from JSON values, see ``networks.architecture``.
 
     Raises:
-      TypeError: a setting that the network does not have.
-      ValueError: a wrong one.
+      WeightsError: a setting that the network does not have, or a wrong one.
     """
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return network.config_class(**tuples)
+    try:
+        return network.config_class(**tuples)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"The record of this {network.name} cannot be used: {error}") from error
