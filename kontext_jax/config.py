@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -50,6 +51,8 @@ class Config:
       max_skipped_in_a_row: steps without a finite gradient, one after the other, that stop it.
       log_every: steps between two lines of the log; metrics are averaged over them.
       compilation_cache: folder that keeps compiled programs between runs; empty for none.
+      profile_steps: "10:13" traces steps 10, 11 and 12 for xprof; empty for none. Steps count
+        from 1, as in the log.
     """
 
     objective: ObjectiveConfig = field(default_factory=FlowMatchingConfig)
@@ -63,6 +66,20 @@ class Config:
     log_every: int = 50
     max_skipped_in_a_row: int = 20
     compilation_cache: str = ""
+    profile_steps: str = ""
+
+    def __post_init__(self):
+        if self.profile_steps and not self.profiled:
+            raise ValueError(
+                f"profile_steps {self.profile_steps!r} must be first:end with 0 < first < end, "
+                "such as 10:13 for steps 10, 11 and 12."
+            )
+
+    @property
+    def profiled(self) -> range:
+        """The steps of ``profile_steps``; empty if it names none."""
+        match = re.fullmatch(r"([1-9]\d*):(\d+)", self.profile_steps)
+        return range(int(match[1]), int(match[2])) if match else range(0)
 
     def make_objective(self) -> Objective:
         """The objective that ``objective.kind`` names."""

@@ -1,17 +1,25 @@
-"""From settings to an optax optimizer: AdamW or Muon, with warmup, decay and clipping."""
+"""From settings to an optax optimizer: AdamW, Muon, Adafactor, with warmup, decay and clipping."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 import optax
+from flax import nnx
 
 from kontext_jax.models.layers import LowRank
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "adafactor")
 SCHEDULES = ("constant", "cosine")
+MOMENTS_DTYPES = ("float32", "bfloat16")
 
 MUON_RMS = 0.2
 """Muon's updates are scaled to AdamW's usual size (arXiv 2502.16982), so that rates carry over."""
+
+MIN_FACTORED = 128
+"""Adafactor factors the second moment of arrays with two axes of at least this size, Optax's
+default. What is smaller in FLUX: norms, biases, adapters, the maps from and to 64 channels."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -20,9 +28,16 @@ class OptimConfig:
 
     Attributes:
       optimizer: "adamw", or "muon": momentum made orthogonal for the kernels of stacked blocks;
-        all else is left to Adam with Nesterov momentum and without decay.
+        all else is left to Adam with Nesterov momentum and without decay; or "adafactor"
+        (arXiv 1804.04235), whose second moment of a kernel is a row and a column. With AdamW's
+        decay, a first moment, and steps that are not relative to the parameter's size (as in arXiv
+        2106.04560; they would hold back what starts at zero), rates carry over. Its second moment
+        keeps 1 - step^-0.8 of itself: ``b2`` and ``eps`` have no part in it.
       schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
       warmup_steps: linear from zero.
+      b1: of the first moment; 0 leaves Adafactor without one.
+      moments_dtype: of the first moment, "float32" or "bfloat16", which is 2 bytes a parameter
+        less. The second one stays float32: in bfloat16, 0.999 of it would round back to itself.
       weight_decay: on kernels and low-rank adapters only; norms, biases and embeddings are left
         alone.
       clip_norm: gradients of larger global norm are scaled down to it.
@@ -41,12 +56,17 @@ class OptimConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
     accumulate_steps: int = 1
+    moments_dtype: str = "float32"
 
     def __post_init__(self):
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}.")
+        if self.moments_dtype not in MOMENTS_DTYPES:
+            raise ValueError(
+                f"moments_dtype {self.moments_dtype!r} is not one of {', '.join(MOMENTS_DTYPES)}."
+            )
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -72,6 +92,20 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             eps=config.eps,
             consistent_rms=MUON_RMS,
             muon_weight_dimension_numbers=_block_kernels,
+            mu_dtype=config.moments_dtype,
+        )
+    elif config.optimizer == "adafactor":
+        update = _naming_factored_axes(
+            optax.adafactor(
+                rate,
+                min_dim_size_to_factor=MIN_FACTORED,
+                multiply_by_parameter_scale=False,
+                momentum=config.b1 or None,
+                dtype_momentum=config.moments_dtype,
+                # It is not multiplied by the rate in there, as AdamW's is.
+                weight_decay_rate=lambda step: config.weight_decay * rate(step),
+                weight_decay_mask=is_kernel,
+            )
         )
     else:
         update = optax.adamw(
@@ -81,8 +115,55 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=is_kernel,
+            mu_dtype=config.moments_dtype,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _naming_factored_axes(adafactor: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``adafactor``, whose rows and columns carry the names of the axes that are left to them.
+
+    Optax copies all of a parameter's metadata to them, by which `sharding` would split wrong axes;
+    inside of Optax it has to be the parameter's.
+    """
+
+    def with_moments(state, change):
+        factored, *rest = state
+        moments = {name: change(name, getattr(factored, name)) for name in ("v_row", "v_col", "v")}
+        return (factored._replace(**moments), *rest)
+
+    def named(state, params):
+        def change(name, tree):
+            rename = functools.partial(_name_what_is_left, name)
+            return jax.tree.map(rename, tree, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+        return with_moments(state, change)
+
+    def init(params):
+        return named(adafactor.init(params), params)
+
+    def update(grads, state, params):
+        structure = jax.tree.structure(params)
+        inside = with_moments(
+            state, lambda _, tree: jax.tree.unflatten(structure, jax.tree.leaves(tree))
+        )
+        updates, new_state = adafactor.update(grads, inside, params)
+        return updates, named(new_state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _name_what_is_left(kind: str, moment, parameter):
+    """A row, column or whole second moment under the names of its own axes."""
+    if not isinstance(parameter, nnx.Variable) or moment.shape == parameter.shape:
+        return moment
+    if moment.shape == (1,):  # Optax's sign that there is none of this kind
+        return moment.replace(axes=())
+    names = parameter.get_metadata().get("axes", ())
+    names = [None] * (parameter.ndim - len(names)) + list(names)
+    # A row is the mean over the largest axis, a column over the second largest; Optax's own order.
+    del names[np.argsort(parameter.shape)[-1 if kind == "v_row" else -2]]
+    return moment.replace(axes=tuple(names))
 
 
 def _block_kernels(params):

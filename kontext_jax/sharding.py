@@ -126,6 +126,15 @@ def constrain(x: jax.Array, names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, tuple(names.split()), mesh))
 
 
+def platform() -> str:
+    """What is compiled for: the devices of the mesh in use, or JAX's default ones without a mesh.
+
+    The two differ where a program is compiled ahead of time, for devices that are elsewhere.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def num_batch_shards(mesh: Mesh) -> int:
     """Over how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

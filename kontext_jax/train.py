@@ -5,6 +5,7 @@ same arguments, it goes on exactly where its last checkpoint was taken.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from ml_collections import config_flags
 
 from kontext_jax import cli
 from kontext_jax.checkpoint import Checkpointer
-from kontext_jax.config import Config, to_dict, validated
+from kontext_jax.config import Config, from_dict, to_dict, validated
 from kontext_jax.data.pipeline import Loader
 from kontext_jax.flops import chip_peak, num_chips
 from kontext_jax.optim import make_optimizer
-from kontext_jax.runs import identity_of, load_frozen, load_initial
+from kontext_jax.places import identity_of
+from kontext_jax.runs import load_frozen, load_initial
 from kontext_jax.sharding import batch_sharding, make_mesh, num_batch_shards
 from kontext_jax.sheets import make_sheet_maker
-from kontext_jax.train_state import abstract_state, init_state, make_train_step
+from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
 from kontext_jax.types import Metrics
 from kontext_jax.writer import Writer
 
@@ -84,13 +86,28 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
         out_shardings=(shardings, None),
     )
     window = Window(config, mesh)
-    with closing(checkpointer), closing(writer), closing(loader), jax.set_mesh(mesh):
+
+    def pause(seconds: float) -> None:
+        window.pause(seconds)
+        writer.pause(seconds)
+
+    profiler = Profiler(config.profiled, workdir / "profile", pause)
+    with (
+        closing(checkpointer),
+        closing(writer),
+        closing(loader),
+        closing(profiler),
+        jax.set_mesh(mesh),
+    ):
         for step in range(start + 1, config.num_steps + 1):
-            local = next(loader)
-            batch = jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
-            )
-            state, metrics = train_step(state, frozen, batch)
+            profiler.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                local = next(loader)
+                batch = jax.tree.map(
+                    lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
+                )
+                state, metrics = train_step(state, frozen, batch)
+            profiler.after(step, state)
             window.add(metrics)
             last = step == config.num_steps
             if step % config.log_every == 0 or last:
@@ -102,9 +119,45 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 checkpointer.save(state, loader.state(), meta)
             if make_sheet and (step % config.sheets.every == 0 or last):
                 writer.image("sheet", step, make_sheet(state.ema, frozen))
-            window.pause(time.monotonic() - began)
-            writer.pause(time.monotonic() - began)
+            pause(time.monotonic() - began)
     return meta["metrics"]
+
+
+class Profiler:
+    """Traces some steps for xprof, their reading of data included. Each host writes its own file.
+
+    A run that goes on within these steps traces the rest of them.
+    """
+
+    def __init__(self, steps: range, folder: Path, pause: Callable[[float], None]):
+        """``pause`` is told the seconds spent on the trace itself."""
+        self._steps, self._folder, self._pause = steps, folder, pause
+        self._on = False
+
+    def before(self, step: int, state: TrainState) -> None:
+        """Starts before the first of the steps."""
+        if step in self._steps and not self._on:
+            # Waiting for the device is training time, so it comes before the clock of the pause.
+            jax.block_until_ready(state)
+            began = time.monotonic()
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+            self._pause(time.monotonic() - began)
+
+    def after(self, step: int, state: TrainState) -> None:
+        """Writes the trace once the device is done with the last of the steps."""
+        if self._on and step + 1 not in self._steps:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is if the run ends among the steps."""
+        if self._on:
+            began = time.monotonic()
+            jax.profiler.stop_trace()
+            self._on = False
+            self._pause(time.monotonic() - began)
+            print(f"wrote {self._folder}", flush=True)
 
 
 class Window:
@@ -196,17 +249,29 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
 
 def _check_same_run(stored: dict, current: dict) -> None:
     """Refuses to go on with another objective or optimizer, or on other frozen networks."""
-    changed = [
-        name
-        for name in ("objective", "optim", "seed")
-        if stored["config"][name] != current["config"][name]
-    ]
-    changed += ["frozen networks"] * (stored["frozen"] != current["frozen"])
+    before, now = (_what_counts(meta["config"]) for meta in (stored, current))
+    changed = [name for name in before if before[name] != now[name]]
+    frozen = stored["frozen"] | current["frozen"]
+    changed += [n for n in frozen if stored["frozen"].get(n) != current["frozen"].get(n)]
     if changed:
         raise ValueError(
             f"This run was made with another {' and '.join(changed)}: give it the settings of its "
             "checkpoint, or a new --workdir."
         )
+
+
+def _what_counts(config: dict) -> dict:
+    """The settings that a run cannot change. One younger than the checkpoint has its default.
+
+    Where networks come from does not count: the frozen are known by their values, and what the
+    others started from is past. Nor does what is kept for the backward pass.
+    """
+    settings = to_dict(from_dict(config))
+    objective = {k: v for k, v in settings["objective"].items() if k != "init_from"}
+    for part in objective.values():
+        if isinstance(part, dict):
+            part.pop("remat", None)
+    return {"objective": objective, "optim": settings["optim"], "seed": settings["seed"]}
 
 
 def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> None:

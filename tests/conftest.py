@@ -45,6 +45,7 @@ def _leniently(make_optimizer):
 
 
 optax.adamw = _leniently(optax.adamw)
+optax.adafactor = _leniently(optax.adafactor)
 
 
 @pytest.fixture(scope="session")

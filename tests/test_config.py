@@ -71,6 +71,17 @@ def test_unknown_variants_are_refused():
         pick(configs.quickstart.VARIANTS, "flo")
 
 
+def test_profiled_steps():
+    assert list(Config(profile_steps="10:13").profiled) == [10, 11, 12]
+    assert not Config().profiled
+
+
+@pytest.mark.parametrize("steps", ["3", "5:5", "7:5", "0:3", "a:b", "-1:3", "1:2:3", " 1:2", "1:"])
+def test_profiled_steps_are_a_range(steps):
+    with pytest.raises(ValueError, match=f"profile_steps '{steps}' must be first:end with 0 < fi"):
+        Config(profile_steps=steps)
+
+
 @pytest.mark.parametrize("cls", [SheetConfig, EvalConfig])
 def test_pictures_that_are_judged_cannot_start_from_the_truth(cls):
     with pytest.raises(ValueError, match="sampler.strength below 1 would start from the truth"):

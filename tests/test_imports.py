@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "kontext_jax"
 
 # Each layer may import itself and the layers above it.
 LAYERS = [
-    {"types", "cli", "names"},
+    {"types", "cli", "hlo", "names"},
     {"geometry", "sharding", "flow", "data", "metrics"},
     {"models"},
     {"encoders", "weights", "flops"},
@@ -17,7 +17,7 @@ LAYERS = [
     {"config"},
     {"places", "sheets", "report"},
     {"runs"},
-    {"train", "sample", "evaluate", "convert"},
+    {"train", "sample", "evaluate", "convert", "compile"},
 ]
 
 

@@ -36,6 +36,11 @@ def test_an_unknown_schedule_is_refused():
         OptimConfig(schedule="linear")
 
 
+def test_an_unknown_dtype_of_moments_is_refused():
+    with pytest.raises(ValueError, match="moments_dtype 'int8' is not one of float32, bfloat16"):
+        OptimConfig(moments_dtype="int8")
+
+
 def test_kernels_are_matrices_and_no_tables(recipe):
     found = jax.tree.leaves_with_path(optim.is_kernel(recipe.params))
     for (path, is_kernel), x in zip(found, jax.tree.leaves(recipe.params), strict=True):
@@ -107,6 +112,92 @@ def test_adamw_s_first_step_is_the_learning_rate():
         {"bias": jnp.array([1.0, -2.0, 0.5])}, optimizer.init(params), params
     )
     np.testing.assert_allclose(updates["bias"], [-0.1, 0.1, -0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [("adamw", "mu", "nu"), ("muon", "mu", "nu"), ("adafactor", "ema", "v")],
+)
+def test_the_first_moment_alone_has_the_dtype_that_is_asked_for(name, first, second, dtype):
+    config = OptimConfig(optimizer=name, moments_dtype=dtype)
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}
+    old = optimizer.init(params)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, new = optimizer.update(params, old, params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    for state in (old, new):
+        for moment, expected in ((first, dtype), (second, "float32")):
+            found = optax.tree.get_all_with_path(state, moment)
+            leaves = [x for _, tree in found for x in jax.tree.leaves(tree)]
+            assert leaves and {x.dtype for x in leaves} == {jnp.dtype(expected)}, moment
+
+
+def kernel_and_bias(depth: int, inputs: int, outputs: int) -> dict:
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (depth, inputs, outputs), "bias": (depth, outputs)}
+    axes = {"kernel": ("embed", "mlp"), "bias": ("mlp",)}
+    return {
+        name: nnx.Param(jnp.asarray(rng.standard_normal(shape), jnp.float32), axes=axes[name])
+        for name, shape in shapes.items()
+    }
+
+
+def test_two_adafactor_steps_are_its_formulas():
+    """arXiv 1804.04235, algorithm 4, of a step size that is AdamW's."""
+    config = OptimConfig(
+        optimizer="adafactor", learning_rate=0.1, warmup_steps=0, weight_decay=0.2, clip_norm=1e9
+    )
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    params = kernel_and_bias(2, 128, 130)
+    x = {name: np.asarray(p[...], np.float64) for name, p in params.items()}
+    state, row, column, whole = optimizer.init(params), 0, 0, 0
+    momentum = {"kernel": 0, "bias": 0}
+    for step in (1, 2):
+        old = 1 - step**-0.8
+        grads = jax.tree.map(lambda p, step=step: jnp.cos(step * p), params)
+        updates, state = optimizer.update(grads, state, params)
+        g = {name: np.asarray(p[...], np.float64) for name, p in grads.items()}
+        row = old * row + (1 - old) * (g["kernel"] ** 2).mean(-1, keepdims=True)
+        column = old * column + (1 - old) * (g["kernel"] ** 2).mean(-2, keepdims=True)
+        whole = old * whole + (1 - old) * g["bias"] ** 2
+        second = {"kernel": row * column / row.mean(-2, keepdims=True), "bias": whole}
+        for name, decay in (("kernel", 0.2), ("bias", 0)):
+            scaled = g[name] / np.sqrt(second[name])
+            scaled /= max(1, np.sqrt((scaled**2).mean()))
+            momentum[name] = 0.9 * momentum[name] + 0.1 * 0.1 * scaled
+            expected = -momentum[name] - 0.1 * decay * x[name]
+            np.testing.assert_allclose(updates[name][...], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("b1", [0.9, 0.0])
+@pytest.mark.parametrize(
+    ("shape", "row", "column"),
+    [
+        ((3, 128, 256), (None, "embed"), (None, "mlp")),
+        ((3, 256, 128), (None, "mlp"), (None, "embed")),
+        ((3, 128, 128), (None, "embed"), (None, "mlp")),
+    ],
+    ids=str,
+)
+def test_what_adafactor_keeps_and_its_axes(shape, row, column, b1):
+    """A row and a column of a stack of kernels, all of what is small, and a momentum or none."""
+    config = OptimConfig(optimizer="adafactor", b1=b1)
+    state = optim.make_optimizer(config, num_steps=10).init(kernel_and_bias(*shape))
+    depth, inputs, outputs = shape
+    size = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    signs = 3  # that there is no whole of the kernel, and no row or column of the bias
+    parameters = depth * (inputs * outputs + outputs)
+    assert size == depth * (inputs + outputs + outputs) + signs + (b1 > 0) * parameters
+
+    small, large = sorted([inputs, outputs])
+    for moment, names, kept in (("v_row", row, small), ("v_col", column, large)):
+        kernel = optax.tree.get(state, moment)["kernel"]
+        assert (kernel.shape, kernel.get_metadata()["axes"]) == ((depth, kept), names)
+        assert optax.tree.get(state, moment)["bias"].get_metadata()["axes"] == ()
+    assert optax.tree.get(state, "v")["bias"].get_metadata()["axes"] == ("mlp",)
+    assert optax.tree.get(state, "v")["kernel"].get_metadata()["axes"] == ()
 
 
 def test_early_averages_forget():

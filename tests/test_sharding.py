@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kontext_jax import sharding
+from kontext_jax import optim, sharding
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, make_mesh, spec
 from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
@@ -102,6 +103,29 @@ def test_every_parameter_moment_and_average_is_split(recipe):
         else:
             assert 8 * leaf.addressable_shards[0].data.size == leaf.size, name
     assert sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state)) == 3 + 2  # and Adam's counts
+
+
+@pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
+def test_factored_moments_are_split_before_and_after_a_step(recipe, monkeypatch, moments_dtype):
+    """By the axes that they have left; a single number stands for a moment that there is not."""
+    monkeypatch.setattr(optim, "MIN_FACTORED", 8)
+    config = OptimConfig(optimizer="adafactor", moments_dtype=moments_dtype)
+    optimizers = {"model": make_optimizer(config, num_steps=10)}
+    mesh = mesh_of(fsdp=8)
+    state = init_state(recipe.objective, optimizers, mesh, seed=0)
+    for path, leaf in jax.tree.leaves_with_path(state.opt_state):
+        parts = 1 if leaf.size == 1 else 8
+        size = parts * leaf.addressable_shards[0].data.size
+        assert size == leaf.size, jax.tree_util.keystr(path)
+    second = [optax.tree.get(state.opt_state, name) for name in ("v_row", "v_col", "v")]
+    assert sum(x.size for x in jax.tree.leaves(second)) * 5 < sum(
+        x.size for x in jax.tree.leaves(state.params)
+    )
+    step = make_train_step(recipe.objective, optimizers, config, seed=0)
+    after, _ = jax.eval_shape(step, state, recipe.frozen, recipe.rows([1] * 8))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
 
 
 def one_step(recipe, mesh):

@@ -1,7 +1,9 @@
 """Whole runs, as short as they can be."""
 
 import dataclasses
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -26,7 +28,8 @@ from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.places import load_config, open_network
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.train import TrainingStopped, Window, train
+from kontext_jax.train import Profiler, TrainingStopped, Window, train
+from kontext_jax.train_state import TrainState
 from kontext_jax.writer import Writer
 
 
@@ -166,6 +169,72 @@ def test_a_finished_run_is_left_alone(world_folder, autoencoder):
     before = lines(autoencoder)
     train(autoencoder_config(world_folder), autoencoder)
     assert lines(autoencoder) == before
+
+
+def traces(workdir: Path) -> list[Path]:
+    return list(workdir.glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_run_traces_the_steps_it_is_asked_for(world_folder, autoencoder, tmp_path):
+    """Whole steps, by their numbers. A run that goes on is free to ask; later ones write none."""
+    assert not (autoencoder / "profile").exists()
+    shutil.copytree(autoencoder, tmp_path, dirs_exist_ok=True)
+    config = dataclasses.replace(autoencoder_config(world_folder), num_steps=9)
+    train(dataclasses.replace(config, profile_steps="2:9"), tmp_path)
+    [trace] = traces(tmp_path)
+    plane = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in plane.planes for line in plane.lines for event in line.events]
+    stats = [dict(event.stats) for event in events if event.name == "train"]
+    assert [s["step_num"] for s in stats] == [7, 8]
+    assert all(line["steps_per_second"] > 0 for line in lines(tmp_path))
+
+    later = dataclasses.replace(config, num_steps=10, profile_steps="2:9")
+    train(later, tmp_path)
+    assert traces(tmp_path) == [trace]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (range(1, 6), ["wait for 1", "start DIR", "wait for 3", "stop"]),
+        (range(3, 6), ["wait for 2", "start DIR", "wait for 3", "stop"]),  # goes on within them
+        (range(1, 3), ["wait for 1", "start DIR", "stop"]),  # ends within them
+        (range(4, 6), []),
+    ],
+)
+def test_a_trace_holds_whole_steps_and_its_own_time_is_paused(monkeypatch, run, expected):
+    told, paused, clock = [], [], itertools.count()
+    monkeypatch.setattr(jax, "block_until_ready", lambda s: told.append(f"wait for {s.step}"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append(f"start {folder}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+    monkeypatch.setattr(train_module.time, "monotonic", lambda: next(clock))
+
+    def after(step):
+        return TrainState(step, 0, 0, {}, {}, {})
+
+    profiler = Profiler(Config(profile_steps="2:4").profiled, Path("DIR"), paused.append)
+    for step in run:
+        profiler.before(step, after(step - 1))
+        profiler.after(step, after(step))
+    profiler.close()
+    assert told == expected
+    assert paused == [1] * (2 * bool(expected))
+
+
+def test_a_setting_younger_than_the_checkpoint_has_had_its_default(
+    world_folder, autoencoder, monkeypatch
+):
+    meta = Checkpointer.meta
+
+    def older(checkpointer):
+        stored = meta(checkpointer)
+        del stored["config"]["optim"]["moments_dtype"]
+        return stored
+
+    monkeypatch.setattr(Checkpointer, "meta", older)
+    train(autoencoder_config(world_folder), autoencoder)
+    with pytest.raises(ValueError, match="This run was made with another optim: give it"):
+        train(autoencoder_config(world_folder, moments_dtype="bfloat16"), autoencoder)
 
 
 def test_a_run_without_finite_gradients_stops(world_folder, tmp_path):

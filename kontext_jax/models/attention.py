@@ -2,7 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from kontext_jax.models.layers import ATTENTION
 
 
 def attention(
@@ -36,4 +39,4 @@ def attention(
         visible &= jnp.tri(segments.shape[1], dtype=bool)[None, None]
     weights = jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1)
     out = jnp.einsum("bhqs,bhsk->bhqk", weights.astype(v.dtype), v)
-    return jnp.swapaxes(out, 1, 2)
+    return checkpoint_name(jnp.swapaxes(out, 1, 2), ATTENTION)

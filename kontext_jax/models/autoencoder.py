@@ -61,7 +61,7 @@ class AutoencoderConfig:
             raise ValueError(
                 f"channels {self.channels} does not divide into num_groups {self.num_groups}."
             )
-        check_remat(self.remat)
+        check_remat(self.remat, ("full", "none"))
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -32,7 +32,8 @@ class ClipConfig:
       eos_id: the end-of-text token, which is also what the tokenizer pads with. Files of the time
         before transformers' pull request 24773 say 2 and mean the vocabulary's last id.
       dtype: compute dtype; parameters are float32.
-      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all.
+      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all;
+        see `layers.remat` for what lies between.
     """
 
     vocab_size: int = 49408

@@ -10,17 +10,36 @@ rotary angles (on the host, in float64), time embeddings.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import checkpoint_policies
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from kontext_jax.geometry import MAX_POSITION
+from kontext_jax.sharding import platform
 
-REMAT_POLICIES = ("full", "none")
+ATTENTION, LINEAR = "attention", "linear"
+"""Names of activations that `remat` can keep: what attention gives, and what each `Linear` does."""
+
+REMAT_POLICIES = ("full", "none", "save_attention", "save_named", "offload")
+
+_SAVED = {
+    "full": None,
+    "save_attention": checkpoint_policies.save_only_these_names(ATTENTION),
+    "save_named": checkpoint_policies.save_only_these_names(ATTENTION, LINEAR),
+    "offload": checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=(),
+        names_which_can_be_offloaded=(ATTENTION, LINEAR),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 
 xavier = initializers.xavier_uniform()
 zeros = initializers.zeros
@@ -95,7 +114,8 @@ class Linear(nnx.Module):
             return affine(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
         # Not platform_dependent: its gradient keeps both branches, with collectives inside.
-        return (as_matrix if jax.default_backend() == "cpu" else affine)(x.astype(self.dtype))
+        apply = as_matrix if platform() == "cpu" else affine
+        return checkpoint_name(apply(x.astype(self.dtype)), LINEAR)
 
 
 def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
@@ -104,19 +124,27 @@ def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
     return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
 
 
-def check_remat(policy: str) -> None:
-    """Refuses names that `remat` does not know.
+def check_remat(policy: str, policies: Sequence[str] = REMAT_POLICIES) -> None:
+    """Refuses names that are not among ``policies``.
 
     Raises:
       ValueError: it is one of them.
     """
-    if policy not in REMAT_POLICIES:
-        raise ValueError(f"remat {policy!r} is not one of {', '.join(REMAT_POLICIES)}.")
+    if policy not in policies:
+        raise ValueError(f"remat {policy!r} is not one of {', '.join(policies)}.")
 
 
 def remat(block, policy: str):
-    """``block``, its insides recomputed in the backward pass under "full", kept under "none"."""
-    return jax.checkpoint(block) if policy == "full" else block
+    """``block``, whose backward pass recomputes what ``policy`` does not keep of its insides.
+
+    "none" keeps everything, "full" nothing but the block's input. Between the two, and besides
+    the input, "save_attention" keeps the result of attention, which spares the backward pass its
+    product with the values, but not the softmax, whose weights the gradient needs; "save_named"
+    keeps the result of every linear map too, so that of all products of matrices only that of
+    queries and keys is repeated; "offload" keeps the same in the host's memory, from where it
+    comes back block by block. XLA's CPU backend has one memory: there "offload" is "save_named".
+    """
+    return block if policy == "none" else jax.checkpoint(block, policy=_SAVED[policy])
 
 
 def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -156,7 +184,7 @@ def _scale(x: Float[Array, "*b D"], scale: Float[Array, " D"]) -> Float[Array, "
         ones = jnp.ones((x.size // x.shape[-1], 1), scale.dtype)
         return x * (ones @ scale[None]).reshape(x.shape)
 
-    return (by_product if jax.default_backend() == "cpu" else multiply)(x, scale)
+    return (by_product if platform() == "cpu" else multiply)(x, scale)
 
 
 class QKNorm(nnx.Module):

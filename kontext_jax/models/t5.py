@@ -36,7 +36,8 @@ class T5Config:
       relative_attention_num_buckets: half of them for keys ahead of the query, half behind.
       relative_attention_max_distance: from here on all distances share the last bucket.
       dtype: compute dtype; parameters are float32.
-      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all.
+      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all;
+        see `layers.remat` for what lies between.
     """
 
     vocab_size: int = 32128

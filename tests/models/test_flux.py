@@ -1,11 +1,15 @@
 """FLUX against a forward pass written out in NumPy, float64, and at its true size in shapes."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
+from kontext_jax.models import attention, layers
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig, ClipText
 from kontext_jax.models.flux import Flux, FluxConfig
@@ -201,15 +205,79 @@ def test_order_of_image_tokens_does_not_matter(make, inputs):
     np.testing.assert_allclose(forward(model, inputs | shuffled), out[:, order], atol=2e-5)
 
 
-def test_recomputing_changes_nothing(make, inputs):
-    def loss(model, inputs):
-        return jnp.sum(jnp.square(forward(model, inputs)))
+def loss(model, inputs):
+    return jnp.sum(jnp.square(model(**inputs)))
 
-    kept, recomputed = (
-        jax.jit(jax.grad(loss))(make(remat=policy), inputs) for policy in ("none", "full")
+
+def test_recomputing_changes_nothing(make, inputs):
+    kept, *others = (
+        jax.jit(jax.grad(loss))(make(remat=policy), inputs)
+        for policy in ("none", "full", "save_attention", "save_named", "offload")
     )
-    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+    for other in others:
+        for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+
+
+def operations(jaxpr) -> Counter:
+    """How often the program, loops counted once, multiplies matrices or moves between memories."""
+    count = Counter()
+    for equation in jaxpr.eqns:
+        params = equation.params
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batch, _) = params["dimension_numbers"]
+            # Norms on CPUs multiply by a column of ones; that is no work to speak of.
+            if np.prod([equation.invars[0].aval.shape[axis] for axis in contracted]) > 1:
+                count["attention" if batch else "linear"] += 1
+        elif equation.primitive.name == "device_put":
+            count["moves"] += 1
+        for inner in jaxprs_in_params(params):
+            count += operations(inner)
+    return count
+
+
+@pytest.mark.parametrize(
+    ("policy", "linear", "attention", "kept", "moves"),
+    [
+        ("none", 0, 0, None, 0),
+        ("full", 13, 4, 0, 0),  # 10 maps and 3; two products of each attention
+        ("save_attention", 13, 2, 2, 0),
+        ("save_named", 0, 2, 10 + 9, 0),
+        ("offload", 0, 2, 10 + 9, 2 * (11 + 4)),
+    ],
+)
+def test_what_each_policy_recomputes_and_keeps(inputs, policy, linear, attention, kept, moves):
+    """Beyond what "none" computes, and beyond what "full" keeps, in widths a token."""
+
+    def abstract(policy):
+        return jax.eval_shape(lambda: Flux(config_of(remat=policy), rngs=nnx.Rngs(0)))
+
+    def computed(policy):
+        return operations(jax.make_jaxpr(jax.grad(loss))(abstract(policy), inputs).jaxpr)
+
+    def widths(policy):
+        pullback = jax.eval_shape(lambda model: jax.vjp(loss, model, inputs)[1], abstract(policy))
+        stacked = [x for x in jax.tree.leaves(pullback) if x.ndim > 3 and x.shape[2] > 1]
+        return sum(x.size for x in stacked) / (2 * (TARGET + CONTEXT + TEXT) * 32)
+
+    more = computed(policy)
+    more.subtract(computed("none"))
+    expected = {"linear": linear, "attention": attention, "moves": moves}
+    assert {name: more[name] for name in expected} == expected
+    if kept is not None:
+        assert widths(policy) - widths("full") == kept
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_names_of_activations_are_no_work(inputs, policy, monkeypatch):
+    def program():
+        model = jax.eval_shape(lambda: Flux(config_of(remat=policy), rngs=nnx.Rngs(0)))
+        return jax.jit(jax.grad(lambda model, inputs: loss(model, inputs))).lower(model, inputs)
+
+    named = program().as_text()
+    for module in (layers, attention):
+        monkeypatch.setattr(module, "checkpoint_name", lambda x, name: x)
+    assert program().as_text() == named
 
 
 def test_starts_by_predicting_nothing(inputs):
