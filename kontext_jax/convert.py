@@ -97,7 +97,10 @@ def convert(
         raise FileExistsError(f"{output} exists; delete it or name another --output.")
     if format == "lora":
         if network or dtype or lora or verify:
-            raise ValueError("--format=lora writes a run's adapters as they are; nothing else.")
+            raise ValueError(
+                "--format=lora writes a run's adapters as they are: leave out --network, --dtype, "
+                "--lora and --verify."
+            )
         adapters, config, record = load_adapters(place, params)
         record |= {"fingerprint": fingerprint(adapters)} | _software()
         with appearing(output) as path:

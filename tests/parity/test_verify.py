@@ -108,5 +108,5 @@ def test_the_command_refuses_to_verify_adapters_before_it_starts(pipeline_folder
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("--verify compares whole networks; --format=lora has none.")
+    assert done.stderr.strip().endswith("leave out --network, --dtype, --lora and --verify.")
     assert not list(tmp_path.iterdir())
