@@ -1,6 +1,7 @@
 """What a pipeline's folder holds beside its networks: scheduler, tokenizers, and the index."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,7 +76,9 @@ def write_tokenizer(source: str, folder: Path) -> None:
       FileNotFoundError: there is no such folder.
     """
     if source == "byt5":
-        from transformers import ByT5Tokenizer  # slow to import
+        # Imported here, for it is slow; it would also advise to install PyTorch.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import ByT5Tokenizer
 
         ByT5Tokenizer().save_pretrained(folder)
         return
