@@ -61,9 +61,10 @@ class TensorReader:
         """
         self.network, self.config, self.record = network, config, files.record
         self._files = files
-        self._pieces = network.table(config, layout).pieces
+        table = network.table(config, layout)
+        self._pieces = table.pieces
         self._stored_as = _stored_names(files, network)
-        self.dtypes = self._check(network.table(config, layout), except_for)
+        self.dtypes = self._check(table, except_for)
 
     def _check(self, table: Table, except_for: Sequence[str]) -> dict[str, np.dtype]:
         wanted = table.tensors()
