@@ -1,12 +1,13 @@
 """Compiles a train step without running it, and says what it needs and how fast it can be.
 
     python -m kontext_jax.compile --config=configs/X.py[:variant] [--topology=v5p:4x4x4]
-        [--json=FILE] [--config.a.b=v ...]
+        [--num_slices=2] [--json=FILE] [--config.a.b=v ...]
 
-With ``--topology`` it compiles for a slice of TPUs that is elsewhere, on any machine with libtpu
-(``pip install 'kontext-jax[aot]'``); without, for this machine's devices. Nothing is read or
-allocated but the settings of weights that are at hand. Rows are as full as can be of images of
-the largest size; data of many sizes has more image slots, which the autoencoder pays for.
+With ``--topology`` it compiles for a slice of TPUs that is elsewhere, or ``--num_slices`` of them,
+on any machine with libtpu (``pip install 'kontext-jax[aot]'``); without, for this machine's
+devices. Nothing is read or allocated but the settings of weights that are at hand. Rows are as full
+as can be of images of the largest size; data of many sizes has more image slots, which the
+autoencoder pays for.
 
 The time is that of a roofline, of which no program does better: FLOPs at the chip's peak, memory
 traffic at its bandwidth, and what collectives send over all links at once, the three at the same
@@ -44,8 +45,8 @@ from kontext_jax.optim import make_optimizer
 from kontext_jax.places import networks_by_name, open_init
 from kontext_jax.sharding import (
     batch_sharding,
+    check_batch,
     make_mesh,
-    num_batch_shards,
     platform,
     shardings_of,
 )
@@ -204,12 +205,8 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     state, shardings = abstract_state(objective, optimizers, mesh)
     frozen = abstract_frozen(config)
     row = full_row(config.data)
-    rows, parts = config.data.batch_size, num_batch_shards(mesh) * config.optim.accumulate_steps
-    if rows % parts:
-        raise ValueError(
-            f"data.batch_size {rows} must be a multiple of {parts}: parts of the mesh times "
-            "optim.accumulate_steps."
-        )
+    rows = config.data.batch_size
+    check_batch(rows, config.optim.accumulate_steps, mesh)
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=batch_sharding(mesh)),
         row,
@@ -371,8 +368,8 @@ def print_report(report: Report) -> None:
         )
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a slice of TPUs, such as "v5p:4x4x4", which need not exist.
+def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
+    """The devices of slices of TPUs, each such as "v5p:4x4x4", which need not exist.
 
     Raises:
       cli.UserError: libtpu is not installed, or knows no such slice.
@@ -393,7 +390,9 @@ def topology_devices(name: str) -> list[jax.Device]:
     # One device a chip, as it is on TPU v4 itself.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=name, num_slices=num_slices, **options
+        )
     except jax.errors.JaxRuntimeError as error:
         raise cli.UserError(
             f"--topology={name} is no slice of TPUs: {str(error).splitlines()[0]}"
@@ -405,10 +404,12 @@ def main() -> None:
     options = flags.FLAGS
     if options.config is None:
         raise cli.UserError("give --config=configs/X.py[:variant].")
+    if options.num_slices > 1 and not options.topology:
+        raise cli.UserError("--num_slices needs --topology: what one of them is.")
     config, devices = validated(options.config), None
     if options.topology:
         jax.config.update("jax_platforms", "cpu")  # the TPUs are elsewhere
-        devices = topology_devices(options.topology)
+        devices = topology_devices(options.topology, options.num_slices)
     mesh = make_mesh(config.mesh, devices)
     began = time.monotonic()
     report = make_report(config, mesh, compile_step(config, mesh))
@@ -426,5 +427,6 @@ def main() -> None:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", help_string="a file of configs/, :variant")
     flags.DEFINE_string("topology", "", "TPUs to compile for, such as v5p:4x4x4; else this machine")
+    flags.DEFINE_integer("num_slices", 1, "how many slices of --topology", lower_bound=1)
     flags.DEFINE_string("json", "", "file for the same as JSON")
     cli.run("compile", main)

@@ -2,14 +2,31 @@
 
 Parameters name their axes in their metadata, activations at `constrain`. A rule table maps a name
 to the mesh axes it may be split over, in order of preference; a mesh axis is used at most once an
-array, and only where it divides the dimension.
+array, and only where it divides the dimension. Gradients, moments and averages are split as their
+parameters are.
+
+    axis      of parameters it splits    of activations    and so each step communicates
+    data      nothing                    rows              gradients (all-reduce)
+    fsdp      one axis of each           rows              parameters (all-gather),
+                                                           gradients (reduce-scatter)
+    context   nothing                    tokens            keys and values (all-gather)
+    tensor    heads, MLP width, vocab    heads, MLP width  activations (all-reduce)
+
+    mesh                         kernel (embed, mlp)   bias (mlp)      (batch, seq, act_embed)
+    fsdp                         fsdp, -               fsdp            fsdp, -, -
+    data, fsdp                   fsdp, -               fsdp            data fsdp, -, -
+    fsdp, tensor                 fsdp, tensor          tensor fsdp     fsdp, -, -
+    fsdp, context, tensor        fsdp, tensor          tensor fsdp     fsdp, context, -
 """
 
 import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -31,14 +48,22 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "seq": ("context",),
     "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_kv_seq": (),
+    "act_head_dim": (),
 }
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class MeshConfig:
-    """Size of each mesh axis; one of them may be -1: all devices that are left."""
+    """Size of each axis of the whole mesh; one of them may be -1: all devices that are left.
 
-    data: int = 1
+    ``data`` may be -1 beside another: it then has one part for each slice (of TPUs, or of GPUs that
+    NVLink joins), and the other has the rest. So the default keeps a copy of the state in each
+    slice, split over all of its devices; on one slice, that is ``fsdp`` alone.
+    """
+
+    data: int = -1
     fsdp: int = -1
     context: int = 1
     tensor: int = 1
@@ -47,23 +72,57 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of ``config`` over ``devices`` (all of them where left out).
 
+    Between slices the network is slow. What lies across it is the data axis, and fsdp where data
+    has fewer parts than there are slices: ``data=1`` splits the state over all slices.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or context or tensor
+        would lie across slices.
     """
     devices = jax.devices() if devices is None else devices
+    # CPUs have no such index, nor have the TPUs of one slice that are compiled for elsewhere.
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = _sizes(config, len(devices), num_slices)
+    if num_slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        across = _across_slices(sizes, num_slices)
+        within = [size // parts for size, parts in zip(sizes, across, strict=True)]
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _sizes(config: MeshConfig, num_devices: int, num_slices: int) -> list[int]:
+    """The size of each mesh axis, none of them -1."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
+    if config.data == -1 and sizes.count(-1) == 2:
+        sizes[MESH_AXES.index("data")] = num_slices
     if sizes.count(-1) == 1:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = len(devices) // max(rest, 1)
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        sizes[sizes.index(-1)] = num_devices // max(rest, 1)
+    if min(sizes) < 1 or math.prod(sizes) != num_devices:
         asked = ", ".join(f"{axis}={getattr(config, axis)}" for axis in MESH_AXES)
         raise ValueError(
-            f"A mesh of {asked} does not fit {len(devices)} devices; the sizes must multiply to "
-            "the number of devices, and one of them may be -1 for the rest."
+            f"A mesh of {asked} does not fit {num_devices} devices; the sizes must multiply to "
+            "the number of devices, and one of them, or data and another, may be -1 for the rest."
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    return sizes
+
+
+def _across_slices(sizes: list[int], num_slices: int) -> list[int]:
+    """Into how many parts the slices divide each mesh axis."""
+    data, fsdp, context, tensor = sizes
+    across_data = math.gcd(data, num_slices)
+    across_fsdp = num_slices // across_data
+    if fsdp % across_fsdp:
+        raise ValueError(
+            f"A mesh of data={data}, fsdp={fsdp}, context={context}, tensor={tensor} does not fit "
+            f"{num_slices} slices: context and tensor must stay within one, so make mesh.data "
+            f"times mesh.fsdp a multiple of {num_slices}."
+        )
+    return [across_data, across_fsdp, 1, 1]
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> P:
@@ -126,6 +185,31 @@ def constrain(x: jax.Array, names: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, tuple(names.split()), mesh))
 
 
+def on_shards(function: Callable[..., jax.Array], inputs: Sequence[str]) -> Callable:
+    """``function``, run on each device's parts of its arguments: for kernels that XLA cannot split.
+
+    Args:
+      function: of arrays, to one array, which is split as the first of them.
+      inputs: names of the arguments' axes, as in `constrain`; of axes that are not split, each
+        device gets all.
+    """
+
+    def run(*arrays: jax.Array) -> jax.Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function(*arrays)
+        parts = [
+            spec(x.shape, tuple(names.split()), mesh)
+            for x, names in zip(arrays, inputs, strict=True)
+        ]
+        sharded = jax.shard_map(
+            function, in_specs=tuple(parts), out_specs=parts[0], check_vma=False
+        )
+        return sharded(*arrays)
+
+    return run
+
+
 def platform() -> str:
     """What is compiled for: the devices of the mesh in use, or JAX's default ones without a mesh.
 
@@ -138,3 +222,41 @@ def platform() -> str:
 def num_batch_shards(mesh: Mesh) -> int:
     """Over how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
+    """Refuses batches that do not divide over the mesh and the microbatches.
+
+    Raises:
+      ValueError: the rows are no multiple of the parts.
+    """
+    shards = num_batch_shards(mesh)
+    parts = shards * accumulate_steps
+    if batch_size < 1 or parts < 1 or batch_size % parts:
+        raise ValueError(
+            f"data.batch_size {batch_size} must be a multiple of {parts}: mesh.data times "
+            f"mesh.fsdp is {shards}, optim.accumulate_steps is {accumulate_steps}."
+        )
+
+
+def batch_part(mesh: Mesh, process: int) -> tuple[int, int]:
+    """(index, count): which part of each batch ``process`` reads, and how many parts there are.
+
+    Processes whose devices hold the same rows read the same part: where context or tensor
+    parallelism goes across hosts, the parts are fewer than the processes.
+
+    Raises:
+      ValueError: processes hold some of the same rows, but not all.
+    """
+    num_shards = num_batch_shards(mesh)
+    held = defaultdict(set)
+    for shard, devices in enumerate(mesh.devices.reshape(num_shards, -1)):
+        for device in devices:
+            held[device.process_index].add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if any(len(part) * len(parts) != num_shards for part in parts):
+        raise ValueError(
+            f"{len(held)} processes cannot share {num_shards} parts of a batch evenly: make "
+            "mesh.context times mesh.tensor a divisor or a multiple of a process's devices."
+        )
+    return parts.index(tuple(sorted(held[process]))), len(parts)

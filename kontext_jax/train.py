@@ -23,7 +23,7 @@ from kontext_jax.flops import chip_peak, num_chips
 from kontext_jax.optim import make_optimizer
 from kontext_jax.places import identity_of
 from kontext_jax.runs import load_frozen, load_initial
-from kontext_jax.sharding import batch_sharding, make_mesh, num_batch_shards
+from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
 from kontext_jax.sheets import make_sheet_maker
 from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
 from kontext_jax.types import Metrics
@@ -54,13 +54,9 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     mesh = make_mesh(config.mesh)
-    _check_batch(config, mesh)
-    loader = Loader(
-        config.data,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    check_batch(config.data.batch_size, config.optim.accumulate_steps, mesh)
+    index, count = batch_part(mesh, jax.process_index())
+    loader = Loader(config.data, seed=config.seed, process_index=index, process_count=count)
     objective = config.make_objective()
     frozen = load_frozen(config, mesh)
     make_sheet = make_sheet_maker(config, mesh) if config.sheets.every else None
@@ -231,22 +227,6 @@ class Window:
             )
 
 
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses batches that do not divide, and meshes whose processes would share rows."""
-    rows, shards = config.data.batch_size, num_batch_shards(mesh)
-    parts = shards * config.optim.accumulate_steps
-    if rows < 1 or parts < 1 or rows % parts:
-        raise ValueError(
-            f"data.batch_size {rows} must be a multiple of {parts}: the mesh splits it over "
-            f"{shards}, optim.accumulate_steps over {config.optim.accumulate_steps}."
-        )
-    if shards % jax.process_count():
-        raise ValueError(
-            f"{jax.process_count()} processes cannot share {shards} parts of a batch: make "
-            "mesh.data times mesh.fsdp a multiple of the processes."
-        )
-
-
 def _check_same_run(stored: dict, current: dict) -> None:
     """Refuses to go on with another objective or optimizer, or on other frozen networks."""
     before, now = (_what_counts(meta["config"]) for meta in (stored, current))
@@ -264,13 +244,14 @@ def _what_counts(config: dict) -> dict:
     """The settings that a run cannot change. One younger than the checkpoint has its default.
 
     Where networks come from does not count: the frozen are known by their values, and what the
-    others started from is past. Nor does what is kept for the backward pass.
+    others started from is past. Nor does which kernel is used, or what the backward pass keeps.
     """
     settings = to_dict(from_dict(config))
     objective = {k: v for k, v in settings["objective"].items() if k != "init_from"}
     for part in objective.values():
         if isinstance(part, dict):
-            part.pop("remat", None)
+            for name in ("remat", "attention"):
+                part.pop(name, None)
     return {"objective": objective, "optim": settings["optim"], "seed": settings["seed"]}
 
 

@@ -240,3 +240,24 @@ def test_a_step_compiles_for_tpus_that_are_elsewhere(tmp_path):
     refused = run("--config=configs/quickstart.py", "--topology=v5e:3x5")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "compile: --topology=v5e:3x5 is no slice of TPUs" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_several_slices():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
+    slices = ("--config=configs/quickstart.py", "--topology=v5e:2x2", "--num_slices=2")
+    done = run(*slices)
+    assert done.returncode == 0, done.stderr
+    assert "8 x TPU v5 lite, mesh data=2 fsdp=4" in done.stdout
+    refused = run(*slices, "--config.mesh.fsdp=1", "--config.mesh.tensor=8")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert (
+        "compile: A mesh of data=1, fsdp=1, context=1, tensor=8 does not fit 2 slices"
+        in (refused.stderr.splitlines()[-1])
+    )
+
+
+def test_several_slices_need_to_be_told_apart():
+    refused = run("--config=configs/quickstart.py", "--num_slices=2")
+    assert refused.returncode == 1
+    assert "compile: --num_slices needs --topology" in refused.stderr.splitlines()[-1]

@@ -1,5 +1,8 @@
 """Where arrays live, and that it changes nothing but where they live."""
 
+import dataclasses
+from unittest.mock import Mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from kontext_jax import optim, sharding
 from kontext_jax.optim import OptimConfig, make_optimizer
-from kontext_jax.sharding import MeshConfig, make_mesh, spec
+from kontext_jax.sharding import MeshConfig, batch_part, check_batch, make_mesh, spec
 from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
 
 # A large eps: Adam would else turn the rounding of a gradient near zero into a whole step.
@@ -19,6 +22,21 @@ OPTIMIZERS = {"model": make_optimizer(OPTIM, num_steps=10)}
 
 def mesh_of(**sizes):
     return make_mesh(MeshConfig(**({"fsdp": 1} | sizes)))
+
+
+def fake_gpus(num_slices: int, a_slice: int, a_process: int = 1) -> list[jax.Device]:
+    """So many a slice and a process, in an order of no use."""
+    return [
+        Mock(
+            jax.Device,
+            id=i,
+            slice_index=i // a_slice,
+            process_index=i // a_process,
+            platform="gpu",
+            device_kind="fake",
+        )
+        for i in np.random.default_rng(0).permutation(num_slices * a_slice).tolist()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,29 +76,108 @@ def test_a_name_without_a_rule_is_refused():
         spec((8, 8), ("embed", "width"), mesh_of(fsdp=8))
 
 
-def test_minus_one_takes_the_devices_that_are_left():
-    assert dict(make_mesh(MeshConfig(data=2, tensor=2)).shape) == {
-        "data": 2,
-        "fsdp": 2,
-        "context": 1,
-        "tensor": 2,
-    }
+@pytest.mark.parametrize(
+    ("sizes", "num_slices", "a_slice", "expected"),
+    [
+        ({}, 1, 1, (1, 1, 1, 1)),
+        ({}, 1, 8, (1, 8, 1, 1)),
+        ({}, 1, 256, (1, 256, 1, 1)),
+        ({}, 2, 256, (2, 256, 1, 1)),
+        ({"tensor": 2}, 2, 8, (2, 4, 1, 2)),
+        ({"fsdp": 4}, 2, 8, (4, 4, 1, 1)),
+        ({"data": 1}, 2, 8, (1, 16, 1, 1)),
+        ({"data": 2, "tensor": 2}, 1, 8, (2, 2, 1, 2)),
+        ({"fsdp": 2, "context": -1}, 2, 8, (2, 2, 4, 1)),
+    ],
+)
+def test_minus_one_takes_the_devices_that_are_left(sizes, num_slices, a_slice, expected):
+    mesh = make_mesh(MeshConfig(**sizes), fake_gpus(num_slices, a_slice))
+    assert mesh.devices.shape == expected
 
 
 @pytest.mark.parametrize(
     "config",
     [
         MeshConfig(data=3),
-        MeshConfig(fsdp=4),
+        MeshConfig(data=1, fsdp=4),
         MeshConfig(data=16),
-        MeshConfig(data=-1, fsdp=-1),
+        MeshConfig(data=2, fsdp=-1, context=-1),
+        MeshConfig(context=-1),
         MeshConfig(data=0),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(config):
-    asked = f"data={config.data}, fsdp={config.fsdp}, context=1, tensor=1"
+    asked = ", ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
     with pytest.raises(ValueError, match=f"A mesh of {asked} does not fit 8 devices"):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "across"),
+    [
+        ({}, (4, 1)),
+        ({"data": 8}, (4, 1)),
+        ({"data": 2}, (2, 2)),
+        ({"data": 6, "fsdp": 2, "tensor": 2}, (2, 2)),
+        ({"data": 1}, (1, 4)),
+        ({"data": 1, "context": 2, "tensor": 3}, (1, 4)),
+    ],
+)
+def test_slices_lie_along_data_and_then_fsdp(sizes, across):
+    """Four slices of six: each is a block of the mesh."""
+    grid = make_mesh(MeshConfig(**sizes), fake_gpus(4, 6)).devices
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    data, fsdp = (size // parts for size, parts in zip(grid.shape, across, strict=False))
+    order = np.arange(4).reshape(*across, 1, 1)
+    blocks = np.kron(order, np.ones((data, fsdp, *grid.shape[2:]), int))
+    np.testing.assert_array_equal(slices, blocks)
+
+
+def test_an_axis_may_take_part_of_a_side_of_the_torus():
+    """Which `jax.make_mesh` refuses on most TPUs."""
+    tpus = [
+        Mock(
+            jax.Device, coords=[x, y, 0], core_on_chip=0, platform="tpu", device_kind="TPU v6 lite"
+        )
+        for x in range(4)
+        for y in range(4)
+    ]
+    pairs = make_mesh(MeshConfig(tensor=2), tpus).devices.reshape(8, 2)
+    for a, b in pairs:
+        assert np.abs(np.subtract(a.coords, b.coords)).sum() == 1  # neighbours
+
+
+def test_context_and_tensor_stay_within_a_slice():
+    with pytest.raises(ValueError, match="mesh.data times mesh.fsdp a multiple of 4"):
+        make_mesh(MeshConfig(data=2, tensor=12), fake_gpus(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({}, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"tensor": 2}, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"context": 2, "tensor": 2}, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ({"tensor": 8}, [(0, 1)] * 4),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same(sizes, parts):
+    mesh = make_mesh(MeshConfig(**sizes), fake_gpus(1, 8, a_process=2))
+    assert [batch_part(mesh, process) for process in range(4)] == parts
+
+
+def test_processes_that_hold_some_of_the_same_rows_are_refused():
+    mesh = make_mesh(MeshConfig(tensor=3), fake_gpus(1, 6, a_process=2))
+    with pytest.raises(ValueError, match="3 processes cannot share 2 parts of a batch evenly"):
+        batch_part(mesh, 0)
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(12, 1), (8, 2), (0, 1), (8, 0)])
+def test_rows_that_do_not_divide_are_refused(batch_size, steps):
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    check_batch(8, 2, mesh)
+    with pytest.raises(ValueError, match=f"batch_size {batch_size} must be a multiple of"):
+        check_batch(batch_size, steps, mesh_of(data=2, fsdp=4))
 
 
 def test_without_a_mesh_nothing_is_constrained():
@@ -103,6 +200,51 @@ def test_every_parameter_moment_and_average_is_split(recipe):
         else:
             assert 8 * leaf.addressable_shards[0].data.size == leaf.size, name
     assert sum(leaf.ndim == 0 for leaf in jax.tree.leaves(state)) == 3 + 2  # and Adam's counts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulate_steps"),
+    [
+        ({"fsdp": 8}, 1),
+        pytest.param({"fsdp": 8}, 2, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "context": 2}, 1, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients_are_split_as_their_parameters(recipe, sizes, accumulate_steps):
+    """Within the compiled step, as the optimizer gets them: the compiler's own choice."""
+    found = {}
+
+    def update(grads, *args, **kwargs):
+        for path, leaf in jax.tree.leaves_with_path(grads):
+            jax.debug.inspect_array_sharding(
+                leaf, callback=lambda sharding, path=path: found.update({path: sharding})
+            )
+        return OPTIMIZERS["model"].update(grads, *args, **kwargs)
+
+    adam = OPTIMIZERS["model"]
+    optimizers = {"model": optax.GradientTransformationExtraArgs(adam.init, update)}
+    config = dataclasses.replace(OPTIM, accumulate_steps=accumulate_steps)
+    mesh = mesh_of(**sizes)
+    state, shardings = abstract_state(recipe.objective, optimizers, mesh)
+    step = jax.jit(
+        make_train_step(recipe.objective, optimizers, config, seed=0),
+        in_shardings=(
+            shardings,
+            sharding.shardings_of(recipe.frozen, mesh),
+            sharding.batch_sharding(mesh),
+        ),
+        out_shardings=(shardings, None),
+    )
+    with jax.set_mesh(mesh):
+        step.lower(state, recipe.frozen, recipe.rows([1] * 16)).compile()
+    leaves = jax.tree.leaves_with_path(state.params["model"])
+    assert found.keys() == {path for path, _ in leaves}
+    for (path, leaf), expected in zip(
+        leaves, jax.tree.leaves(shardings.params["model"]), strict=True
+    ):
+        assert found[path].is_equivalent_to(expected, leaf.ndim), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
@@ -156,7 +298,9 @@ def on_one_device(recipe):
         pytest.param({"data": 8}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
         pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "context": 4}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
