@@ -1,0 +1,452 @@
+"""Seconds of a train step of FLUX's transformer: ours, and diffusers' in PyTorch, side by side.
+
+    python launch/benchmark.py                     # a small model on the CPU
+    python launch/benchmark.py --preset=gpu_8704   # six layers of FLUX.1 [dev] on a GPU: a target
+                                                   # and a context of 1024 x 1024 pixels, and text
+    python launch/benchmark.py --preset=gpu_4608   # the same without the context
+    python launch/benchmark.py --preset=gpu_4608 --device=cpu --width=128 --heads=4 --tokens=64,0,32
+
+It needs PyTorch: ``pip install -e '.[convert]'``.
+
+A step is the forward pass, the mean square error of the target's velocity, the backward pass,
+clipping and AdamW's update, on one batch that lies on the device. Parameters, gradients and moments
+are float32; a bfloat16 preset computes in bfloat16, in PyTorch by autocast. "eager" is diffusers'
+``FluxTransformer2DModel`` as it is, "compiled" the same through ``torch.compile``; both with fused
+AdamW. All sides start with the same weights, ours in diffusers' layout, and the losses of the first
+steps must agree before any step is timed: so AdamW does the same too.
+
+Each side is a process with as many threads as there are cores. They take turns, a few steps each,
+so that what else the machine does meets all of them. The times are those of a turn by its steps:
+median, least, and the distance of the quartiles as a share of the median. A ratio is theirs to
+ours: above 1, we are faster. FLOP/s are model FLOPs (``kontext_jax/flops.py``), three times the
+forward pass's whatever is computed again; MFU is their share of a GPU's peak in bfloat16.
+``--profile`` adds what one traced step of ours spends, by the line that an instruction was made
+for. A fused one counts where its last operation is from. On a CPU these are seconds of threads, and
+of a product of matrices only those of the thread that waits for it.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+
+from kontext_jax import cli, flow
+from kontext_jax.flops import chip_peak, training_flops
+from kontext_jax.geometry import GeometryConfig, position_ids
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.optim import OptimConfig, make_optimizer
+from kontext_jax.weights.export import write_diffusers
+from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.reading import ArrayReader
+
+SIDES = ("ours", "eager", "compiled")
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
+WARM_UP = 3
+PROFILE, NUM_COSTS = -1, 25
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Of the losses of the steps before the clock starts, relative."""
+
+OPTIM = OptimConfig(warmup_steps=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is measured; every field is a flag.
+
+    Attributes:
+      device: "cpu" or "gpu".
+      depth: double-stream and single-stream blocks.
+      tokens: of target, context and text; images are square.
+      remat: "none", or "full": the backward pass computes every block again.
+      sides: of `SIDES`, in the order of their turns.
+      steps: in a turn; it is waited for the last one.
+    """
+
+    device: str = "cpu"
+    depth: tuple[int, int] = (2, 4)
+    width: int = 128
+    heads: int = 4
+    tokens: tuple[int, int, int] = (256, 256, 32)
+    text_width: int = 64
+    pooled_width: int = 64
+    batch: int = 2
+    dtype: str = "float32"
+    remat: str = "none"
+    sides: tuple[str, ...] = SIDES
+    steps: int = 1
+
+    def __post_init__(self):
+        if self.device not in PLATFORMS:
+            raise ValueError(f"device {self.device!r} is not one of {', '.join(PLATFORMS)}.")
+        if self.sides[:1] != SIDES[:1] or not set(self.sides) <= set(SIDES):
+            raise ValueError(f"sides are some of {', '.join(SIDES)}; ours comes first.")
+        if any(math.isqrt(num) ** 2 != num for num in self.tokens[:2]):
+            raise ValueError(f"tokens {self.tokens}: images are square, 4096 is one of 64 x 64.")
+
+    def flux(self) -> FluxConfig:
+        head_dim = self.width // self.heads
+        axes_dim = (head_dim // 8, 7 * head_dim // 16, 7 * head_dim // 16)
+        return FluxConfig(
+            hidden_size=self.width,
+            num_heads=self.heads,
+            depth=self.depth[0],
+            depth_single=self.depth[1],
+            vec_in_dim=self.pooled_width,
+            context_in_dim=self.text_width,
+            axes_dim=axes_dim,
+            guidance_embed=False,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+
+    def flops(self) -> float:
+        target, contexts, text = self.tokens
+        example = training_flops(self.flux(), target=target, contexts=contexts, text=text)
+        return self.batch * example
+
+
+GPU = Case(
+    device="gpu",
+    width=3072,
+    heads=24,
+    tokens=(4096, 4096, 512),
+    text_width=4096,
+    pooled_width=768,
+    batch=1,
+    dtype="bfloat16",
+    sides=("ours", "compiled"),
+    steps=5,
+)
+PRESETS = {
+    "cpu": Case(),
+    "gpu_8704": GPU,
+    "gpu_4608": dataclasses.replace(GPU, tokens=(4096, 0, 512)),
+}
+
+flags.DEFINE_enum("preset", "cpu", list(PRESETS), "the case; the flags below change it")
+flags.DEFINE_integer("rounds", 15, "turns of each side", lower_bound=1)
+flags.DEFINE_bool("profile", False, "also the costs of our step")
+for field in dataclasses.fields(Case):
+    by_type = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
+    by_type.get(field.type, flags.DEFINE_list)(field.name, None, f"{field.name} of the case")
+
+
+def case_of_flags() -> Case:
+    """The preset, with what other flags change of it."""
+    case = PRESETS[flags.FLAGS.preset]
+    changes = {}
+    for name, old in dataclasses.asdict(case).items():
+        new = flags.FLAGS[name].value
+        if isinstance(new, list):
+            new = tuple(type(old[0])(item) for item in new)
+        changes |= {} if new is None else {name: new}
+    return dataclasses.replace(case, **changes)
+
+
+def make_batch(case: Case) -> dict[str, np.ndarray]:
+    """Random inputs: targets at some time on their way to noise, contexts behind them."""
+    rng, config = np.random.default_rng(0), case.flux()
+    target, contexts, text = case.tokens
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal((case.batch, *shape), np.float32)
+
+    sizes = [(math.isqrt(num), math.isqrt(num)) for num in (target, contexts) if num]
+    geometry = GeometryConfig(sizes=tuple(sizes), pixels_per_token=1)
+    t = rng.uniform(0.2, 0.8, case.batch).astype(np.float32)
+    latents, noise = (normal(target, config.in_channels) for _ in range(2))
+    noisy = flow.interpolate(latents, noise, t[:, None, None])
+    positions = position_ids(sizes[0], sizes[1:], geometry)
+    return {
+        "latents": np.concatenate([noisy, normal(contexts, config.in_channels)], axis=1),
+        "text": normal(text, config.context_in_dim),
+        "pooled": normal(config.vec_in_dim),
+        "t": t,
+        "positions": np.tile(positions, (case.batch, 1, 1)),
+        "velocity": flow.velocity(latents, noise),
+    }
+
+
+def make_ours(case: Case, folder: Path):
+    """Our step; it writes the weights that all sides start with."""
+
+    @jax.jit
+    def new(key) -> Flux:
+        """New blocks are the identity; with some noise every parameter matters."""
+        model = Flux(case.flux(), rngs=nnx.Rngs(key))
+        leaves, treedef = jax.tree.flatten(model)
+        keys = jax.random.split(key, len(leaves))
+        noisy = [
+            x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, noisy)
+
+    optimizer = make_optimizer(OPTIM, num_steps=1)
+    model = new(jax.random.key(0))
+    write_diffusers(ArrayReader(NETWORKS["transformer"], model), folder, record={})
+    opt_state = jax.jit(optimizer.init)(model)
+    batch = jax.device_put(make_batch(case))
+
+    def train_step(model, opt_state, batch):
+        def loss_fn(model):
+            target = batch["velocity"].shape[1]
+            out = model(
+                batch["latents"],
+                batch["text"],
+                batch["pooled"][:, None],
+                batch["t"][:, None],
+                positions=batch["positions"],
+                segments=jnp.ones(batch["latents"].shape[:2], jnp.int32),
+                text_segments=jnp.ones(batch["text"].shape[:2], jnp.int32),
+            )
+            return jnp.mean(jnp.square(out[:, :target] - batch["velocity"]))
+
+        loss, grads = jax.value_and_grad(loss_fn)(model)
+        updates, opt_state = optimizer.update(grads, opt_state, model)
+        return optax.apply_updates(model, updates), opt_state, loss
+
+    compiled = jax.jit(train_step, donate_argnums=(0, 1)).lower(model, opt_state, batch).compile()
+
+    def step() -> jax.Array:
+        nonlocal model, opt_state
+        model, opt_state, loss = compiled(model, opt_state, batch)
+        return loss
+
+    return step, compiled.as_text()
+
+
+def make_theirs(case: Case, folder: Path, compile_it: bool):
+    """diffusers' step."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device, dtype = PLATFORMS[case.device], getattr(torch, case.dtype)
+    network = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    network.train()
+    if case.remat == "full":
+        network.enable_gradient_checkpointing()
+    params = list(network.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
+        {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        groups, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps, fused=True
+    )
+    forward = torch.compile(network) if compile_it else network
+    batch = {name: torch.from_numpy(x).to(device) for name, x in make_batch(case).items()}
+    text_positions = torch.zeros(case.tokens[2], 3, device=device)
+    flash = [torch.nn.attention.SDPBackend.FLASH_ATTENTION]
+    flash += [torch.nn.attention.SDPBackend.CUDNN_ATTENTION] if device == "cuda" else []
+
+    def step() -> torch.Tensor:
+        adamw.zero_grad()
+        with (
+            torch.autocast(device, dtype, enabled=case.dtype != "float32"),
+            torch.nn.attention.sdpa_kernel(flash),
+        ):
+            out = forward(
+                hidden_states=batch["latents"],
+                encoder_hidden_states=batch["text"],
+                pooled_projections=batch["pooled"],
+                timestep=batch["t"],
+                img_ids=batch["positions"][0].float(),
+                txt_ids=text_positions,
+                return_dict=False,
+            )[0]
+        velocity = batch["velocity"]
+        loss = (out[:, : velocity.shape[1]].float() - velocity).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, OPTIM.clip_norm)
+        adamw.step()
+        return loss.detach()
+
+    return step, ""
+
+
+def serve(connection: Connection, make: Callable, *args) -> None:
+    """A side's process: takes turns of as many steps as it is told, until it is told none.
+
+    Args:
+      connection: to the process that measures.
+      make: gives the step, and the HLO that it executes.
+      args: of ``make``.
+    """
+    step, hlo = make(*args)
+    while num := connection.recv():
+        if num == PROFILE:
+            connection.send(costs(step, hlo))
+            continue
+        start = time.perf_counter()
+        for _ in range(num):
+            loss = step()
+        connection.send((float(loss), (time.perf_counter() - start) / num))
+
+
+class Side:
+    """One side's process, from here."""
+
+    def __init__(self, make: Callable, *args):
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(theirs, make, *args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def turn(self, num):
+        """(last loss, seconds a step) of so many steps, or the costs of one."""
+        self.connection.send(num)
+        return self.connection.recv()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send(0)
+        self.process.join()
+
+
+def costs(step: Callable, hlo: str) -> list[tuple[str, float]]:
+    """(place in the code, seconds of all threads) of one traced step, largest first."""
+    places = places_of(hlo)
+    seconds: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            float(step())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        trace = jax.profiler.ProfileData.from_file(str(path))
+    for line in (line for plane in trace.planes for line in plane.lines):
+        around: list[tuple[float, str]] = []  # end and place of the events that this one is in
+        for event in sorted(line.events, key=lambda e: (e.start_ns, -e.duration_ns)):
+            place = places.get(dict(event.stats).get("hlo_op", event.name))
+            if place is None:
+                continue
+            while around and around[-1][0] <= event.start_ns:
+                around.pop()
+            seconds[place] += event.duration_ns / 1e9
+            if around:
+                seconds[around[-1][1]] -= event.duration_ns / 1e9
+            around.append((event.end_ns, place))
+    return seconds.most_common()
+
+
+def places_of(hlo: str) -> dict[str, str]:
+    """Function, line and direction that each instruction of a program was made for."""
+
+    def table(title: str) -> dict[str, str]:
+        rows = re.search(rf"^{title}\n((?:\d+ .*\n)*)", hlo, re.MULTILINE)
+        return dict(row.split(" ", 1) for row in rows[1].splitlines()) if rows else {}
+
+    def ids(row: str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\d+)", row))
+
+    names, functions = table("FileNames"), table("FunctionNames")
+    locations = {i: ids(row) for i, row in table("FileLocations").items()}
+    frames = {i: ids(row) for i, row in table("StackFrames").items()}
+
+    def place(instruction: str) -> str:
+        frame = re.search(r"stack_frame_id=(\d+)", instruction)
+        if frame is None:
+            return "copies and zeros of XLA's own"
+        at = locations[frames[frame[1]]["file_location_id"]]
+        file = Path(names[at["file_name_id"]].strip('"')).name
+        function = functions[at["function_name_id"]].strip('"').replace("<locals>.", "")
+        backward = " (backward)" if "transpose(" in instruction else ""
+        return f"{file}:{at['line']} {function}{backward}"
+
+    found = re.finditer(r"^ +(?:ROOT )?%([\w.\-]+) = (.*)$", hlo, re.MULTILINE)
+    return {match[1]: place(match[2]) for match in found}
+
+
+def main() -> None:
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers")):
+        raise cli.UserError("it compares with PyTorch and diffusers: pip install -e '.[convert]'")
+    case, rounds = case_of_flags(), flags.FLAGS.rounds
+    platform = PLATFORMS[case.device]
+    jax.config.update("jax_platforms", platform)
+    os.environ |= {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    print(describe(case), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        sides: dict[str, Side] = {}
+        losses: dict[str, list[float]] = {}
+        for name in case.sides:
+            compile_it = () if name == "ours" else (name == "compiled",)
+            make = make_ours if name == "ours" else make_theirs
+            side = Side(make, case, Path(folder), *compile_it)
+            try:
+                losses[name] = [side.turn(1)[0] for _ in range(WARM_UP)]
+            except EOFError:
+                if name != "compiled":
+                    raise cli.UserError(f"{name} does not run, see above") from None
+                print("compiled: torch.compile cannot run here, see above")
+                continue
+            sides[name] = side
+            stack.callback(side.close)
+        check(losses, TOLERANCE[case.dtype])
+        times = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                times[name].append(side.turn(case.steps)[1])
+        profile = sides["ours"].turn(PROFILE) if flags.FLAGS.profile else []
+
+    report(case, times)
+    for place, seconds in profile[:NUM_COSTS]:
+        print(f"{1e3 * seconds:10.2f} ms  {place}")
+
+
+def describe(case: Case) -> str:
+    target, contexts, text = case.tokens
+    return (
+        f"{case.depth[0]} double + {case.depth[1]} single blocks, width {case.width}, {case.heads} "
+        f"heads, {target} target + {contexts} context + {text} text tokens, batch {case.batch}, "
+        f"{case.dtype}, remat {case.remat}, {case.flops() / 1e12:.4g} TFLOP a step\n"
+        f"on {jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} threads"
+    )
+
+
+def check(losses: dict[str, list[float]], tolerance: float) -> None:
+    """Refuses to compare what computes something else."""
+    wanted = np.array(losses["ours"])
+    for name, values in losses.items():
+        error = np.max(np.abs(np.array(values) / wanted - 1))
+        print(f"losses, {name}: {', '.join(f'{x:.6f}' for x in values)}; apart {error:.1e}")
+        if not error <= tolerance:
+            raise cli.UserError(f"{name} does not compute what ours does; {tolerance:.0e} may be.")
+
+
+def report(case: Case, times: dict[str, list[float]]) -> None:
+    peak = chip_peak(jax.devices()[0].device_kind)
+    ours = statistics.median(times["ours"])
+    print(
+        f"\n{'':10}{'median':>12}{'least':>12}{'quartiles':>11}{'TFLOP/s':>10}{'MFU':>8}{'ratio':>8}"
+    )
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        low, high = np.percentile(seconds, [25, 75])
+        speed = case.flops() / median
+        mfu = f"{100 * speed / peak:.1f} %" if peak else "-"
+        print(
+            f"{name:10}{1e3 * median:9.1f} ms{1e3 * min(seconds):9.1f} ms"
+            f"{100 * (high - low) / median:9.1f} %{speed / 1e12:10.3f}{mfu:>8}{median / ours:8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run("benchmark", main)
