@@ -14,8 +14,7 @@ text-to-image model does not have: contexts are more tokens.
 over the chips of the mesh, beside activations and the frozen text encoders. `lora` keeps the
 transformer as stored, in bfloat16, and trains adapters of rank 16 on attention and MLPs. Neither
 has been run at full size on released weights: their parts are tested at small sizes, and their
-shapes at full size. Attention's logits alone are 7.5 GB a row of 8,832 tokens until it has a
-kernel of its own: give each chip one row, by `optim.accumulate_steps`.
+shapes at full size.
 
 Sheets show examples of the training set, for a folder has no other split.
 """
@@ -29,7 +28,6 @@ from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
-from kontext_jax.sharding import MeshConfig
 
 MODEL = "models/FLUX.1-dev"
 
@@ -51,7 +49,6 @@ def full() -> Config:
             ),
         ),
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=500),
-        mesh=MeshConfig(data=1, fsdp=-1),
         checkpoint=CheckpointConfig(every=500),
         sheets=SheetConfig(
             every=500, num_examples=8, split="train", sampler=SamplerConfig(num_steps=28)

@@ -14,7 +14,8 @@ times towards noise as the number of target tokens n grows (Black Forest Labs ``
     (5)  mu(n) = 0.5 + (1.15 - 0.5) (n - 256) / (4096 - 256).
 
 In logits, (4) is a translation: logit(shift(t)) = logit(t) + mu. Training times are drawn
-logit-normal and moved by the same mu as the sampler's schedule.
+logit-normal, or uniform (whose logits are logistic), and moved by the same mu as the sampler's
+schedule.
 """
 
 from dataclasses import dataclass
@@ -26,14 +27,16 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class TimeConfig:
-    """How training times are drawn: sigmoid(N(mean, std^2)), then moved by `mu`.
+    """How training times are drawn, and then moved by `mu`.
 
     Attributes:
+      distribution: "logit_normal", sigmoid(N(mean, std^2)), or "uniform" in (0, 1).
       mean, std: of the normal in logits.
       shift: "resolution" moves by mu(number of target tokens), "none" not at all.
       base_tokens, max_tokens, base_shift, max_shift: the two points of the line (5).
     """
 
+    distribution: str = "logit_normal"
     mean: float = 0.0
     std: float = 1.0
     shift: str = "resolution"
@@ -43,6 +46,10 @@ class TimeConfig:
     max_shift: float = 1.15
 
     def __post_init__(self):
+        if self.distribution not in ("logit_normal", "uniform"):
+            raise ValueError(
+                f"time distribution {self.distribution!r} is not 'logit_normal' or 'uniform'."
+            )
         if self.shift not in ("resolution", "none"):
             raise ValueError(f"time shift {self.shift!r} is not 'resolution' or 'none'.")
 
@@ -84,7 +91,10 @@ def sample_time(
     key: Key[Array, ""], num_tokens: Int[Array, ""], config: TimeConfig
 ) -> Float[Array, ""]:
     """One training time for an example of ``num_tokens`` target tokens."""
-    logit = config.mean + config.std * jax.random.normal(key)
+    if config.distribution == "uniform":
+        logit = jax.random.logistic(key)
+    else:
+        logit = config.mean + config.std * jax.random.normal(key)
     return jax.nn.sigmoid(logit + config.mu(num_tokens))
 
 

@@ -5,15 +5,24 @@ import pytest
 
 import configs.emoji
 import configs.finetune
+import configs.flow_256
+import configs.kontext_1024
 import configs.quickstart
 from kontext_jax.config import Config, SheetConfig, fingerprint, from_dict, pick, to_dict
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.sampler import SamplerConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+MODULES = (
+    configs.quickstart,
+    configs.emoji,
+    configs.finetune,
+    configs.flow_256,
+    configs.kontext_1024,
+)
 RUNS = [
     (module.__name__.removeprefix("configs."), variant, make)
-    for module in (configs.quickstart, configs.emoji, configs.finetune)
+    for module in MODULES
     for variant, make in module.VARIANTS.items()
 ]
 IDS = [f"{name}-{variant}" for name, variant, _ in RUNS]

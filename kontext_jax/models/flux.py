@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kontext_jax.models.attention import attention
+from kontext_jax.models.attention import attention, check_kernel
 from kontext_jax.models.layers import (
     Linear,
     MLPEmbedder,
@@ -31,9 +31,13 @@ from kontext_jax.models.layers import (
     timestep_embedding,
     zeros,
 )
-from kontext_jax.sharding import constrain
+from kontext_jax.sharding import constrain, platform
 
 TIME_EMBED_DIM = 256
+
+MAX_UNROLLED = 12
+"""Blocks that are written out one by one on CPUs, and not looped over: a program that small compiles
+as fast."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -49,6 +53,7 @@ class FluxConfig:
       dtype: compute dtype; parameters are float32.
       timestep_dtype: time and guidance are rounded to it first. PyTorch pipelines in bfloat16
         round so, which moves the output by more than all other rounding together.
+      attention: implementation of attention, see `attention.attention`.
       remat: what the backward pass recomputes, see `layers.remat`. For each block,
 
           policy          keeps a token                   repeats of the forward's products
@@ -77,6 +82,7 @@ class FluxConfig:
     dtype: str = "bfloat16"
     timestep_dtype: str = "float32"
     remat: str = "full"
+    attention: str = "auto"
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -89,6 +95,7 @@ class FluxConfig:
                 f"{self.head_dim} channels (hidden_size / num_heads)."
             )
         check_remat(self.remat)
+        check_kernel(self.attention)
 
     @property
     def head_dim(self) -> int:
@@ -160,6 +167,7 @@ class DoubleStreamBlock(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
+        self.kernel = config.attention
         self.img_mod = Modulation(config.hidden_size, 2, rngs=rngs, dtype=dtype)
         self.img_attn = SelfAttention(config, rngs=rngs)
         self.img_mlp = MLP(config, rngs=rngs)
@@ -181,7 +189,8 @@ class DoubleStreamBlock(nnx.Module):
         img_qkv = self.img_attn.project(modulate(img, *img_mod[:2]))
         txt_qkv = self.txt_attn.project(modulate(txt, *txt_mod[:2]))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        out = _merge_heads(attention(apply_rope(q, rotation), apply_rope(k, rotation), v, segments))
+        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+        out = _merge_heads(attention(q, k, v, segments, kernel=self.kernel))
         txt_out, img_out = out[:, :num_text], out[:, num_text:]
 
         img = img + img_mod[2] * self.img_attn.proj(img_out)
@@ -196,7 +205,7 @@ class SingleStreamBlock(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
-        self.num_heads = config.num_heads
+        self.num_heads, self.kernel = config.num_heads, config.attention
         self.modulation = Modulation(size, 1, rngs=rngs, dtype=dtype)
         joint = 3 * size + config.mlp_dim
         self.linear1 = Linear(size, joint, ("embed", "mlp"), rngs=rngs, dtype=dtype)
@@ -216,7 +225,8 @@ class SingleStreamBlock(nnx.Module):
         *qkv, mlp = jnp.split(joint, [size, 2 * size, 3 * size], axis=-1)
         q, k, v = (_split_heads(part, self.num_heads) for part in qkv)
         q, k = self.norm(q, k)
-        out = _merge_heads(attention(apply_rope(q, rotation), apply_rope(k, rotation), v, segments))
+        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+        out = _merge_heads(attention(q, k, v, segments, kernel=self.kernel))
         joint = jnp.concatenate([out, jax.nn.gelu(mlp, approximate=True)], axis=-1)
         return constrain(x + gate * self.linear2(joint), "batch seq act_embed")
 
@@ -298,9 +308,13 @@ class Flux(nnx.Module):
             return block(x, vec, rotation, joint_segments), None
 
         policy = self.config.remat
-        (img, txt), _ = jax.lax.scan(remat(double, policy), (img, txt), self.double_blocks)
+        # What a loop keeps for its backward pass is copied once more, which is a tenth of a step on
+        # CPUs.
+        few = self.config.depth + self.config.depth_single <= MAX_UNROLLED
+        scan = functools.partial(jax.lax.scan, unroll=few and platform() == "cpu")
+        (img, txt), _ = scan(remat(double, policy), (img, txt), self.double_blocks)
         x = jnp.concatenate([txt, img], axis=1)
-        x, _ = jax.lax.scan(remat(single, policy), x, self.single_blocks)
+        x, _ = scan(remat(single, policy), x, self.single_blocks)
         return self.final_layer(x[:, txt_len:], vec, segments).astype(jnp.float32)
 
     def _conditioning(self, t, guidance, pooled) -> Float[Array, "B N D"]:

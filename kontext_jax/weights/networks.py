@@ -15,7 +15,7 @@ from kontext_jax.names import named_leaves
 from kontext_jax.weights import autoencoder, clip, flux, t5
 from kontext_jax.weights.table import Place, Table, in_layer_order
 
-COMPUTE_SETTINGS = ("dtype", "timestep_dtype", "remat")
+COMPUTE_SETTINGS = ("dtype", "timestep_dtype", "remat", "attention")
 """Fields of a network's config that say how it is computed and not what it is."""
 
 

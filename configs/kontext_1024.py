@@ -1,0 +1,84 @@
+"""Kontext at 1024 x 1024 pixels on a pod: all 11.9 B parameters, targets with one context each.
+
+    python -m kontext_jax.data.build --source=folder --input=FOLDER --output=data/edits
+    python -m kontext_jax.compile --config=configs/kontext_1024.py --topology=v5p:4x4x4
+    python -m kontext_jax.train --config=configs/kontext_1024.py --workdir=runs/kontext --distributed
+
+Starts from text-to-image weights in ``models/FLUX.1-dev``, a local copy of the diffusers pipeline;
+``--config.objective.init_from.transformer=`` (empty) starts from nothing. A row is one example:
+4096 tokens of the target, 4096 of a context or padding, 512 of text; text-to-image examples mix in.
+``--config.data.packing.max_examples=8`` packs those without a context two to a row.
+
+`v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
+`h100_64` for 64 GPUs; each has one row a chip. The state is 190 GB of float32, split over all of
+them, or over those of a slice where there are several. They differ in what the backward pass
+computes again, which is what the chips' memory decides; README.md has the numbers. Every size that
+images may have costs each row image slots to encode, so here there is one;
+``geometry.KONTEXT_SIZES`` are Kontext's own 17.
+"""
+
+from kontext_jax.checkpoint import CheckpointConfig
+from kontext_jax.config import Config, SheetConfig, pick
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.text import TextConfig
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
+from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
+
+MODEL = "models/FLUX.1-dev"
+
+
+def kontext(rows: int, remat: str) -> Config:
+    return Config(
+        objective=FlowMatchingConfig(
+            transformer=FluxConfig.dev(remat=remat),
+            init_from=FlowInit(
+                transformer=MODEL, text_encoder=MODEL, clip=MODEL, autoencoder=MODEL
+            ),
+        ),
+        data=DataConfig(
+            path="data/edits",
+            batch_size=rows,
+            geometry=GeometryConfig(sizes=((1024, 1024),)),
+            packing=PackingConfig(image_tokens=8192, text_tokens=512, max_examples=1),
+            text=TextConfig(
+                tokenizer=f"{MODEL}/tokenizer_2",
+                max_tokens=512,
+                pad=True,
+                clip_tokenizer=f"{MODEL}/tokenizer",
+            ),
+        ),
+        optim=OptimConfig(learning_rate=2e-5, warmup_steps=1000),
+        checkpoint=CheckpointConfig(every=1000),
+        sheets=SheetConfig(
+            every=1000, num_examples=8, split="train", sampler=SamplerConfig(num_steps=28)
+        ),
+        num_steps=100_000,
+        compilation_cache="runs/compiled",
+    )
+
+
+def v5p_128() -> Config:
+    return kontext(rows=64, remat="save_named")
+
+
+def v5e_256() -> Config:
+    return kontext(rows=256, remat="full")
+
+
+def v6e_256() -> Config:
+    return kontext(rows=256, remat="save_attention")
+
+
+def h100_64() -> Config:
+    return kontext(rows=64, remat="save_attention")
+
+
+VARIANTS = {"v5p_128": v5p_128, "v5e_256": v5e_256, "v6e_256": v6e_256, "h100_64": h100_64}
+
+
+def get_config(variant: str = "v5p_128") -> Config:
+    return pick(VARIANTS, variant)
