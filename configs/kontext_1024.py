@@ -2,7 +2,8 @@
 
     python -m kontext_jax.data.build --source=folder --input=FOLDER --output=data/edits
     python -m kontext_jax.compile --config=configs/kontext_1024.py --topology=v5p:4x4x4
-    python -m kontext_jax.train --config=configs/kontext_1024.py --workdir=runs/kontext --distributed
+    python -m kontext_jax.train --config=configs/kontext_1024.py --workdir=runs/kontext \\
+        --distributed
 
 Starts from text-to-image weights in ``models/FLUX.1-dev``, a local copy of the diffusers pipeline;
 ``--config.objective.init_from.transformer=`` (empty) starts from nothing. A row is one example:

@@ -39,6 +39,7 @@ from kontext_jax.data.pipeline import DataConfig, assemble
 from kontext_jax.flops import DEVICES_PER_CHIP, chip_peak
 from kontext_jax.geometry import num_tokens
 from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.splash import KERNEL_FLOPS
 from kontext_jax.names import named_leaves
 from kontext_jax.objectives import Network
 from kontext_jax.optim import make_optimizer
@@ -279,7 +280,7 @@ def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
         - used.alias_size_in_bytes
         + used.temp_size_in_bytes
     )
-    cost = hlo.analyse(step.text)
+    cost = hlo.analyse(step.text, KERNEL_FLOPS)
     model_flops = step.model_flops / mesh.size
     seconds, mfu = roofline(cost, model_flops, kind)
     trained = {

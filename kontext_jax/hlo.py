@@ -5,7 +5,8 @@ and everything is multiplied by the loops around it. Numbers are those of one de
 
 FLOPs are two a multiply-add of products of matrices and convolutions; positions of a window that
 see only padding or holes do no work (XLA's own rule), for the TPU compiler writes batched products
-as such convolutions. What a custom call does is not in the text: calls are listed as ``opaque``.
+as such convolutions. What a custom call does is not in the text: the caller may know; other calls
+are listed as ``opaque``.
 
 A chip sends, of an operand of b bytes in a group of n: all-gather b (n - 1), reduce-scatter and
 all-to-all b (n - 1) / n, all-reduce 2 b (n - 1) / n, and collective-permute b. These are what rings
@@ -16,7 +17,7 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,6 +57,10 @@ _BOOKKEEPING = {
 """Custom calls of the TPU compiler that compute nothing."""
 
 
+KernelFlops = Callable[[list[tuple[int, ...]]], float]
+"""FLOPs of a kernel whose operands have these shapes."""
+
+
 class Traffic(NamedTuple):
     """Collectives of a kind: how many are executed, and the bytes one device sends for them."""
 
@@ -83,8 +88,12 @@ class Cost:
     unknown_loops: int
 
 
-def analyse(text: str) -> Cost:
+def analyse(text: str, kernels: Mapping[str, KernelFlops] | None = None) -> Cost:
     """The cost of the program that ``Compiled.as_text`` gave.
+
+    Args:
+      text: of the optimized program.
+      kernels: FLOPs of custom calls, by how their names begin.
 
     Raises:
       ValueError: it is no HLO module with an entry computation.
@@ -106,7 +115,11 @@ def analyse(text: str) -> Cost:
             unknown_loops += program.trip_count(computation, instruction) is None
         if instruction.opcode == "custom-call":
             target = _attribute(instruction, r'custom_call_target="([^"]*)"') or ""
-            if target not in _BOOKKEEPING:
+            known = next((k for k in kernels or () if instruction.name.startswith(k)), None)
+            if known is not None:
+                operands = (computation.instructions[name] for name in instruction.operands)
+                flops += times * kernels[known]([_dims(operand.shape) for operand in operands])
+            elif target not in _BOOKKEEPING:
                 opaque[target] += times
     return Cost(
         flops=flops,

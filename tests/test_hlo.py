@@ -189,6 +189,13 @@ def test_the_ways_of_the_tpu_compiler():
     assert cost.opaque == {"tpu_custom_call": 1}
 
 
+def test_what_a_kernel_does_can_be_told():
+    """By its name, from the shapes of its operands."""
+    told = analyse(TPU, {"ker": lambda shapes: 1000 * shapes[0][0]})
+    assert told.flops == analyse(TPU).flops + 1000 * 32
+    assert not told.opaque
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

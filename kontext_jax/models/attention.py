@@ -62,7 +62,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     plain = bias is None and not causal
     if kernel == "auto":
-        kernel = _best(q) if plain else "xla"
+        kernel = choose(q) if plain else "xla"
     elif kernel != "xla" and not plain:
         raise ValueError(f"attention {kernel!r} knows no bias and no causal mask; take 'xla'.")
     check_kernel(kernel)
@@ -75,7 +75,7 @@ def attention(
     return sharding.on_shards(attend, names)(q, k, v, segments, segments)
 
 
-def _best(q: Float[Array, "B S H K"]) -> str:
+def choose(q: Float[Array, "B S H K"]) -> str:
     """The platform's kernel, if it takes heads of this size in this dtype."""
     platform, head_dim = sharding.platform(), q.shape[-1]
     if platform == "tpu" and head_dim % LANES == 0:

@@ -36,8 +36,7 @@ from kontext_jax.sharding import constrain, platform
 TIME_EMBED_DIM = 256
 
 MAX_UNROLLED = 12
-"""Blocks that are written out one by one on CPUs, and not looped over: a program that small compiles
-as fast."""
+"""So many blocks are written out one by one on CPUs, not looped over; it compiles as fast."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)

@@ -26,6 +26,22 @@ MAX_BLOCK = 512
 256 and 1024 pixels, and is small enough for packed rows to have blocks that can be skipped."""
 
 
+def _products(count: int, shapes: list[tuple[int, ...]]) -> float:
+    """FLOPs of so many products of all queries and keys, from the shapes of a kernel's operands."""
+    (heads, queries, head_dim), (_, keys, _) = shapes[2:4]
+    return 2.0 * count * heads * queries * keys * head_dim
+
+
+KERNEL_FLOPS = {
+    "splash_mha_fwd": functools.partial(_products, 2),
+    "splash_mha_dkv": functools.partial(_products, 5),
+}
+"""What `hlo.analyse` cannot see: FLOPs of the kernels by name, as if no block were skipped.
+
+Backward are five products, where a kernel that had kept the logits would have four.
+"""
+
+
 def splash_attention(
     q: Float[Array, "B S H K"],
     k: Float[Array, "B T H K"],
@@ -119,7 +135,7 @@ def overlapping_blocks(
 
 
 def _blocks_to_run(overlap: Bool[Array, "Q KV"], axis: int) -> splash_attention_mask_info.MaskInfo:
-    """The kernel's table: which blocks to run, and which to fetch: the next to be run along ``axis``.
+    """The kernel's table: which blocks to run, and which to fetch, the next to be run on ``axis``.
 
     After the last of them it keeps that one, so that nothing is fetched in vain.
     """

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kontext_jax.models.attention import attention
+from kontext_jax import sharding
+from kontext_jax.models.attention import attention, choose
 
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [3, 0, 1, 3, 1, 1]])
 
@@ -74,3 +75,51 @@ def test_bfloat16_takes_its_softmax_in_float32(qkv):
     out = attention(*parts, jnp.ones((1, 2), jnp.int32), scale=1.0)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1 / (1 + np.exp(-2.0)), atol=4e-3)
+
+
+@pytest.mark.parametrize("segments", [SEGMENTS, np.ones_like(SEGMENTS)], ids=["packed", "full"])
+def test_cudnn_gets_a_mask_where_there_is_one(qkv, segments, monkeypatch):
+    """Which must be right; that the kernel is, only a GPU can tell."""
+    plain = jax.nn.dot_product_attention
+
+    def on_cpu(*args, implementation, **kwargs):
+        assert implementation == "cudnn"
+        return plain(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    with jax.numpy_rank_promotion("allow"):
+        out = attention(*qkv, jnp.asarray(segments), kernel="cudnn", scale=0.3)
+    expected = expected_attention(*qkv, segments, scale=0.3)
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "dtype", "kernel"),
+    [
+        ("tpu", 128, "bfloat16", "splash"),
+        ("tpu", 512, "float32", "splash"),
+        ("tpu", 32, "bfloat16", "xla"),
+        ("gpu", 128, "bfloat16", "cudnn"),
+        ("gpu", 128, "float32", "xla"),
+        ("gpu", 512, "bfloat16", "xla"),
+        ("cpu", 128, "bfloat16", "xla"),
+    ],
+)
+def test_the_kernel_is_the_platform_s_if_it_takes_such_heads(
+    platform, head_dim, dtype, kernel, monkeypatch
+):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    assert choose(jnp.zeros((2, 4, 2, head_dim), dtype)) == kernel
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel": "flash"}, "attention 'flash' is not one of auto, xla, splash, cudnn."),
+        ({"kernel": "splash"}, "needs heads of a multiple of 128 channels, not 4."),
+        ({"kernel": "splash", "causal": True}, "knows no bias and no causal mask; take 'xla'."),
+    ],
+)
+def test_a_kernel_that_cannot_do_it_is_refused(qkv, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv, jnp.asarray(SEGMENTS), **arguments)

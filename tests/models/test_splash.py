@@ -1,0 +1,132 @@
+"""The TPU kernel, interpreted on CPUs: what it computes, and which blocks it leaves out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from kontext_jax.models import splash
+from kontext_jax.models.attention import attention
+from kontext_jax.models.layers import remat
+from kontext_jax.sharding import MeshConfig, make_mesh
+from tests.models.test_attention import expected_attention
+
+ROWS = (
+    [(1, 10), (2, 20), (3, 50), (0, 20), (1, 200), (2, 70), (3, 100), (0, 30)],  # text, then images
+    [(1, 40), (0, 60), (1, 400)],
+)
+SEGMENTS = np.array([np.repeat(*zip(*row, strict=True)) for row in ROWS], np.int32)
+VALID = (SEGMENTS > 0)[:, :, None, None]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    shape = (3, len(ROWS), 500, 2, 128)
+    q, k, v = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+
+
+def outputs_and_gradients(qkv, kernel, scale=None):
+    """Of the tokens of examples; what padding attends to has no meaning."""
+
+    def loss(q, k, v):
+        out = attention(q, k, v, jnp.asarray(SEGMENTS), scale=scale, kernel=kernel)
+        out = jnp.where(VALID, out, 0.0)
+        return jnp.sum(jnp.sin(out)), out
+
+    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+    return out, *grads
+
+
+@pytest.mark.parametrize("scale", [None, 0.02])
+def test_it_is_attention_within_segments(qkv, scale):
+    out, *grads = outputs_and_gradients(qkv, "splash", scale)
+    expected = np.where(VALID, expected_attention(*qkv, SEGMENTS, scale=scale), 0.0)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    for mine, plain in zip(grads, outputs_and_gradients(qkv, "xla", scale)[1:], strict=True):
+        np.testing.assert_allclose(mine, plain, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
+)
+def test_it_is_the_same_on_a_mesh(qkv, sizes):
+    """Queries are split over context, heads over tensor; keys and values are gathered."""
+    alone = outputs_and_gradients(qkv, "splash")
+    with jax.set_mesh(make_mesh(MeshConfig(**({"data": 1, "fsdp": 1} | sizes)))):
+        on_mesh = outputs_and_gradients(qkv, "splash")
+    for one, other in zip(alone, on_mesh, strict=True):
+        np.testing.assert_allclose(other, one, atol=3e-6)
+
+
+def test_blocks_of_other_examples_are_not_even_read(qkv):
+    """A NaN among the values would show, though its weight is zero."""
+    q, k, v = (x[:1, :384] for x in qkv)
+    segments = jnp.repeat(jnp.array([[1, 2, 3]]), 128, axis=1)
+    v = jnp.where((segments == 2)[:, :, None, None], jnp.nan, v)
+    for kernel, seen in (("xla", True), ("splash", False)):
+        out = attention(q, k, v, segments, kernel=kernel)
+        assert np.isnan(out[:, :128]).any() == seen and np.isnan(out[:, 128:256]).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "block"),
+    [(1, 128), (128, 128), (300, 384), (512, 512), (4608, 512), (8704, 512), (8832, 384)],
+)
+def test_blocks_fit_the_row(length, block, monkeypatch):
+    monkeypatch.setattr(splash, "MAX_BLOCK", 512)
+    assert splash.block_size(length) == block
+
+
+def test_the_table_has_every_block_that_is_needed_and_no_other():
+    """No other where the segments come in order, as they do in text and in images."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        q, kv = (np.sort(rng.integers(1, 9, size)) for size in (256, 384))
+        q[rng.integers(100, 256) :] = 0
+        kv[rng.integers(150, 384) :] = 0
+        overlap = splash.overlapping_blocks(jnp.asarray(q), jnp.asarray(kv), 32, 32)
+        pairs = (q[:, None] == kv[None]).reshape(8, 32, 12, 32).any(axis=(1, 3))
+        assert (np.asarray(overlap) >= pairs).all()
+        # A block of queries 3, 5 overlaps keys of 4 alone by its range.
+        assert np.asarray(overlap).sum() <= pairs.sum() + 8
+
+
+def test_the_next_block_to_run_is_fetched_and_nothing_after_the_last():
+    overlap = jnp.array([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], bool)
+    info = splash._blocks_to_run(overlap, axis=1)
+    np.testing.assert_array_equal(info.block_mask[0], overlap)
+    expected = [[1, 1, 3, 3, 3], [0, 0, 0, 0, 0], [0, 1, 2, 2, 2]]
+    np.testing.assert_array_equal(info.data_next[0], expected)
+
+
+@pytest.mark.parametrize(("policy", "calls"), [("none", 1), ("full", 2), ("save_attention", 1)])
+def test_what_is_kept_spares_the_backward_pass_the_forward_kernel(qkv, policy, calls):
+    def block(x, _):
+        return attention(x, x, x, jnp.asarray(SEGMENTS), kernel="splash"), None
+
+    def loss(x):
+        return jnp.sum(lax.scan(remat(block, policy), x, None, length=3)[0])
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
+        text = str(jax.make_jaxpr(jax.grad(loss))(qkv[0]))
+    assert text.count("name=splash_mha_fwd") == calls and text.count("name=splash_mha_dkv") == 1
+
+
+def test_flops_of_the_kernels():
+    shapes = [(1, 2, 3), (1, 2, 3), (24, 512, 128), (24, 1024, 128), (24, 1024, 128), (512, 128)]
+    product = 2 * 24 * 512 * 1024 * 128
+    assert splash.KERNEL_FLOPS["splash_mha_fwd"](shapes) == 2 * product
+    assert splash.KERNEL_FLOPS["splash_mha_dkv"](shapes) == 5 * product
+
+
+def test_the_names_are_those_of_the_program(qkv):
+    text = str(jax.make_jaxpr(lambda *x: outputs_and_gradients(x, "splash"))(*qkv))
+    for name in splash.KERNEL_FLOPS:
+        assert f"name={name}" in text
