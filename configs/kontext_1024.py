@@ -67,7 +67,7 @@ def v5p_128() -> Config:
 
 
 def v5e_256() -> Config:
-    return kontext(rows=256, remat="full")
+    return kontext(rows=256, remat="save_attention")
 
 
 def v6e_256() -> Config:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one,
-# for which PyTorch is installed too. Further arguments go to pytest: launch/test.sh -k packing
+# for which PyTorch and the TPU compiler are installed too. Further arguments go to pytest:
+# launch/test.sh -k packing
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -12,5 +13,6 @@ if [[ "${1:-}" == --all ]]; then
   shift
   arguments+=(-m "")
   install_extra convert
+  install_extra aot
 fi
 JAX_PLATFORMS=cpu python -m pytest -q "${arguments[@]}" "$@"

@@ -243,6 +243,31 @@ def test_a_step_compiles_for_tpus_that_are_elsewhere(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "topology"), [("kontext_1024", "v5p:2x2x1"), ("flow_256", "v6e:2x2")]
+)
+def test_the_configs_for_pods_compile(config, topology, tmp_path):
+    """Fewer blocks and chips, all else at full size; README.md has the whole of it."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
+    table = tmp_path / "table.json"
+    done = run(
+        f"--config=configs/{config}.py",
+        f"--topology={topology}",
+        f"--json={table}",
+        "--config.objective.transformer.depth=1",
+        "--config.objective.transformer.depth_single=2",
+        "--config.objective.text_encoder.num_layers=1",
+        "--config.data.batch_size=4",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(table.read_text())
+    # The kernels are there, and their FLOPs are known; with so few blocks the encoders show.
+    assert "tpu_custom_call" not in report["cost"]["opaque"]
+    assert 1.05 < report["cost"]["flops"] / report["model_flops"] < 2.2
+    assert report["memory"]["peak"] < report["capacity"]
+
+
+@pytest.mark.slow
 def test_a_step_compiles_for_several_slices():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     slices = ("--config=configs/quickstart.py", "--topology=v5e:2x2", "--num_slices=2")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from kontext_jax import flops
 from kontext_jax import train as train_module
@@ -96,6 +97,20 @@ def autoencoder(world_folder, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "autoencoder"
     train(autoencoder_config(world_folder), workdir)
     return workdir
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_where_the_config_says(world_folder, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    config = autoencoder_config(world_folder, levels=1)
+    config.num_steps, config.compilation_cache = 1, str(tmp_path / "compiled")
+    compilation_cache.reset_cache()  # JAX opens its cache once
+    try:
+        train(config, tmp_path / "run")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+    assert any("train_step" in path.name for path in (tmp_path / "compiled").iterdir())
 
 
 def test_an_autoencoder_run_leaves_all_that_is_needed(world_folder, autoencoder):
