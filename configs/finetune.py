@@ -11,7 +11,7 @@ single file of Black Forest Labs' layout, or a run). An editing model needs noth
 text-to-image model does not have: contexts are more tokens.
 
 `full` trains all 11.9 B parameters, with float32 weights, gradients, moments and average: 238 GB
-over the chips of the mesh, beside activations and the frozen text encoders. `lora` keeps the
+over the chips of a slice, beside activations and the frozen text encoders. `lora` keeps the
 transformer as stored, in bfloat16, and trains adapters of rank 16 on attention and MLPs. Neither
 has been run at full size on released weights: their parts are tested at small sizes, and their
 shapes at full size.

@@ -6,11 +6,13 @@
 The model is FLUX.1 [schnell]; 256 tokens of image and 256 of text, prompts padded, the encoders
 those in ``models/FLUX.1-schnell``. As in the reference (mlcommons/training, text_to_image, v5.1 and
 later): 512 examples a step, AdamW with betas 0.9 and 0.95 and decay 0.1, a rate of 2e-4 after 1600
-steps of warmup, gradients clipped at 1, times uniform and not shifted, a tenth of the prompts left
-out. There 7.2 million examples, 14,100 steps, reach the validation loss of 0.586.
+steps of warmup (the reference's own at this batch size; mlcommons/logging, rcps_flux1.json, v6.0),
+gradients clipped at 1, times uniform and not shifted, a tenth of the prompts left out. The data are
+1,099,776 images of CC12M; there 7.2 million examples, 14,100 steps, reach the validation loss of
+0.586.
 
-It differs in this: weight decay leaves biases and norms alone. The benchmark's validation is not
-here, so its target has not been tried.
+Weight decay leaves biases and norms alone here, which the reference does not. The benchmark's
+validation is not here, so its target has not been tried.
 
 `v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
 `h100_64` for 64 GPUs. README.md has their numbers.

@@ -8,13 +8,15 @@
 Starts from text-to-image weights in ``models/FLUX.1-dev``, a local copy of the diffusers pipeline;
 ``--config.objective.init_from.transformer=`` (empty) starts from nothing. A row is one example:
 4096 tokens of the target, 4096 of a context or padding, 512 of text; text-to-image examples mix in.
-``--config.data.packing.max_examples=8`` packs those without a context two to a row.
+With ``--config.data.packing.max_examples=2 --config.data.packing.text_tokens=1024`` those without
+a context share rows.
 
 `v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
 `h100_64` for 64 GPUs; each has one row a chip. The state is 190 GB of float32, split over all of
-them, or over those of a slice where there are several. They differ in what the backward pass
-computes again, which is what the chips' memory decides; README.md has the numbers. Every size that
-images may have costs each row image slots to encode, so here there is one;
+them, or over those of a slice where there are several: of GPUs, those that NVLink joins, 24 GB
+each of eight (``--config.mesh.data=1`` splits it over all). The variants differ in what the
+backward pass computes again, which is what the chips' memory decides; README.md has the numbers.
+Every size that images may have costs each row image slots to encode, so here there is one;
 ``geometry.KONTEXT_SIZES`` are Kontext's own 17.
 """
 

@@ -51,7 +51,7 @@ from kontext_jax.sharding import (
     platform,
     shardings_of,
 )
-from kontext_jax.train_state import TrainState, abstract_state, make_train_step
+from kontext_jax.train_state import TrainState, abstract_state, jit_train_step
 from kontext_jax.types import Batch, Example
 from kontext_jax.weights.networks import NETWORKS
 
@@ -214,11 +214,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     )
     model_flops = rows * float(jax.jit(objective.flops)(jax.tree.map(lambda x: x[None], row)))
     state, frozen = _placed(state, shardings), _placed(frozen, shardings_of(frozen, mesh))
-    train_step = jax.jit(
-        make_train_step(objective, optimizers, config.optim, config.seed),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     with jax.set_mesh(mesh):
         lowered = train_step.lower(state, frozen, batch)
         try:

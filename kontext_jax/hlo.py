@@ -75,7 +75,7 @@ class Cost:
     Attributes:
       flops: of products of matrices and convolutions.
       bytes: read from and written to the device's main memory, by every fusion and operation on
-        its own; what stays in a TPU's vector memory is not counted.
+        its own, the operands of a kernel once; what stays in a TPU's vector memory is not counted.
       collectives: by kind.
       opaque: custom calls by target, whose FLOPs are in none of these.
       unknown_loops: loops whose length the text does not tell; their bodies count once.

@@ -25,7 +25,7 @@ from kontext_jax.places import identity_of
 from kontext_jax.runs import load_frozen, load_initial
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
 from kontext_jax.sheets import make_sheet_maker
-from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
+from kontext_jax.train_state import TrainState, abstract_state, init_state, jit_train_step
 from kontext_jax.types import Metrics
 from kontext_jax.writer import Writer
 
@@ -76,11 +76,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     _announce(config, mesh, loader, abstract, start)
 
     writer = Writer(workdir, config.num_steps, start)
-    train_step = jax.jit(
-        make_train_step(objective, optimizers, config.optim, config.seed),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     window = Window(config, mesh)
 
     def pause(seconds: float) -> None:

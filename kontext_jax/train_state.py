@@ -150,6 +150,23 @@ def make_train_step(
     return train_step
 
 
+def jit_train_step(
+    objective: Objective,
+    optimizers: dict[str, optax.GradientTransformation],
+    config: OptimConfig,
+    seed: int,
+    shardings: TrainState,
+):
+    """`make_train_step`, compiled when it is first called; it uses up the state that it is given.
+
+    Args:
+      objective, optimizers, config, seed: of `make_train_step`.
+      shardings: of the state, see `abstract_state`.
+    """
+    train_step = make_train_step(objective, optimizers, config, seed)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
 def _accumulate(loss_fn, network, batch: Batch, num_microbatches: int):
     """(loss, metrics, gradient) of the whole batch, one microbatch after the other.
 

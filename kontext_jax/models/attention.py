@@ -53,19 +53,20 @@ def attention(
       bias: added to the logits (T5's relative positions).
       scale: of the logits; ``K ** -0.5`` where left out.
       causal: a token attends to itself and those before it only.
-      kernel: "xla", "splash" (TPU), "cudnn" (GPU), or "auto": the fused one of the platform where
-        it can do this, else "xla". None but "xla" knows bias and causal.
+      kernel: "xla", "splash" (TPU; interpreted elsewhere, slowly), "cudnn" (NVIDIA GPUs from
+        Ampere on), or "auto": the fused one of the platform where it can do this, else "xla".
+        None but "xla" knows bias and causal.
 
     Raises:
       ValueError: the kernel is not known or cannot do this.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_kernel(kernel)
     plain = bias is None and not causal
     if kernel == "auto":
         kernel = choose(q) if plain else "xla"
     elif kernel != "xla" and not plain:
         raise ValueError(f"attention {kernel!r} knows no bias and no causal mask; take 'xla'.")
-    check_kernel(kernel)
     q = sharding.constrain(q, _QUERIES)
     k, v = (sharding.constrain(x, _KEYS) for x in (k, v))
     if kernel == "xla":
@@ -76,13 +77,12 @@ def attention(
 
 
 def choose(q: Float[Array, "B S H K"]) -> str:
-    """The platform's kernel, if it takes heads of this size in this dtype."""
-    platform, head_dim = sharding.platform(), q.shape[-1]
+    """The platform's kernel, if it takes so many tokens and heads of this size in this dtype."""
+    platform, num_tokens, head_dim = sharding.platform(), q.shape[1], q.shape[-1]
     if platform == "tpu" and head_dim % LANES == 0:
         return "splash"
-    if platform == "gpu" and head_dim % 8 == 0 and head_dim <= 128 and q.dtype.itemsize == 2:
-        return "cudnn"
-    return "xla"
+    takes = num_tokens % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128 and q.dtype.itemsize == 2
+    return "cudnn" if platform == "gpu" and takes else "xla"
 
 
 def _xla(q, k, v, segments, bias, scale, causal):
@@ -123,9 +123,14 @@ def _splash(q, k, v, q_segments, kv_segments, scale):
 
 
 def _cudnn(q, k, v, q_segments, kv_segments, scale):
-    """cuDNN's kernel. It skips no blocks, but where a batch has one segment it reads no mask."""
+    """cuDNN's kernel. It skips no blocks, but where a batch has one segment it reads no mask.
+
+    What its backward pass needs has no name in here: `layers.remat` knows it by the operation's.
+    """
+    if sharding.platform() != "gpu":
+        raise ValueError("attention 'cudnn' runs on GPUs only; take 'auto'.")
     attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
-    out = jax.lax.cond(
+    return jax.lax.cond(
         jnp.all(q_segments == q_segments[0, 0]) & jnp.all(kv_segments == q_segments[0, 0]),
         lambda q, k, v: attend(q, k, v),
         lambda q, k, v: attend(q, k, v, mask=_visible(q_segments, kv_segments)),
@@ -133,4 +138,3 @@ def _cudnn(q, k, v, q_segments, kv_segments, scale):
         k,
         v,
     )
-    return checkpoint_name(out, ATTENTION)

@@ -64,7 +64,9 @@ class FluxConfig:
 
         with h = hidden_size values of the compute dtype. In [dev], for a row of 8,704 tokens
         (1024 pixels, one context, text), 1 h of all blocks is 3.0 GB, and each of attention's two
-        products 16 % of the forward pass.
+        products 16 % of the forward pass. This is plain attention. Of a fused kernel nothing but
+        "full" repeats the forward pass, none keeps the weights, and each repeats queries times
+        keys; plain attention in bfloat16 keeps its result in float32, 2 h and not 1.
     """
 
     in_channels: int = 64
@@ -179,7 +181,7 @@ class DoubleStreamBlock(nnx.Module):
         img: Float[Array, "B S D"],
         txt: Float[Array, "B L D"],
         vec: Float[Array, "B N D"],
-        rotation: Float[Array, "B LS 1 R 2"],
+        rotation: Float[Array, "2 B LS 1 K"],
         segments: Int[Array, "B LS"],
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B L D"]]:
         num_text = txt.shape[1]
@@ -188,8 +190,7 @@ class DoubleStreamBlock(nnx.Module):
         img_qkv = self.img_attn.project(modulate(img, *img_mod[:2]))
         txt_qkv = self.txt_attn.project(modulate(txt, *txt_mod[:2]))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-        out = _merge_heads(attention(q, k, v, segments, kernel=self.kernel))
+        out = _attend(q, k, v, rotation, segments, self.kernel)
         txt_out, img_out = out[:, :num_text], out[:, num_text:]
 
         img = img + img_mod[2] * self.img_attn.proj(img_out)
@@ -215,7 +216,7 @@ class SingleStreamBlock(nnx.Module):
         self,
         x: Float[Array, "B LS D"],
         vec: Float[Array, "B N D"],
-        rotation: Float[Array, "B LS 1 R 2"],
+        rotation: Float[Array, "2 B LS 1 K"],
         segments: Int[Array, "B LS"],
     ) -> Float[Array, "B LS D"]:
         size = x.shape[-1]
@@ -224,8 +225,7 @@ class SingleStreamBlock(nnx.Module):
         *qkv, mlp = jnp.split(joint, [size, 2 * size, 3 * size], axis=-1)
         q, k, v = (_split_heads(part, self.num_heads) for part in qkv)
         q, k = self.norm(q, k)
-        q, k = apply_rope(q, rotation), apply_rope(k, rotation)
-        out = _merge_heads(attention(q, k, v, segments, kernel=self.kernel))
+        out = _attend(q, k, v, rotation, segments, self.kernel)
         joint = jnp.concatenate([out, jax.nn.gelu(mlp, approximate=True)], axis=-1)
         return constrain(x + gate * self.linear2(joint), "batch seq act_embed")
 
@@ -336,15 +336,30 @@ class Flux(nnx.Module):
             vec = vec + self.guidance_in(embed(guidance))
         return vec + self.vector_in(pooled.astype(dtype))
 
-    def _rotation(self, positions, txt_len) -> Float[Array, "B LS 1 R 2"]:
+    def _rotation(self, positions, txt_len) -> Float[Array, "2 B LS 1 K"]:
         text_positions = jnp.zeros((positions.shape[0], txt_len, positions.shape[2]), jnp.int32)
         joint = jnp.concatenate([text_positions, positions], axis=1)
         return rope(joint, self.config.axes_dim, self.config.theta)
 
 
 def _split_heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S H K"]:
-    return x.reshape(*x.shape[:-1], num_heads, -1)
+    heads = x.reshape(*x.shape[:-1], num_heads, -1)
+    if platform() == "tpu":
+        # The kernel wants heads before tokens. Left to itself XLA transposes later, in float32,
+        # amid norm and rotation, at twice the traffic.
+        heads = jax.lax.optimization_barrier(heads.swapaxes(1, 2)).swapaxes(1, 2)
+    return heads
 
 
-def _merge_heads(x: Float[Array, "B S H K"]) -> Float[Array, "B S D"]:
-    return x.reshape(*x.shape[:-2], -1)
+def _attend(
+    q: Float[Array, "B LS H K"],
+    k: Float[Array, "B LS H K"],
+    v: Float[Array, "B LS H K"],
+    rotation: Float[Array, "2 B LS 1 K"],
+    segments: Int[Array, "B LS"],
+    kernel: str,
+) -> Float[Array, "B LS D"]:
+    """Attention of rotated queries and keys; the logits' scale is rounded with the rotation."""
+    q, k = apply_rope(q, rotation * q.shape[-1] ** -0.5), apply_rope(k, rotation)
+    out = attention(q, k, v, segments, scale=1.0, kernel=kernel)
+    return out.reshape(*out.shape[:-2], -1)

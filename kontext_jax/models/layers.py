@@ -29,10 +29,22 @@ ATTENTION, LINEAR = "attention", "linear"
 
 REMAT_POLICIES = ("full", "none", "save_attention", "save_named", "offload")
 
+
+def _keep(*names: str):
+    """Keeps activations of these names, and what cuDNN's attention gives, which has none."""
+    named = checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *args, **params):
+        cudnn = primitive.name.startswith("dot_product_attention_fwd")
+        return cudnn or named(primitive, *args, **params)
+
+    return policy
+
+
 _SAVED = {
     "full": None,
-    "save_attention": checkpoint_policies.save_only_these_names(ATTENTION),
-    "save_named": checkpoint_policies.save_only_these_names(ATTENTION, LINEAR),
+    "save_attention": _keep(ATTENTION),
+    "save_named": _keep(ATTENTION, LINEAR),
     "offload": checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=(ATTENTION, LINEAR),
@@ -128,7 +140,7 @@ def check_remat(policy: str, policies: Sequence[str] = REMAT_POLICIES) -> None:
     """Refuses names that are not among ``policies``.
 
     Raises:
-      ValueError: it is one of them.
+      ValueError: it is none of them.
     """
     if policy not in policies:
         raise ValueError(f"remat {policy!r} is not one of {', '.join(policies)}.")
@@ -271,36 +283,43 @@ def timestep_embedding(t: Float[Array, "B N"], dim: int = 256) -> Float[Array, "
 
 
 def rope_tables(axes_dim: tuple[int, ...], theta: float) -> list[np.ndarray]:
-    """cos and sin of every (position, frequency) of each axis, in float64 rounded to float32.
+    """cos and sin of every (position, channel) of each axis, in float64 rounded to float32.
 
-    Returns one array [MAX_POSITION, axes_dim[i] / 2, 2] an axis.
+    Returns one array [2, MAX_POSITION, axes_dim[i]] an axis; channels 2k and 2k + 1 are equal.
     """
     tables = []
     for dim in axes_dim:
         omega = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angles = np.arange(MAX_POSITION, dtype=np.float64)[:, None] * omega
-        tables.append(np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32))
+        angles = np.arange(MAX_POSITION, dtype=np.float64)[:, None] * np.repeat(omega, 2)
+        tables.append(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
     return tables
 
 
 def rope(
     positions: Int[Array, "B S A"], axes_dim: tuple[int, ...], theta: float
-) -> Float[Array, "B S 1 R 2"]:
-    """Rotation (cos, sin) of each token for R = sum(axes_dim) / 2 pairs of channels.
+) -> Float[Array, "2 B S 1 K"]:
+    """Rotation (cos, sin) of each token and channel, K = sum(axes_dim).
 
     ``positions`` must lie in [0, MAX_POSITION); ``geometry`` refuses others on the host.
     """
     tables = rope_tables(axes_dim, theta)
-    parts = [jnp.asarray(table)[positions[..., i]] for i, table in enumerate(tables)]
-    return jnp.concatenate(parts, axis=2)[:, :, None]
+    parts = [jnp.asarray(table)[:, positions[..., i]] for i, table in enumerate(tables)]
+    return jnp.concatenate(parts, axis=-1)[:, :, :, None]
 
 
 def apply_rope(
-    x: Float[Array, "B S H K"], rotation: Float[Array, "B S 1 R 2"]
+    x: Float[Array, "B S H K"], rotation: Float[Array, "2 B S 1 K"]
 ) -> Float[Array, "B S H K"]:
     """Rotates neighbouring channels (2k, 2k + 1) in float32, then rounds to ``x``'s dtype."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = rotation[..., 0], rotation[..., 1]
-    rotated = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    cos, sin = rotation
+    # (-x[2k + 1], x[2k]) by a product, which is exact. Pairs as an axis of their own do not fit a
+    # TPU's tiles: they are copied many times, in float32.
+    turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+    turned = jnp.einsum(
+        "bshk,kj->bshj",
+        x,
+        jnp.asarray(turn, x.dtype),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return (cos * x.astype(jnp.float32) + sin * turned).astype(x.dtype)

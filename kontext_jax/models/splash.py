@@ -1,5 +1,8 @@
 """Attention on TPUs: JAX's Pallas splash kernel, which never writes the logits to memory.
 
+Its backward pass writes the queries' gradient once for every block of keys, and sums these: for
+8,704 tokens of 24 heads, 0.9 GB a row and layer for a moment.
+
 The kernel (`jax.experimental.pallas.ops.tpu.splash_attention`) masks by segment, and skips the
 blocks of queries and keys that a table names. It makes that table from a mask that is known when
 the program is compiled; here it is made from each row's segments, on the device, so that a packed
@@ -61,7 +64,7 @@ def splash_attention(
     Args:
       q, k, v: queries, and keys and values, whose number may differ.
       q_segments, kv_segments: example of each token, 0 = padding.
-      scale: of the logits.
+      scale: of the queries, before they are multiplied; rounded to their dtype unless it is 1.
       checkpoint_name: of what the backward pass needs of the forward's (`jax.ad_checkpoint`).
       interpret: runs the kernel as plain JAX, on any device.
     """

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from kontext_jax import sharding
 from kontext_jax.models.attention import attention, choose
+from kontext_jax.models.layers import remat
 
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [3, 0, 1, 3, 1, 1]])
 
@@ -87,10 +90,31 @@ def test_cudnn_gets_a_mask_where_there_is_one(qkv, segments, monkeypatch):
         return plain(*args, implementation="xla", **kwargs)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     with jax.numpy_rank_promotion("allow"):
         out = attention(*qkv, jnp.asarray(segments), kernel="cudnn", scale=0.3)
     expected = expected_attention(*qkv, segments, scale=0.3)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("policy", "calls"), [("full", 4), ("save_attention", 2)])
+def test_what_is_kept_spares_the_backward_pass_cudnn_s_forward(policy, calls, monkeypatch):
+    """Traced as on a GPU; with a mask and without."""
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+
+    def block(x, _):
+        return attention(x, x, x, jnp.ones((2, 64), jnp.int32)), None
+
+    def loss(x):
+        return jnp.sum(jax.lax.scan(remat(block, policy), x, None, length=3)[0])
+
+    x = jax.ShapeDtypeStruct((2, 64, 2, 128), jnp.bfloat16)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        program = str(jax.make_jaxpr(jax.grad(loss))(x))
+    assert len(re.findall("= dot_product_attention_fwd", program)) == calls
 
 
 @pytest.mark.parametrize(
@@ -110,6 +134,8 @@ def test_the_kernel_is_the_platform_s_if_it_takes_such_heads(
 ):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     assert choose(jnp.zeros((2, 4, 2, head_dim), dtype)) == kernel
+    odd = choose(jnp.zeros((2, 5, 2, head_dim), dtype))
+    assert odd == (kernel if kernel == "splash" else "xla")  # it fills up
 
 
 @pytest.mark.parametrize(
@@ -118,6 +144,7 @@ def test_the_kernel_is_the_platform_s_if_it_takes_such_heads(
         ({"kernel": "flash"}, "attention 'flash' is not one of auto, xla, splash, cudnn."),
         ({"kernel": "splash"}, "needs heads of a multiple of 128 channels, not 4."),
         ({"kernel": "splash", "causal": True}, "knows no bias and no causal mask; take 'xla'."),
+        ({"kernel": "cudnn"}, "attention 'cudnn' runs on GPUs only; take 'auto'."),
     ],
 )
 def test_a_kernel_that_cannot_do_it_is_refused(qkv, arguments, message):

