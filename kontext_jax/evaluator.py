@@ -73,10 +73,10 @@ class Generator:
                 for row, segment, example in layout:
                     mine = (batch.segments[row] == segment) & batch.is_target[row]
                     tokens[example] = np.asarray(latents)[row, mine]
-        return self._images(tokens, networks["autoencoder"])
+            return self._images(tokens, networks["autoencoder"])
 
     def _images(self, tokens: dict[int, np.ndarray], autoencoder: Autoencoder) -> list[Image]:
-        """Decodes images of equal size together."""
+        """Decodes images of equal size together, under the mesh in use."""
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, example in enumerate(self._examples):
             groups[example.target.shape[:2]].append(i)
@@ -88,8 +88,8 @@ class Generator:
             padded = np.concatenate([stacked, np.repeat(stacked[-1:], -len(members) % chunk, 0)])
             for start in range(0, len(padded), chunk):
                 part = self._decode(autoencoder, padded[start : start + chunk], size=size)
-                for i, image in zip(members[start : start + chunk], np.asarray(part), strict=False):
-                    images[i] = image
+                part = multihost_utils.process_allgather(part, tiled=True)
+                images.update(zip(members[start : start + chunk], part, strict=False))
         return [images[i] for i in range(len(self._examples))]
 
 
@@ -163,12 +163,13 @@ def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> A
 
 
 def reconstruct(autoencoder: Autoencoder, images: Sequence[Image]) -> list[Image]:
-    """Each image through the autoencoder, by the mean of its latents."""
+    """Each image through the autoencoder, by the mean of its latents, under the mesh in use."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, image in enumerate(images):
         groups[size_key(size_of(image))].append(i)
     results: dict[int, Image] = {}
     for members in groups.values():
-        out = np.asarray(_reconstruct(autoencoder, np.stack([images[i] for i in members])))
+        out = _reconstruct(autoencoder, np.stack([images[i] for i in members]))
+        out = multihost_utils.process_allgather(out, tiled=True)
         results.update(zip(members, out, strict=True))
     return [results[i] for i in range(len(images))]

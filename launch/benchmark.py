@@ -97,6 +97,10 @@ class Case:
             raise ValueError(f"device {self.device!r} is not one of {', '.join(PLATFORMS)}.")
         if self.sides[:1] != SIDES[:1] or not set(self.sides) <= set(SIDES):
             raise ValueError(f"sides are some of {', '.join(SIDES)}; ours comes first.")
+        if self.remat not in ("none", "full"):
+            raise ValueError(
+                f"remat {self.remat!r} is not one of none, full, which PyTorch has too."
+            )
         if any(math.isqrt(num) ** 2 != num for num in self.tokens[:2]):
             raise ValueError(f"tokens {self.tokens}: images are square, 4096 is one of 64 x 64.")
 
@@ -375,9 +379,9 @@ def places_of(hlo: str) -> dict[str, str]:
 
 
 def main() -> None:
+    case, rounds = case_of_flags(), flags.FLAGS.rounds
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers")):
         raise cli.UserError("it compares with PyTorch and diffusers: pip install -e '.[convert]'")
-    case, rounds = case_of_flags(), flags.FLAGS.rounds
     platform = PLATFORMS[case.device]
     jax.config.update("jax_platforms", platform)
     os.environ |= {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

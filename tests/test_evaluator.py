@@ -3,12 +3,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from jax import export
 
+from kontext_jax import evaluator, sharding
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.evaluator import Generator, _pack, reconstruct
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
@@ -105,3 +109,38 @@ def test_reconstructions_come_in_order(recipe):
     alone = reconstruct(autoencoder, pictures[2:])
     assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
     assert np.abs(together[2].astype(int) - together[0]).max() > 3
+
+
+def lowered_for_tpus(program):
+    """In place of ``program``: lowers it for TPUs, with their kernel in it, and gives zeros."""
+
+    def call(*args, **kwargs):
+        lowered = export.export(program, platforms=["tpu"])(*args, **kwargs)
+        assert "tpu_custom_call" in lowered.mlir_module()
+        (out,) = lowered.out_avals
+        return np.zeros(out.shape, out.dtype)
+
+    return call
+
+
+def test_on_tpus_the_autoencoder_s_attention_is_split_over_the_mesh(
+    recipe, random_network, monkeypatch
+):
+    """Its one head is wide enough for the kernel, which XLA cannot split by itself."""
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    wide = AutoencoderConfig.tiny(channels=32, channel_multipliers=(1, 1, 4))
+    autoencoder = random_network(lambda: Autoencoder(wide, rngs=nnx.Rngs(0)))
+    networks = networks_of(recipe.params["model"], {"autoencoder": autoencoder})
+    mesh = make_mesh(MeshConfig())
+    networks = jax.device_put(networks, sharding.shardings_of(networks, mesh))
+    config = recipe.objective.config
+    examples = [example(i) for i in range(2)]
+    generate = Generator(examples, DATA, config, SamplerConfig(num_steps=1), mesh)
+    generate._latents, generate._decode = map(
+        lowered_for_tpus, (generate._latents, generate._decode)
+    )
+    assert [x.shape for x in generate(networks)] == [x.target.shape for x in examples]
+
+    monkeypatch.setattr(evaluator, "_reconstruct", lowered_for_tpus(evaluator._reconstruct))
+    with jax.set_mesh(mesh):
+        reconstruct(networks["autoencoder"], [examples[0].target])

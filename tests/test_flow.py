@@ -53,6 +53,16 @@ def test_training_times_are_logit_normal_and_move_with_size():
         np.testing.assert_allclose(logits.std(), 0.8, atol=0.02)
 
 
+@pytest.mark.parametrize(("shift", "mu"), [("resolution", 1.15), ("none", 0.0)])
+def test_training_times_are_uniform_before_they_move_with_size(shift, mu):
+    config = TimeConfig(distribution="uniform", shift=shift)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    times = jax.vmap(lambda key: flow.sample_time(key, jnp.asarray(4096), config))(keys)
+    unmoved = jax.nn.sigmoid(jnp.log(times / (1 - times)) - mu)
+    levels = np.linspace(0, 1, 21)
+    np.testing.assert_allclose(np.quantile(unmoved, levels), levels, atol=0.015)
+
+
 def test_noise_belongs_to_the_example_not_to_its_place():
     key = jax.random.key(3)
 
@@ -75,6 +85,10 @@ def test_noise_is_standard_normal():
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
 
 
-def test_unknown_shift_is_refused():
-    with pytest.raises(ValueError, match="'linear' is not 'resolution' or 'none'"):
-        TimeConfig(shift="linear")
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [("distribution", "'logit_normal' or 'uniform'"), ("shift", "'resolution' or 'none'")],
+)
+def test_unknown_names_are_refused(name, choices):
+    with pytest.raises(ValueError, match=f"time {name} 'linear' is not {choices}"):
+        TimeConfig(**{name: "linear"})

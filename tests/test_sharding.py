@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kontext_jax import optim, sharding
+from kontext_jax.models import flux
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, batch_part, check_batch, make_mesh, spec
 from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
@@ -203,17 +204,21 @@ def test_every_parameter_moment_and_average_is_split(recipe):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulate_steps"),
+    ("sizes", "accumulate_steps", "max_unrolled"),
     [
-        ({"fsdp": 8}, 1),
-        pytest.param({"fsdp": 8}, 2, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "fsdp": 2, "context": 2}, 1, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
+        ({"fsdp": 8}, 1, 0),
+        pytest.param({"fsdp": 8}, 1, flux.MAX_UNROLLED, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, 2, 0, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "context": 2}, 1, 0, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 2, 0, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_gradients_are_split_as_their_parameters(recipe, sizes, accumulate_steps):
+def test_gradients_are_split_as_their_parameters(
+    recipe, monkeypatch, sizes, accumulate_steps, max_unrolled
+):
     """Within the compiled step, as the optimizer gets them: the compiler's own choice."""
+    monkeypatch.setattr(flux, "MAX_UNROLLED", max_unrolled)
     found = {}
 
     def update(grads, *args, **kwargs):
@@ -292,20 +297,27 @@ def on_one_device(recipe):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "max_unrolled"),
     [
-        {"data": 2, "fsdp": 4},
-        pytest.param({"data": 8}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 8}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "context": 4}, marks=pytest.mark.slow),
-        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 4}, 0),
+        pytest.param({"data": 8}, 0, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, 0, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, 0, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "context": 4}, 0, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, 0, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "context": 2, "tensor": 2}, 0, marks=pytest.mark.slow),
+        pytest.param(
+            {"fsdp": 2, "context": 2, "tensor": 2}, flux.MAX_UNROLLED, marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
-def test_a_step_is_the_same_on_one_device_and_on_eight(recipe, on_one_device, sizes):
+def test_a_step_is_the_same_on_one_device_and_on_eight(
+    recipe, on_one_device, monkeypatch, sizes, max_unrolled
+):
+    """With the blocks looped over, as on accelerators, or written out, as on the one device."""
     state, metrics = on_one_device
+    monkeypatch.setattr(flux, "MAX_UNROLLED", max_unrolled)
     other_state, other_metrics = one_step(recipe, mesh_of(**sizes))
     assert metrics.keys() == other_metrics.keys()
     for name, value in metrics.items():

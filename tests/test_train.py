@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from kontext_jax import flops
 from kontext_jax import train as train_module
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
-from kontext_jax.config import Config, SheetConfig
+from kontext_jax.config import Config, SheetConfig, to_dict
 from kontext_jax.data import store, world
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
@@ -250,6 +251,23 @@ def test_a_setting_younger_than_the_checkpoint_has_had_its_default(
     train(autoencoder_config(world_folder), autoencoder)
     with pytest.raises(ValueError, match="This run was made with another optim: give it"):
         train(autoencoder_config(world_folder, moments_dtype="bfloat16"), autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on"),
+    [({"attention": "xla"}, True), ({"remat": "save_named"}, True), ({"theta": 1e3}, False)],
+    ids=str,
+)
+def test_how_the_transformer_is_computed_may_change(change, goes_on):
+    """In a run that goes on; what it computes may not."""
+
+    def meta(**changes):
+        objective = FlowMatchingConfig(transformer=FluxConfig(**changes))
+        return {"config": to_dict(Config(objective=objective)), "frozen": {}}
+
+    same = nullcontext() if goes_on else pytest.raises(ValueError, match="another objective: give")
+    with same:
+        train_module._check_same_run(meta(), meta(**change))
 
 
 def test_a_run_without_finite_gradients_stops(world_folder, tmp_path):

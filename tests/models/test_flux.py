@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from kontext_jax.models import attention, layers
+from kontext_jax.models import attention, flux, layers, splash
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig, ClipText
 from kontext_jax.models.flux import Flux, FluxConfig
@@ -18,7 +18,7 @@ from kontext_jax.models.t5 import T5Config, T5Encoder
 from kontext_jax.names import by_name
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig, make_optimizer
-from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.train_state import abstract_state, make_train_step
 from kontext_jax.types import Batch
 
@@ -209,14 +209,60 @@ def loss(model, inputs):
     return jnp.sum(jnp.square(model(**inputs)))
 
 
-def test_recomputing_changes_nothing(make, inputs):
-    kept, *others = (
-        jax.jit(jax.grad(loss))(make(remat=policy), inputs)
-        for policy in ("none", "full", "save_attention", "save_named", "offload")
+def assert_close(tree, other, tolerance=1e-4):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance * np.abs(a).max())
+
+
+def test_recomputing_changes_nothing(make, inputs, monkeypatch):
+    """Nor does it that blocks are looped over, where few of them on CPUs are written out."""
+
+    def gradients(policy):
+        return jax.jit(jax.grad(loss))(make(remat=policy, depth=2, depth_single=2), inputs)
+
+    kept = gradients("none")
+    monkeypatch.setattr(flux, "MAX_UNROLLED", 0)
+    for policy in ("full", "save_attention", "save_named", "offload"):
+        assert_close(kept, gradients(policy))
+
+
+def test_the_fused_kernel_on_a_mesh_is_plain_attention_on_one_device(random_network, monkeypatch):
+    """Of packed rows with padding. Rows, queries and heads are split, and blocks looped over."""
+    text_segments, segments = (
+        jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], lengths, axis=1), jnp.int32)
+        for lengths in ([40, 20, 4], [130, 110, 16])
     )
-    for other in others:
-        for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
+    rng = np.random.default_rng(0)
+    inputs = {
+        "latents": rng.standard_normal((2, 256, 8), np.float32),
+        "text": rng.standard_normal((2, 64, 20), np.float32),
+        "pooled": rng.standard_normal((2, 2, 12), np.float32),
+        "t": jnp.array([[0.3, 0.9], [0.5, 0.7]]),
+        "positions": jnp.asarray(rng.integers(0, 16, (2, 256, 3)), jnp.int32),
+        "segments": segments,
+        "text_segments": text_segments,
+    }
+    inputs = jax.tree.map(jnp.asarray, inputs)
+
+    def loss(model, inputs):
+        out = jnp.where(segments[:, :, None] > 0, model(**inputs), 0.0)
+        return jnp.sum(jnp.sin(out)), out
+
+    def outputs_and_gradients(kernel, mesh):
+        config = config_of(
+            hidden_size=256, axes_dim=(16, 56, 56), mlp_ratio=1.0, depth=2, depth_single=2,
+            remat="save_attention", attention=kernel,
+        )  # fmt: skip
+        model = random_network(lambda: Flux(config, rngs=nnx.Rngs(0)))
+        with jax.set_mesh(mesh):
+            model = jax.device_put(model, shardings_of(model, mesh))
+            return jax.jit(jax.grad(loss, has_aux=True))(model, inputs)
+
+    plain = outputs_and_gradients("xla", make_mesh(MeshConfig(), jax.devices()[:1]))
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    monkeypatch.setattr(flux, "MAX_UNROLLED", 0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))
+    assert_close(plain, outputs_and_gradients("splash", mesh))
 
 
 def operations(jaxpr) -> Counter:

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
+from kontext_jax import sharding
 from kontext_jax.models import splash
 from kontext_jax.models.attention import attention
 from kontext_jax.models.layers import remat
@@ -117,6 +118,23 @@ def test_what_is_kept_spares_the_backward_pass_the_forward_kernel(qkv, policy, c
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
         text = str(jax.make_jaxpr(jax.grad(loss))(qkv[0]))
     assert text.count("name=splash_mha_fwd") == calls and text.count("name=splash_mha_dkv") == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_lowers_for_tpus(qkv, dtype, monkeypatch):
+    """Where Mosaic checks the kernels; it takes no TPU, nor its compiler."""
+    monkeypatch.setattr(splash, "MAX_BLOCK", 512)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+
+    def loss(qkv):
+        return jnp.sum(attention(*qkv, jnp.asarray(SEGMENTS)).astype(jnp.float32))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2))):
+        program = export.export(jax.jit(jax.grad(loss)), platforms=["tpu"])(
+            jax.tree.map(lambda x: x.astype(dtype), qkv)
+        )
+    text = program.mlir_module()
+    assert all(f'kernel_name = "{name}' in text for name in splash.KERNEL_FLOPS)
 
 
 def test_flops_of_the_kernels():
