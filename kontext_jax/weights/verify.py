@@ -94,9 +94,11 @@ class Probe(NamedTuple):
 
 def _run_jax(probe: Probe, reader: Reader, inputs: Arrays) -> Arrays:
     config = dataclasses.replace(reader.config, dtype="float32")
-    network = load(reader, config, make_mesh(MeshConfig(), jax.devices("cpu")[:1]), dtype=None)
+    mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
+    network = load(reader, config, mesh, dtype=None)
     rows = {name: x[None] for name, x in inputs.items()}
-    with jax.numpy_dtype_promotion("standard"):  # parameters in half precision meet float32
+    # Parameters in half precision meet float32.
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
         return {name: np.asarray(x) for name, x in jax.jit(probe.jax)(network, rows).items()}
 
 
