@@ -15,7 +15,7 @@ and training three times as much: each product has two gradients, which are prod
 
 Not counted: what is computed again in the backward pass; padding, and attention across segments of
 a packed row; the velocity of context tokens, which nothing reads; the encoders, frozen or not; the
-optimizer; everything that is no product of matrices. So MFU falls with all of these.
+optimizer; RoPE; everything that is no product of matrices. So MFU falls with all of these.
 """
 
 import fnmatch

@@ -56,7 +56,7 @@ def splash_attention(
     checkpoint_name: str,
     interpret: bool = False,
 ) -> Float[Array, "B S H K"]:
-    """Attention between tokens of equal segment; of each query there is a key.
+    """Attention between tokens of equal segment; every query should have a key of its segment.
 
     Rows run one after the other, for each has its own blocks to skip. Lengths that no block divides
     are filled up with padding; what padding attends to has no meaning.
