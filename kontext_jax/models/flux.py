@@ -64,9 +64,10 @@ class FluxConfig:
 
         with h = hidden_size values of the compute dtype. In [dev], for a row of 8,704 tokens
         (1024 pixels, one context, text), 1 h of all blocks is 3.0 GB, and each of attention's two
-        products 16 % of the forward pass. This is plain attention. Of a fused kernel nothing but
-        "full" repeats the forward pass, none keeps the weights, and each repeats queries times
-        keys; plain attention in bfloat16 keeps its result in float32, 2 h and not 1.
+        products 16 % of the forward pass. The last column is that of plain attention, which in
+        bfloat16 keeps its result in float32, 2 h and not 1. A fused kernel keeps no weights and
+        always repeats queries times keys; its forward pass is repeated by "full" alone, and
+        cuDNN's by "offload" too.
     """
 
     in_channels: int = 64
