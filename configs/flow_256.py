@@ -15,7 +15,7 @@ Weight decay leaves biases and norms alone here, which the reference does not. T
 validation is not here, so its target has not been tried.
 
 `v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
-`h100_64` for 64 GPUs. README.md has their numbers.
+`h100_64` for 64 GPUs. README.md has the numbers of the first.
 """
 
 from kontext_jax.checkpoint import CheckpointConfig

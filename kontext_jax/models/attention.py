@@ -132,7 +132,7 @@ def _cudnn(q, k, v, q_segments, kv_segments, scale):
     attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     return jax.lax.cond(
         jnp.all(q_segments == q_segments[0, 0]) & jnp.all(kv_segments == q_segments[0, 0]),
-        lambda q, k, v: attend(q, k, v),
+        attend,
         lambda q, k, v: attend(q, k, v, mask=_visible(q_segments, kv_segments)),
         q,
         k,
