@@ -15,13 +15,14 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.objectives import Objective
 from kontext_jax.objectives.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig
 
-ObjectiveConfig = AutoencoderObjectiveConfig | FlowMatchingConfig
+ObjectiveConfig = AutoencoderObjectiveConfig | FlowMatchingConfig | LaddConfig
 
-OBJECTIVES = {"autoencoder": AutoencoderObjective, "flow_matching": FlowMatching}
+OBJECTIVES = {"autoencoder": AutoencoderObjective, "flow_matching": FlowMatching, "ladd": Ladd}
 
 
 @dataclass(kw_only=True, unsafe_hash=True)

@@ -24,7 +24,7 @@ from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator
 from kontext_jax.metrics import world
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import load_meta, load_player
+from kontext_jax.places import load_generator, load_meta
 from kontext_jax.report import write_report
 from kontext_jax.runs import load_frozen
 from kontext_jax.sampler import SamplerConfig
@@ -79,7 +79,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     """
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
-    model, run = load_player(config.checkpoint, "model", mesh, config.params)
+    model, run = load_generator(config.checkpoint, mesh, config.params)
     frozen = load_frozen(run, mesh, load_meta(config.checkpoint)["frozen"])
     source = TripleSource(run.data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
@@ -99,7 +99,8 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     images = {"model": generate(networks_of(model, frozen))}
     sampling = time.monotonic() - sampling
     images["copy"] = [_copy(triple) for triple in triples]
-    init = jax.jit(lambda key: run.make_objective().init(key)["model"])
+    objective = run.make_objective()
+    init = jax.jit(lambda key: objective.init(key)[objective.generator])
     untrained = init(jax.random.key(config.seed))
     images["untrained"] = generate(networks_of(untrained, frozen))
 

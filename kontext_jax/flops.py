@@ -120,6 +120,7 @@ def training_flops(
     contexts: Count,
     text: Count,
     lora: LoraConfig | None = None,
+    frozen: bool = False,
 ) -> Count:
     """FLOPs of one example's forward and backward pass.
 
@@ -133,10 +134,13 @@ def training_flops(
       target, contexts: image tokens to make, and of all contexts together.
       text: text tokens.
       lora: adapters that are trained in the transformer's place, if they have a rank.
+      frozen: nothing of it is trained, but its input has a gradient.
     """
     lengths = _lengths(target, contexts, text)
     linear = _linear_flops(config, lengths)
     attention = _attention_flops(config, lengths["joint"])
+    if frozen:
+        return 2.0 * linear + 3.0 * attention
     if lora is None or not lora.rank:
         return 3.0 * (linear + attention)
     return 2.0 * linear + 3.0 * (attention + _adapter_flops(config, lora, lengths))

@@ -98,6 +98,28 @@ def sample_time(
     return jax.nn.sigmoid(logit + config.mu(num_tokens))
 
 
+def sample_times(
+    keys: Key[Array, "B N"], num_tokens: Int[Array, "B N"], config: TimeConfig
+) -> Float[Array, "B N"]:
+    """`sample_time` for each example of each row."""
+    return jax.vmap(jax.vmap(lambda key, n: sample_time(key, n, config)))(keys, num_tokens)
+
+
+def at_tokens(t: Float[Array, "B N"], segments: Int[Array, "B S"]) -> Float[Array, "B S 1"]:
+    """Each token's time, that of its example; padding has that of the first."""
+    return jnp.take_along_axis(t, jnp.maximum(segments - 1, 0), axis=1)[:, :, None]
+
+
+def fold_keys(keys: Key[Array, "B N"], tag: Int[Array, ""] | int) -> Key[Array, "B N"]:
+    """Another key for each of ``keys``, by ``tag``."""
+    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, tag)))(keys)
+
+
+def split_keys(keys: Key[Array, "B N"], number: int) -> list[Key[Array, "B N"]]:
+    """``number`` independent keys for each of ``keys``."""
+    return [fold_keys(keys, tag) for tag in range(number)]
+
+
 def example_keys(key: Key[Array, ""], example_ids: Int[Array, "B N"]) -> Key[Array, "B N"]:
     """A key for each example, whatever row, device or host it is on."""
     return jax.vmap(jax.vmap(lambda example: jax.random.fold_in(key, example)))(example_ids)

@@ -20,6 +20,7 @@ from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.lora import Adapters
 from kontext_jax.objectives import Network
+from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.weights import flux
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
@@ -90,6 +91,21 @@ def load_player(workdir: str | Path, player: str, mesh: Mesh, params: str = "ema
     with closing(_open(workdir)) as checkpointer:
         network = checkpointer.restore_network(player, abstract, shardings, params)
     return network, config
+
+
+def load_generator(workdir: str | Path, mesh: Mesh, params: str = "ema", dtype: str = ""):
+    """(networks by name, config) of what a run trained to make pictures; see `load_player`.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint.
+      ValueError: the run trained nothing of the kind.
+    """
+    config = load_config(workdir)
+    if not isinstance(config.objective, NetworksConfig):
+        raise ValueError(
+            f"{workdir} is a run of {config.objective.kind}, which trains no transformer."
+        )
+    return load_player(workdir, config.make_objective().generator, mesh, params, dtype)
 
 
 def computed_in(objective, dtype: str):
@@ -200,31 +216,40 @@ def _open_from_run(workdir: Path, name: str, params: str) -> Reader:
         if identity_of_reader(reader) != meta["frozen"][name]:
             raise ValueError(
                 f"The {name} that {workdir} was trained with is another now: "
-                f"{getattr(config.objective.init_from, name)} was trained on or replaced since."
+                f"{getattr(config.objective.init_from, network_of(name))} was trained on or replaced since."
             )
         if name != "transformer":
             return reader
         adapters, _, _ = load_adapters(workdir, params)
         return MergedReader(reader, adapters, record)
-    return OrbaxReader(item, ["model", name], network, getattr(config.objective, name), record)
+    path = [config.make_objective().generator, name]
+    return OrbaxReader(item, path, network, getattr(config.objective, name), record)
 
 
 def open_init(config: Config, name: str) -> Reader:
-    """The weights that ``init_from`` names for a network, checked against its config."""
-    init_from = config.objective.init_from
-    place = getattr(init_from, name)
+    """The weights that ``init_from`` names for a network, checked against its config.
+
+    The teacher is what ``init_from.transformer`` names.
+    """
+    init_from, network = config.objective.init_from, network_of(name)
+    place = getattr(init_from, network)
     if not place:
         raise ValueError(
-            f"objective.init_from.{name} is empty: this run needs the weights of its {name}."
+            f"objective.init_from.{network} is empty: this run needs the weights of its {name}."
         )
     try:
-        reader = open_network(place, name, except_for=init_from.except_for)
+        reader = open_network(place, network, except_for=init_from.except_for)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"objective.init_from.{name}: {error}") from error
+        raise FileNotFoundError(f"objective.init_from.{network}: {error}") from error
     if hasattr(config.objective, name):
         but = ("guidance_embed",) if _leaves_out_guidance(init_from.except_for) else ()
         check_same(reader, getattr(config.objective, name), place, but)
     return reader
+
+
+def network_of(role: str) -> str:
+    """Which of `NETWORKS` a player or frozen network is: the teacher is a transformer."""
+    return "transformer" if role == "teacher" else role
 
 
 def _leaves_out_guidance(except_for: Sequence[str]) -> bool:
@@ -243,7 +268,7 @@ def load_adapters(
       FileNotFoundError: there is no checkpoint.
       ValueError: the run trained none.
     """
-    model, config = load_player(workdir, "model", make_mesh(MeshConfig()), params)
+    model, config = load_generator(workdir, make_mesh(MeshConfig()), params)
     if "lora" not in model:
         raise ValueError(f"{workdir} is a run without adapters (objective.lora.rank is 0).")
     step = int(_item(Path(workdir), params).parent.name)
@@ -285,7 +310,7 @@ def record_of(config: Config, step: int, params: str) -> dict[str, Any]:
         "position_scheme": geometry.position_scheme,
         "geometry": to_dict(geometry),
     }
-    if config.objective.kind == "flow_matching":
+    if isinstance(config.objective, NetworksConfig):
         text = config.data.text
         record |= {
             "pooled": config.objective.pooled,

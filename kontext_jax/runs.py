@@ -17,12 +17,13 @@ from kontext_jax.models.lora import Adapters
 from kontext_jax.names import named_leaves
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, networks_of
+from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.places import (
     computed_in,
     identity_of,
     is_run,
+    load_generator,
     load_meta,
-    load_player,
     networks_by_name,
     open_init,
     open_networks,
@@ -45,7 +46,7 @@ class Model(NamedTuple):
       identity: what tells the weights from others.
     """
 
-    objective: FlowMatchingConfig
+    objective: NetworksConfig
     data: DataConfig
     networks: dict[str, Network]
     identity: dict[str, Any]
@@ -68,7 +69,7 @@ def load_model(
       ValueError: it is something else, incomplete, or not what it says.
     """
     if is_run(place):
-        model, config = load_player(place, "model", mesh, params, dtype)
+        model, config = load_generator(place, mesh, params, dtype)
         frozen = load_frozen(config, mesh, load_meta(place)["frozen"])
         networks, objective, data = frozen | model, config.objective, config.data
     else:
@@ -126,6 +127,11 @@ def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[s
     return frozen
 
 
+def teacher_time(config: Config) -> TimeConfig:
+    """The teacher's own schedule: that of its run or pipeline, FLUX's if nothing tells of one."""
+    return from_dict(open_init(config, "teacher").record.get("time", {}), TimeConfig)
+
+
 def load_initial(config: Config, mesh: Mesh) -> dict[str, dict[str, Network]]:
     """The networks that a run starts from, by player and name, in float32.
 
@@ -138,7 +144,7 @@ def load_initial(config: Config, mesh: Mesh) -> dict[str, dict[str, Network]]:
     initial: dict[str, dict[str, Network]] = {}
     for player in objective.players:
         for name in networks_by_name(abstract[player], player):
-            place = getattr(init_from, name)
+            place = getattr(init_from, name, "")
             if not place:
                 continue
             given = initial.setdefault(player, {})

@@ -1,4 +1,13 @@
-"""Integrating the flow from noise to an image: Euler steps along FLUX's schedule."""
+"""From noise to an image: Euler steps of the flow along FLUX's schedule, or a student's few calls.
+
+A step from time t to s, with the velocity v at x_t, is one of
+
+    euler         x_s = x_t + (s - t) v
+    consistency   x_s = (1 - s) x + s e,   x = x_t - t v,   e new noise of its own
+
+The second is how a student of ``objectives/ladd.py`` is trained to be used (arXiv 2403.12015): it
+makes an image, which is noised anew to the next time. The last step, to s = 0, is the same in both.
+"""
 
 from dataclasses import dataclass
 
@@ -11,12 +20,16 @@ from kontext_jax.models.flux import Flux
 from kontext_jax.types import Tokens
 
 
+METHODS = ("euler", "consistency")
+
+
 @dataclass(kw_only=True, unsafe_hash=True)
 class SamplerConfig:
     """How to sample.
 
     Attributes:
       num_steps: evaluations of the transformer (two each with ``cfg_scale``).
+      method: "euler" or "consistency", see the module's docstring.
       guidance: the distilled guidance scale, for transformers that have the input.
       cfg_scale: classifier-free scale; 1 is off. ``v = v_neg + scale (v_pos - v_neg)``.
       strength: share of the steps that are run. Below 1 sampling starts from the targets' own
@@ -24,11 +37,14 @@ class SamplerConfig:
     """
 
     num_steps: int = 28
+    method: str = "euler"
     guidance: float = 2.5
     cfg_scale: float = 1.0
     strength: float = 1.0
 
     def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}.")
         if self.num_steps < 1:
             raise ValueError(f"num_steps {self.num_steps} must be at least 1.")
         if not 0 < self.strength <= 1:
@@ -57,14 +73,14 @@ def sample(
 
     Sampling begins at pure noise or, past the schedule's first step, on the straight path between
     the targets' clean latents and the noise, at the first time that is left (equation 1 of `flow`).
-    Each example's noise depends on ``key`` and its id alone. Targets of different size in one row
+    Each example's noise depends on ``key``, its id and the step alone. Targets of different size in one row
     follow schedules of their own.
 
     Args:
       transformer: the velocity.
       tokens: contexts, text and layout; the targets' latents are looked at only if
         ``config.first_step`` is above 0.
-      key: of the initial noise.
+      key: of all noise.
       config: steps, guidance and strength.
       time: the shift of the schedule.
       negative: the same rows with the negative prompt; needed if ``cfg_scale`` is not 1.
@@ -79,8 +95,11 @@ def sample(
     is_target = tokens.is_target[:, :, None]
     counts = jnp.sum(jnp.where(is_target, member, 0.0), axis=1).astype(jnp.int32)
     times = flow.schedule(config.num_steps, counts, time)
-    index = jnp.maximum(tokens.segments - 1, 0)
     guided = transformer.config.guidance_embed
+    keys = flow.example_keys(key, tokens.example_ids)
+
+    def noise_of(keys):
+        return flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
 
     def velocity(x, t, given):
         return transformer(
@@ -95,20 +114,25 @@ def sample(
         )
 
     def step(x, interval):
-        t, t_next = interval
+        number, t, t_next = interval
         v = velocity(x, t, tokens)
         if negative is not None:
             v_negative = velocity(x, t, negative)
             v = v_negative + config.cfg_scale * (v - v_negative)
-        dt = jnp.take_along_axis(t_next - t, index, axis=1)[:, :, None]
-        return jnp.where(is_target, x + dt * v, x), None
+        t, t_next = (flow.at_tokens(time, tokens.segments) for time in (t, t_next))
+        if config.method == "consistency":
+            # The first noise has the examples' own keys; a later step's is folded in from 1 on.
+            fresh = noise_of(flow.fold_keys(keys, number))
+            moved = flow.interpolate(flow.denoise(x, v, t), fresh, t_next)
+        else:
+            moved = x + (t_next - t) * v
+        return jnp.where(is_target, moved, x), None
 
-    keys = flow.example_keys(key, tokens.example_ids)
-    noise = flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
+    noise = noise_of(keys)
     times = times[config.first_step :]
     if config.first_step:
-        t = jnp.take_along_axis(times[0], index, axis=1)[:, :, None]
-        noise = flow.interpolate(tokens.latents, noise, t)
+        noise = flow.interpolate(tokens.latents, noise, flow.at_tokens(times[0], tokens.segments))
     x = jnp.where(is_target, noise, tokens.latents)
-    x, _ = jax.lax.scan(step, x, (times[:-1], times[1:]))
+    numbers = jnp.arange(1, len(times))
+    x, _ = jax.lax.scan(step, x, (numbers, times[:-1], times[1:]))
     return x

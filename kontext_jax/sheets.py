@@ -102,10 +102,11 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     examples = prepare_all(triples, config.data)
     if config.objective.kind == "autoencoder":
         return lambda networks, frozen: _reconstructions(networks["autoencoder"], examples)
+    player = config.make_objective().generator
     generate = Generator(examples, config.data, config.objective, config.sheets.sampler, mesh)
 
     def edits(networks, frozen):
-        images = generate(networks_of(networks["model"], frozen))
+        images = generate(networks_of(networks[player], frozen))
         rows = [
             SheetRow(t.contexts, t.prompt, [image], t.target, t.category)
             for t, image in zip(triples, images, strict=True)

@@ -4,6 +4,7 @@ Reads top to bottom: config -> mesh -> data -> objective -> state -> loop. Start
 same arguments, it goes on exactly where its last checkpoint was taken.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -20,12 +21,17 @@ from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, from_dict, to_dict, validated
 from kontext_jax.data.pipeline import Loader
 from kontext_jax.flops import chip_peak, num_chips
-from kontext_jax.optim import make_optimizer
 from kontext_jax.places import identity_of
 from kontext_jax.runs import load_frozen, load_initial
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
 from kontext_jax.sheets import make_sheet_maker
-from kontext_jax.train_state import TrainState, abstract_state, init_state, jit_train_step
+from kontext_jax.train_state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    jit_train_step,
+    make_optimizers,
+)
 from kontext_jax.types import Metrics
 from kontext_jax.writer import Writer
 
@@ -60,7 +66,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     objective = config.make_objective()
     frozen = load_frozen(config, mesh)
     make_sheet = make_sheet_maker(config, mesh) if config.sheets.every else None
-    optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
+    optimizers = make_optimizers(objective, config.optim, config.num_steps)
     abstract, shardings = abstract_state(objective, optimizers, mesh)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     meta = {"config": to_dict(config), "frozen": identity_of(frozen), "metrics": {}}
@@ -188,7 +194,7 @@ class Window:
         self._unreadable += unreadable
         self._in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
         self._start()
-        means = {name: float(np.mean([step[name] for step in good])) for name in steps[0] if good}
+        means = {name: _mean([step[name] for step in good]) for name in steps[0] if good}
         return (means or before) | {
             "examples": examples,
             "skipped_records": unreadable,
@@ -221,6 +227,12 @@ class Window:
                 f"{self._unreadable} of {self._seen} records could not be read, more than "
                 f"data.max_skipped = {limit}. Mend {self._config.data.path} or raise the limit."
             )
+
+
+def _mean(values: list) -> float:
+    """Of the steps in which there was a value: a player that is not due has NaN."""
+    finite = [value for value in values if not np.isnan(value)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _check_same_run(stored: dict, current: dict) -> None:

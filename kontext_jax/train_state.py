@@ -1,5 +1,6 @@
 """The state of a run, and the one step that moves it on."""
 
+import functools
 from collections.abc import Callable
 from typing import no_type_check
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from kontext_jax.objectives import Network, Objective
-from kontext_jax.optim import OptimConfig, ema_decay_at
+from kontext_jax.optim import OptimConfig, ema_decay_at, make_optimizer
 from kontext_jax.sharding import shardings_of
 from kontext_jax.types import Batch, Metrics
 
@@ -85,6 +86,18 @@ def _new_state(objective, optimizers, key, initial=None) -> TrainState:
     )
 
 
+def make_optimizers(
+    objective: Objective, config: OptimConfig, num_steps: int
+) -> dict[str, optax.GradientTransformation]:
+    """Each player's optimizer, for a run of ``num_steps``; a player counts its own updates only."""
+    return {
+        player: make_optimizer(
+            objective.optim.get(player, config), -(-num_steps // objective.every.get(player, 1))
+        )
+        for player in objective.players
+    }
+
+
 def make_train_step(
     objective: Objective,
     optimizers: dict[str, optax.GradientTransformation],
@@ -95,21 +108,36 @@ def make_train_step(
 
     Each player in turn: gradient of its loss over all microbatches, clipping, update, average.
     A player whose loss or gradient is not finite keeps what it has, and the step counts as
-    skipped.
+    skipped. A player that is not due (`Objective.every`) keeps what it has too; its metrics are
+    NaN then.
     """
 
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params, opt_state, ema = dict(state.params), dict(state.opt_state), dict(state.ema)
         metrics, all_finite = {}, jnp.asarray(True)
+        inputs = _over_microbatches(
+            lambda microbatch: objective.prepare(frozen, microbatch),
+            _split(batch, config.accumulate_steps),
+        )
         for i, player in enumerate(objective.players):
 
-            def loss_fn(network, microbatch, player=player, i=i):
+            def loss_fn(network, inputs, player=player, i=i):
                 models = params | {player: network}
-                inputs = objective.prepare(frozen, microbatch)
-                return objective.loss(player, models, frozen, inputs, jax.random.fold_in(key, i))
+                player_key = jax.random.fold_in(key, i)
+                return objective.loss(player, models, frozen, inputs, player_key, state.step)
 
-            loss, sums, grads = _accumulate(loss_fn, params[player], batch, config.accumulate_steps)
+            def gradient(inputs, player=player, loss_fn=loss_fn):
+                return _accumulate(loss_fn, params[player], inputs)
+
+            every = objective.every.get(player, 1)
+            due = state.step % every == 0
+            if every == 1:
+                loss, sums, grads, handed_on = gradient(inputs)
+            else:
+                nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
+                loss, sums, grads, handed_on = jax.lax.cond(due, gradient, nothing, inputs)
+            inputs = inputs | handed_on
             grad_norm = optax.tree.norm(grads)
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]
@@ -119,15 +147,17 @@ def make_train_step(
             new = optax.apply_updates(params[player], updates)
             new_ema = optax.incremental_update(new, ema[player], 1 - decay)
 
-            keep = lambda new, old, ok=finite: jax.tree.map(  # noqa: E731
+            keep = lambda new, old, ok=finite & due: jax.tree.map(  # noqa: E731
                 lambda a, b: jnp.where(ok, a, b), new, old
             )
             params[player] = keep(new, params[player])
             opt_state[player] = keep(new_opt_state, opt_state[player])
             ema[player] = keep(new_ema, ema[player])
-            all_finite &= finite
+            all_finite &= finite | ~due
             named = {"loss": loss, "grad_norm": grad_norm} | sums
-            metrics |= {f"{player}/{name}": value for name, value in named.items()}
+            metrics |= {
+                f"{player}/{name}": jnp.where(due, value, jnp.nan) for name, value in named.items()
+            }
 
         bad = 1 - all_finite.astype(jnp.int32)
         skipped_in_a_row = (state.skipped_in_a_row + 1) * bad
@@ -167,34 +197,55 @@ def jit_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _accumulate(loss_fn, network, batch: Batch, num_microbatches: int):
-    """(loss, metrics, gradient) of the whole batch, one microbatch after the other.
+def _split(batch: Batch, num_microbatches: int) -> Batch:
+    """With an axis of microbatches in front."""
+    # Row r goes to microbatch r % num: every device keeps the rows it has.
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(
+            0, 1
+        ),
+        batch,
+    )
+
+
+def _over_microbatches(function, split):
+    """``function`` of each microbatch; a single one needs no loop."""
+    if len(jax.tree.leaves(split)[0]) > 1:
+        return jax.lax.map(function, split)
+    result = function(jax.tree.map(lambda x: x[0], split))
+    return jax.tree.map(lambda x: x[None], result)
+
+
+def _accumulate(loss_fn, network, inputs):
+    """(loss, metrics, gradient, what is handed on) of all microbatches, one after the other.
 
     Sums are added up and divided by the total weight once, so that any split gives the same.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def sums_of(microbatch):
-        (loss, (weight, metrics)), grads = grad_fn(network, microbatch)
-        return loss, weight, metrics, grads
+        (loss, (weight, metrics, handed_on)), grads = grad_fn(network, microbatch)
+        return (loss, weight, metrics, grads), dict(handed_on)
 
-    if num_microbatches == 1:
-        sums = sums_of(batch)
+    first = jax.tree.map(lambda x: x[0], inputs)
+    if len(jax.tree.leaves(inputs)[0]) == 1:
+        sums, handed_on = sums_of(first)
+        handed_on = jax.tree.map(lambda x: x[None], handed_on)
     else:
-        # Row r goes to microbatch r % num: every device keeps the rows it has.
-        split = jax.tree.map(
-            lambda x: x.reshape(
-                x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]
-            ).swapaxes(0, 1),
-            batch,
-        )
-        first = jax.tree.map(lambda x: x[0], split)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums_of, first))
+        shapes, _ = jax.eval_shape(sums_of, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total, microbatch):
-            return jax.tree.map(jnp.add, total, sums_of(microbatch)), None
+            sums, handed_on = sums_of(microbatch)
+            return jax.tree.map(jnp.add, total, sums), handed_on
 
-        sums, _ = jax.lax.scan(add, zeros, split)
+        sums, handed_on = jax.lax.scan(add, zeros, inputs)
     loss, weight, metrics, grads = sums
     scale = 1.0 / jnp.maximum(weight, 1.0)
-    return loss * scale, *jax.tree.map(lambda x: x * scale, (metrics, grads))
+    return loss * scale, *jax.tree.map(lambda x: x * scale, (metrics, grads)), handed_on
+
+
+def _nothing(shapes, inputs):
+    """Zeros in the place of a gradient that is not due."""
+    del inputs
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -129,7 +129,8 @@ def gradient(setup):
 
     def loss(models, batch):
         inputs = setup.objective.prepare(frozen, batch)
-        return setup.objective.loss("model", models, frozen, inputs, jax.random.key(5))
+        key, step = jax.random.key(5), jnp.zeros((), jnp.int32)
+        return setup.objective.loss("model", models, frozen, inputs, key, step)
 
     return partial(jax.jit(jax.value_and_grad(loss, has_aux=True)), setup.models)
 
@@ -156,9 +157,9 @@ def test_an_example_is_the_same_packed_and_alone(setup, packed, number):
 
 
 def test_gradients_of_a_packed_row_are_the_sum_of_its_examples(gradient):
-    (loss, (weight, _)), grads = gradient(packed_row(EXAMPLES))
+    (loss, (weight, _, _)), grads = gradient(packed_row(EXAMPLES))
     parts = [gradient(only([number])) for number in range(3)]
-    (alone_loss, (alone_weight, _)), alone_grads = jax.tree.map(lambda *x: sum(x), *parts)
+    (alone_loss, (alone_weight, _, _)), alone_grads = jax.tree.map(lambda *x: sum(x), *parts)
     assert weight == alone_weight == 3
     np.testing.assert_allclose(loss, alone_loss, rtol=1e-4)
     for (path, mine), theirs in zip(
@@ -216,6 +217,6 @@ def test_what_lies_in_the_padding_changes_nothing(setup, packed):
 
 def test_a_row_without_examples_has_no_loss_and_no_gradient(gradient):
     row = only([])
-    (loss, (weight, _)), grads = gradient(row)
+    (loss, (weight, _, _)), grads = gradient(row)
     assert loss == 0 and weight == 0 and row.skipped == 3
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))

@@ -1,5 +1,6 @@
 """One step: exact updates with a toy of two players, and accumulation on packed rows."""
 
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from kontext_jax.objectives import Sums
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train_state import TrainState, init_state, make_train_step
@@ -17,6 +19,8 @@ class Chase:
     """``leader`` runs to a target, ``follower`` to the leader: half the squared distance each."""
 
     players = ("leader", "follower")
+    generator = "leader"
+    optim = every = MappingProxyType({})
 
     def init(self, key):
         return {"leader": {"kernel": jnp.zeros((2, 1))}, "follower": {"bias": jnp.ones(2)}}
@@ -25,16 +29,17 @@ class Chase:
         return {}
 
     def prepare(self, frozen, batch):
-        return frozen["target"], jnp.sum(batch.example_ids >= 0).astype(jnp.float32)
+        weight = jnp.sum(batch.example_ids >= 0).astype(jnp.float32)
+        return {"target": frozen["target"], "weight": weight}
 
     def flops(self, batch):
         return jnp.zeros(())
 
-    def loss(self, player, models, frozen, inputs, key):
-        target, weight = inputs
+    def loss(self, player, models, frozen, inputs, key, step):
+        target, weight = inputs["target"], inputs["weight"]
         leader, follower = models["leader"]["kernel"][:, 0], models["follower"]["bias"]
         gap = leader - target if player == "leader" else follower - leader
-        return weight * 0.5 * jnp.sum(jnp.square(gap)), (weight, {"gap": weight * jnp.sum(gap)})
+        return weight * 0.5 * jnp.sum(jnp.square(gap)), Sums(weight, {"gap": weight * jnp.sum(gap)})
 
 
 class Chased(NamedTuple):

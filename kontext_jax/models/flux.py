@@ -8,7 +8,9 @@ sequence. Each kind is one stacked module, scanned, and rematerialised in the ba
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,28 @@ TIME_EMBED_DIM = 256
 MAX_UNROLLED = 12
 """So many blocks are written out one by one on CPUs if their backward pass repeats nothing; it
 compiles as fast."""
+
+
+class Taps(NamedTuple):
+    """Small networks that look at the image tokens after the blocks.
+
+    Attributes:
+      double, single: heads, stacked along a leading axis as the blocks are: one for every
+        ``every``-th block of the kind, the last one included; None for none.
+      read: ``(head, image tokens [B S D]) -> pytree``.
+      every: blocks from one tap to the next.
+      remat: what the backward pass recomputes of blocks and heads; the transformer's own policy
+        where empty.
+    """
+
+    double: Any
+    single: Any
+    read: Callable[[Any, Float[Array, "B S D"]], Any] | None
+    every: int = 1
+    remat: str = ""
+
+
+NO_TAPS = Taps(None, None, None)
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -295,6 +319,36 @@ class Flux(nnx.Module):
         Raises:
           ValueError: guidance is missing or not wanted.
         """
+        x, vec, _ = self._run(latents, text, pooled, t, positions, segments, text_segments, guidance)
+        return self.final_layer(x, vec, segments).astype(jnp.float32)
+
+    def tapped(
+        self,
+        latents: Float[Array, "B S C"],
+        text: Float[Array, "B L T"],
+        pooled: Float[Array, "B N P"],
+        t: Float[Array, "B N"],
+        *,
+        positions: Int[Array, "B S A"],
+        segments: Int[Array, "B S"],
+        text_segments: Int[Array, "B L"],
+        guidance: Float[Array, "B N"] | None = None,
+        taps: Taps,
+    ) -> tuple[Float[Array, "B S C"], Any]:
+        """(velocity, what the heads read off the image tokens after each tapped block, in order).
+
+        Heads run within the loops over the blocks, so that no block's tokens outlive it. Arguments
+        are those of a call, and ``taps``.
+        """
+        x, vec, readings = self._run(
+            latents, text, pooled, t, positions, segments, text_segments, guidance, taps
+        )
+        return self.final_layer(x, vec, segments).astype(jnp.float32), readings
+
+    def _run(
+        self, latents, text, pooled, t, positions, segments, text_segments, guidance, taps=NO_TAPS
+    ):
+        """(image tokens after the last block, conditioning vector, readings of the taps)."""
         txt_len = text.shape[1]
         img = constrain(self.img_in(latents), "batch seq act_embed")
         txt = constrain(self.txt_in(text), "batch seq act_embed")
@@ -303,21 +357,32 @@ class Flux(nnx.Module):
         rotation = self._rotation(positions, txt_len)
 
         def double(carry, block):
-            return block(*carry, vec, rotation, joint_segments), None
+            return block(*carry, vec, rotation, joint_segments)
 
         def single(x, block):
-            return block(x, vec, rotation, joint_segments), None
+            return block(x, vec, rotation, joint_segments)
 
-        policy = self.config.remat
+        policy = taps.remat or self.config.remat
         # What a loop keeps for its backward pass is copied once more, which is a tenth of a step on
         # CPUs. One that keeps next to nothing is the faster.
         few = self.config.depth + self.config.depth_single <= MAX_UNROLLED
         unroll = few and policy == "none" and platform() == "cpu"
-        scan = functools.partial(jax.lax.scan, unroll=unroll)
-        (img, txt), _ = scan(remat(double, policy), (img, txt), self.double_blocks)
-        x = jnp.concatenate([txt, img], axis=1)
-        x, _ = scan(remat(single, policy), x, self.single_blocks)
-        return self.final_layer(x[:, txt_len:], vec, segments).astype(jnp.float32)
+        run = functools.partial(_run_blocks, every=taps.every, policy=policy, unroll=unroll)
+        read = taps.read
+        (img, txt), first = run(
+            double, (img, txt), self.double_blocks, taps.double, lambda head, x: read(head, x[0])
+        )
+        x, second = run(
+            single,
+            jnp.concatenate([txt, img], axis=1),
+            self.single_blocks,
+            taps.single,
+            lambda head, x: read(head, x[:, txt_len:]),
+        )
+        readings = [reading for reading in (first, second) if reading is not None]
+        if readings:
+            readings = jax.tree.map(lambda *parts: jnp.concatenate(parts), *readings)
+        return x[:, txt_len:], vec, readings
 
     def _conditioning(self, t, guidance, pooled) -> Float[Array, "B N D"]:
         if (guidance is not None) != self.config.guidance_embed:
@@ -343,6 +408,39 @@ class Flux(nnx.Module):
         text_positions = jnp.zeros((positions.shape[0], txt_len, positions.shape[2]), jnp.int32)
         joint = jnp.concatenate([text_positions, positions], axis=1)
         return rope(joint, self.config.axes_dim, self.config.theta)
+
+
+def _run_blocks(step, carry, blocks, heads, read, *, every, policy, unroll):
+    """(carry after all blocks, readings): a head reads the carry after every ``every``-th block.
+
+    Counted from the last block on; those in front that fill no group are not read.
+    """
+    scan = functools.partial(jax.lax.scan, unroll=unroll)
+
+    def block_alone(carry, block):
+        return step(carry, block), None
+
+    def group(carry, blocks_and_head):
+        members, head = blocks_and_head
+        for i in range(every):
+            carry = step(carry, jax.tree.map(lambda x: x[i], members))  # noqa: B023
+        return carry, read(head, carry)
+
+    if heads is None:
+        return scan(remat(block_alone, policy), carry, blocks)
+    num_blocks = len(jax.tree.leaves(blocks)[0])
+    groups = num_taps(num_blocks, every)
+    before = num_blocks - groups * every
+    if before:
+        first = jax.tree.map(lambda x: x[:before], blocks)
+        carry, _ = scan(remat(block_alone, policy), carry, first)
+    grouped = jax.tree.map(lambda x: x[before:].reshape(groups, every, *x.shape[1:]), blocks)
+    return scan(remat(group, policy), carry, (grouped, heads))
+
+
+def num_taps(num_blocks: int, every: int) -> int:
+    """How many of a kind's blocks have a head, if every ``every``-th has one."""
+    return num_blocks // every
 
 
 def _split_heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S H K"]:

@@ -7,14 +7,16 @@ arXiv 2112.10752, section G, without the perceptual and adversarial terms).
 """
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
-from kontext_jax.types import Batch, Metrics
+from kontext_jax.objectives import Sums
+from kontext_jax.types import Batch
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -48,6 +50,8 @@ class AutoencoderObjective:
     """Reconstructs every image of the batch, targets and contexts alike."""
 
     players = ("autoencoder",)
+    generator = "autoencoder"
+    optim = every = MappingProxyType({})
 
     def __init__(self, config: AutoencoderObjectiveConfig):
         self.config = config
@@ -58,31 +62,38 @@ class AutoencoderObjective:
     def frozen(self) -> tuple[str, ...]:
         return ()
 
-    def prepare(self, frozen: dict, batch: Batch) -> Batch:
-        return batch
+    def prepare(self, frozen: dict, batch: Batch) -> dict[str, Batch]:
+        return {"batch": batch}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
         return jnp.zeros(())
 
     def loss(
-        self, player: str, models: dict, frozen: dict, inputs: Batch, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], Metrics]]:
+        self,
+        player: str,
+        models: dict,
+        frozen: dict,
+        inputs: dict[str, Batch],
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Sums]:
         """Sums over images; the weight is the number of images."""
+        batch = inputs["batch"]
         sums: dict[str, Float[Array, ""]] = {}
-        for i, size in enumerate(sorted(inputs.images)):
-            images = inputs.images[size]
-            used = (inputs.image_segments[size].reshape(-1) > 0).astype(jnp.float32)
+        for i, size in enumerate(sorted(batch.images)):
+            images = batch.images[size]
+            used = (batch.image_segments[size].reshape(-1) > 0).astype(jnp.float32)
             terms = self._terms(
                 models["autoencoder"],
                 to_pixels(images.reshape(-1, *images.shape[2:])),
-                _slot_keys(jax.random.fold_in(key, i), inputs, size).reshape(-1),
+                _slot_keys(jax.random.fold_in(key, i), batch, size).reshape(-1),
             )
             for name, per_image in terms.items():
                 sums[name] = sums.get(name, 0.0) + jnp.sum(per_image * used)
             sums["weight"] = sums.get("weight", 0.0) + jnp.sum(used)
         weight = sums.pop("weight")
         loss = sums["l1"] + sums["l2"] + self.config.kl_weight * sums["kl"]
-        return loss, (weight, sums)
+        return loss, Sums(weight, sums)
 
     def _terms(
         self, model: Autoencoder, images: Float[Array, "B h w 3"], keys: Key[Array, " B"]

@@ -1,0 +1,146 @@
+"""What all objectives on the transformer share: its networks, its conditions, its velocity."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kontext_jax import flow
+from kontext_jax.encoders import encode_clip, encode_text
+from kontext_jax.models.clip import ClipConfig
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.models.t5 import T5Config, pool
+from kontext_jax.objectives import Network
+from kontext_jax.types import Batch, Tokens
+
+POOLED = ("clip", "mean", "zeros")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class NetworksInit:
+    """Where each network's weights come from.
+
+    A place is the workdir of a run, a diffusers pipeline or a network's folder in it, a single
+    file of Black Forest Labs' layout, or a folder that `kontext_jax.convert` made.
+
+    Attributes:
+      transformer, text_encoder: initial weights; new ones where empty. Frozen networks need some.
+      clip, autoencoder: never trained here.
+      except_for: patterns of tensors that may be missing, or are not to be read; parameters that
+        are missing start anew.
+    """
+
+    transformer: str = ""
+    text_encoder: str = ""
+    clip: str = ""
+    autoencoder: str = ""
+    except_for: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class NetworksConfig:
+    """The networks, and how they are conditioned.
+
+    Attributes:
+      pooled: the transformer's pooled text vector: "clip", "mean" of the text encoder's vectors,
+        or "zeros".
+      time: the shift of the sampler's schedule.
+      guidance: the value fed to the guidance input, where the transformer has one.
+    """
+
+    transformer: FluxConfig = field(default_factory=FluxConfig)
+    text_encoder: T5Config = field(default_factory=T5Config)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    pooled: str = "clip"
+    time: flow.TimeConfig = field(default_factory=flow.TimeConfig)
+    guidance: float = 1.0
+
+    def __post_init__(self):
+        if self.pooled not in POOLED:
+            raise ValueError(f"pooled {self.pooled!r} is not one of {', '.join(POOLED)}.")
+        d_model = self.text_encoder.d_model
+        widths = [("context_in_dim", d_model, "text_encoder.d_model")]
+        if self.pooled == "mean":
+            widths.append(("vec_in_dim", d_model, "text_encoder.d_model"))
+        if self.pooled == "clip":
+            widths.append(("vec_in_dim", self.clip.hidden_size, "clip.hidden_size"))
+        for name, channels, source in widths:
+            if getattr(self.transformer, name) != channels:
+                raise ValueError(
+                    f"transformer.{name} is {getattr(self.transformer, name)}, but the vectors it "
+                    f"takes have {channels} channels ({source})."
+                )
+
+    @property
+    def teacher(self) -> FluxConfig:
+        """What a frozen teacher of this transformer is."""
+        return self.transformer
+
+    def encode_text(
+        self, networks: dict[str, Network], batch: Batch
+    ) -> tuple[Float[Array, "B L T"], Float[Array, "B N P"]]:
+        """The prompts' token vectors and pooled vectors, as the transformer takes them."""
+        text = encode_text(networks["text_encoder"], batch)
+        num_examples = batch.example_ids.shape[1]
+        if self.pooled == "clip":
+            return text, encode_clip(networks["clip"], batch)
+        if self.pooled == "mean":
+            return text, pool(text, batch.text_segments, num_examples)
+        return text, jnp.zeros((len(text), num_examples, self.transformer.vec_in_dim), text.dtype)
+
+    def frozen_encoders(self) -> tuple[str, ...]:
+        """The encoders of the prompts, where none is trained."""
+        return ("text_encoder", "clip") if self.pooled == "clip" else ("text_encoder",)
+
+
+def target_membership(tokens: Tokens) -> tuple[Float[Array, "B S N"], Float[Array, "B N"]]:
+    """(1 where a token belongs to an example's target, number of these tokens)."""
+    member = jax.nn.one_hot(tokens.segments - 1, tokens.example_ids.shape[1])  # padding: all zero
+    member = jnp.where(tokens.is_target[:, :, None], member, 0.0)
+    return member, jnp.sum(member, axis=1)
+
+
+def per_example(
+    values: Float[Array, "B S"], member: Float[Array, "B S N"], counts: Float[Array, "B N"]
+) -> Float[Array, "B N"]:
+    """Means over each example's target tokens; 0 where there is no example."""
+    return jnp.einsum("bs,bsn->bn", values, member) / jnp.maximum(counts, 1.0)
+
+
+def inputs_at(
+    transformer: Flux,
+    tokens: Tokens,
+    x: Float[Array, "B S C"],
+    t: Float[Array, "B N"],
+    guidance: float,
+) -> dict[str, Any]:
+    """The transformer's arguments for targets ``x`` at time ``t`` beside their clean contexts."""
+    has_guidance = transformer.config.guidance_embed
+    return {
+        "latents": jnp.where(tokens.is_target[:, :, None], x, tokens.latents),
+        "text": tokens.text,
+        "pooled": tokens.pooled,
+        "t": t,
+        "positions": tokens.positions,
+        "segments": tokens.segments,
+        "text_segments": tokens.text_segments,
+        "guidance": jnp.full_like(t, guidance) if has_guidance else None,
+    }
+
+
+def lengths_of(batch: Batch) -> dict[str, Float[Array, "B N"]]:
+    """Tokens of each example: ``target``, ``contexts`` and ``text``, as ``flops.py`` counts them."""
+    numbers = 1 + jnp.arange(batch.example_ids.shape[1])
+
+    def lengths(segments: Int[Array, "B S"]) -> Float[Array, "B N"]:
+        member = segments[:, :, None] == numbers[None, None]
+        return jnp.sum(member, axis=1, dtype=jnp.float32)
+
+    target = lengths(jnp.where(batch.is_target, batch.segments, 0))
+    return {
+        "target": target,
+        "contexts": lengths(batch.segments) - target,
+        "text": lengths(batch.text_segments),
+    }
