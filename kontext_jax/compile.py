@@ -34,6 +34,7 @@ from ml_collections import config_flags
 
 from kontext_jax import cli, hlo
 from kontext_jax.config import Config, validated
+from kontext_jax.data.latents import DTYPE
 from kontext_jax.data.packing import size_key
 from kontext_jax.data.pipeline import DataConfig, assemble
 from kontext_jax.flops import DEVICES_PER_CHIP, chip_peak
@@ -52,7 +53,7 @@ from kontext_jax.sharding import (
     shardings_of,
 )
 from kontext_jax.train_state import TrainState, abstract_state, jit_train_step
-from kontext_jax.types import Batch, Example
+from kontext_jax.types import Batch, Example, Latents, Prompts
 from kontext_jax.weights.networks import NETWORKS
 
 GB = 1e9
@@ -130,11 +131,15 @@ class Report:
         return self.capacity is None or self.memory["peak"] <= self.capacity
 
 
-def full_row(data: DataConfig) -> Batch:
+def full_row(data: DataConfig, channels: int = 0) -> Batch:
     """A row that is as full as can be of images of the largest size; its pixels and ids are 0.
 
     Where all images have that size, `Loader` yields rows of this shape. An example has one context,
     or as many as it takes to fill the row.
+
+    Args:
+      data: what is fed, and how; neither the data set nor a store of latents need be there.
+      channels: of a token, where latents are fed; 0 where pixels are.
 
     Raises:
       ValueError: a row cannot hold an image of that size.
@@ -149,12 +154,22 @@ def full_row(data: DataConfig) -> Batch:
             f"{packing.image_tokens}: raise packing.image_tokens or use smaller geometry.sizes."
         )
     count = min(packing.max_examples, max(1, slots // 2))
-    image = np.zeros((size[1], size[0], 3), np.uint8)
+    image, room = np.zeros((size[1], size[0], 3), np.uint8), {size_key(size): slots}
+    if channels:
+        image, room = Latents(size, np.zeros((tokens_of[size], channels), DTYPE)), {}
     text_ids = np.zeros(min(data.text.max_tokens, packing.text_tokens // count), np.int32)
     clip_ids = np.zeros(data.text.clip_length, np.int32)
     contexts = (image,) * (slots // count - 1)
     examples = [Example(str(i), image, contexts, text_ids, clip_ids) for i in range(count)]
-    return assemble(examples, range(count), {size_key(size): slots}, data)
+    row = assemble(examples, range(count), room, data, channels)
+    if data.negatives:
+        row = row.replace(negative=Prompts(row.text_ids, row.text_segments, row.clip_ids))
+    return row
+
+
+def _row_of(config: Config) -> Batch:
+    channels = config.objective.transformer.in_channels if config.data.latents.path else 0
+    return full_row(config.data, channels)
 
 
 def abstract_frozen(config: Config) -> dict[str, Network]:
@@ -205,7 +220,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
     state, shardings = abstract_state(objective, optimizers, mesh)
     frozen = abstract_frozen(config)
-    row = full_row(config.data)
+    row = _row_of(config)
     rows = config.data.batch_size
     check_batch(rows, config.optim.accumulate_steps, mesh)
     batch = jax.tree.map(
@@ -289,7 +304,7 @@ def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
         num_devices=mesh.size,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         rows=config.data.batch_size,
-        examples=config.data.batch_size * int(np.sum(full_row(config.data).example_ids >= 0)),
+        examples=config.data.batch_size * int(np.sum(_row_of(config).example_ids >= 0)),
         parameters={
             name: sum(leaf.size for leaf in jax.tree.leaves(network))
             for name, network in (trained | step.frozen).items()

@@ -12,12 +12,14 @@ from kontext_jax.models.t5 import T5Encoder
 from kontext_jax.types import Batch, Tokens
 
 
-def encode_images(autoencoder: Autoencoder, batch: Batch) -> Float[Array, "B S C"]:
+def encode_images(autoencoder: Autoencoder | None, batch: Batch) -> Float[Array, "B S C"]:
     """Clean latents of every image token; padding is zero.
 
     Images of a size are encoded as one dense array; each token of the row is then fetched from
-    the encoded tokens of its own row.
+    the encoded tokens of its own row. A batch that carries latents needs no autoencoder.
     """
+    if batch.latents is not None:
+        return jnp.asarray(batch.latents, jnp.float32)
     rows = batch.source.shape[0]
     encoded = []
     for key in sorted(batch.images):

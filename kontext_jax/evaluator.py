@@ -1,6 +1,5 @@
 """Images of a fixed set of examples: what sheets show and what metrics are computed on."""
 
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from kontext_jax.data.packing import Plan, Shape, size_key
-from kontext_jax.data.pipeline import MAX_EXAMPLE_ID, DataConfig, assemble
+from kontext_jax.data.pipeline import DataConfig, assemble, negatives, noise_id
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.geometry import size_of
@@ -20,7 +19,7 @@ from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards
-from kontext_jax.types import Batch, Example
+from kontext_jax.types import Batch, Example, Tokens, unprompted
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 
@@ -53,7 +52,7 @@ class Generator:
         self._batches, self._layout = _pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
         self._key = jax.random.key(seed)
         self._latents = jax.jit(
-            lambda networks, batches, key: _sample(networks, batches, key, sampler, objective)
+            lambda networks, batch, key: _sample(networks, batch, key, sampler, objective)
         )
         self._decode = jax.jit(_decode, static_argnames="size")
 
@@ -65,11 +64,10 @@ class Generator:
         """
         tokens: dict[int, np.ndarray] = {}
         with jax.set_mesh(self._mesh):
-            for batches, layout in zip(self._batches, self._layout, strict=True):
-                on_device = jax.device_put(batches, batch_sharding(self._mesh))
+            for batch, layout in zip(self._batches, self._layout, strict=True):
+                on_device = jax.device_put(batch, batch_sharding(self._mesh))
                 latents = self._latents(networks, on_device, self._key)
                 latents = multihost_utils.process_allgather(latents, tiled=True)
-                batch = batches[0]
                 for row, segment, example in layout:
                     mine = (batch.segments[row] == segment) & batch.is_target[row]
                     tokens[example] = np.asarray(latents)[row, mine]
@@ -93,21 +91,16 @@ class Generator:
         return [images[i] for i in range(len(self._examples))]
 
 
-def _noise_id(example: Example) -> int:
-    """Keys the noise by the example's own id, whatever list it is in."""
-    return zlib.crc32(example.id.encode()) % MAX_EXAMPLE_ID
-
-
 def _blind(example: Example) -> Example:
     return example._replace(target=np.zeros_like(example.target))
 
 
 def _pack(
     examples: Sequence[Example], data: DataConfig, mesh: Mesh, with_negatives: bool
-) -> tuple[list[list[Batch]], list[list[tuple[int, int, int]]]]:
+) -> tuple[list[Batch], list[list[tuple[int, int, int]]]]:
     """Batches of full size, and for each the (row, segment, example) of everything in it.
 
-    ``with_negatives`` puts beside each batch the same one with empty prompts.
+    ``with_negatives`` puts empty prompts beside the examples' own.
     """
     shapes = [
         Shape(size_of(e.target), tuple(map(size_of, e.contexts)), len(e.text_ids)) for e in examples
@@ -117,36 +110,34 @@ def _pack(
     shards = num_batch_shards(mesh)
     size_of_batch = -(-min(data.batch_size, len(rows)) // shards) * shards
     rows += [[]] * (-len(rows) % size_of_batch)
-    prompts = [examples]
     if with_negatives:
         tokenizer = Tokenizer(data.text)
         empty = dict(text_ids=tokenizer(""), clip_ids=tokenizer.clip(""))
-        prompts.append([example._replace(**empty) for example in examples])
+
+    def assembled(row: list[int]) -> Batch:
+        mine = [examples[i] for i in row]
+        made = assemble(mine, [noise_id(e.id) for e in mine], plan.slots, data)
+        return made.replace(negative=negatives(made, **empty)) if with_negatives else made
+
     batches, layouts = [], []
     for start in range(0, len(rows), size_of_batch):
         group = rows[start : start + size_of_batch]
-        batches.append([])
-        for given in prompts:
-            assembled = [
-                assemble(
-                    [given[i] for i in row], [_noise_id(given[i]) for i in row], plan.slots, data
-                )
-                for row in group
-            ]
-            batches[-1].append(jax.tree.map(lambda *leaves: np.stack(leaves), *assembled))
+        batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *map(assembled, group)))
         layouts.append(
             [(r, s, i) for r, row in enumerate(group) for s, i in enumerate(row, start=1)]
         )
     return batches, layouts
 
 
-def _sample(networks, batches, key, sampler, objective) -> Float[Array, "B S C"]:
-    latents = encode_images(networks["autoencoder"], batches[0])
-    tokens = [
-        to_tokens(batch, latents, *objective.encode_text(networks, batch)) for batch in batches
-    ]
-    negative = tokens[1] if len(tokens) > 1 else None
-    return sample(networks["transformer"], tokens[0], key, sampler, objective.time, negative)
+def _sample(networks, batch, key, sampler, objective) -> Float[Array, "B S C"]:
+    latents = encode_images(networks["autoencoder"], batch)
+
+    def tokens_of(batch: Batch) -> Tokens:
+        return to_tokens(batch, latents, *objective.encode_text(networks, batch))
+
+    negative = None if batch.negative is None else tokens_of(unprompted(batch))
+    tokens = tokens_of(batch)
+    return sample(networks["transformer"], tokens, key, sampler, objective.time, negative)
 
 
 def _decode(

@@ -70,6 +70,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     abstract, shardings = abstract_state(objective, optimizers, mesh)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     meta = {"config": to_dict(config), "frozen": identity_of(frozen), "metrics": {}}
+    loader.check_networks(meta["frozen"])
     if checkpointer.latest_step() is None:
         state = init_state(objective, optimizers, mesh, config.seed, load_initial(config, mesh))
     else:

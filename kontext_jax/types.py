@@ -45,23 +45,44 @@ class Triple(NamedTuple):
     details: str = "{}"
 
 
+class Latents(NamedTuple):
+    """What an autoencoder makes of an image of ``size``, (width, height) in pixels: its tokens."""
+
+    size: tuple[int, int]
+    tokens: Float[np.ndarray, "s C"]
+
+
 class Example(NamedTuple):
     """A triple brought to its bucket's sizes, with its prompt as token ids: ready to be packed.
 
-    ``text_ids`` are T5's, ``clip_ids`` CLIP's; these are empty where no network reads them.
+    Its images are pixels, or all of them latents. ``text_ids`` are T5's, ``clip_ids`` CLIP's;
+    these are empty where no network reads them.
     """
 
     id: str
-    target: UInt8[np.ndarray, "h w 3"]
-    contexts: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+    target: UInt8[np.ndarray, "h w 3"] | Latents
+    contexts: tuple[UInt8[np.ndarray, "_ _ 3"] | Latents, ...]
     text_ids: Int[np.ndarray, " l"]
     clip_ids: Int[np.ndarray, " q"] = np.zeros(0, np.int32)
+
+
+@no_type_check  # see `Batch`
+@struct.dataclass
+class Prompts:
+    """The text of a batch, without its images: the fields of `Batch` of the same names."""
+
+    text_ids: Int[Array | np.ndarray, "B L"]
+    text_segments: Int[Array | np.ndarray, "B L"]
+    clip_ids: Int[Array | np.ndarray, "B N Q"]
 
 
 @no_type_check  # trees of its structure also hold shapes, shardings, microbatches
 @struct.dataclass
 class Batch:
     """What the loader yields. Every shape is static; every leaf has the row axis first.
+
+    Its images are pixels, which an autoencoder has yet to encode, or ``latents``: then ``images``
+    and ``image_segments`` are empty, and ``source`` is 0.
 
     Attributes:
       images: pixels grouped by size, key "HxW", so that encoders see dense arrays.
@@ -77,6 +98,8 @@ class Batch:
       clip_ids: each example's prompt once more, as CLIP's ids; 0 = no example in this place.
       example_ids: global index of each example, below 2**31; -1 = no example in this place.
       skipped: examples of the row left out because their record could not be read.
+      latents: clean latents of every image token, 0 at padding; None where there are pixels.
+      negative: the same rows with every prompt empty; None unless asked for. See `unprompted`.
     """
 
     images: dict[str, UInt8[Array | np.ndarray, "B M _ _ 3"]]
@@ -91,8 +114,27 @@ class Batch:
     clip_ids: Int[Array | np.ndarray, "B N Q"]
     example_ids: Int[Array | np.ndarray, "B N"]
     skipped: Int[Array | np.ndarray, " B"]
+    latents: Float[Array | np.ndarray, "B S C"] | None = None
+    negative: Prompts | None = None
 
 
+def unprompted(batch: Batch) -> Batch:
+    """The batch with every prompt empty: what classifier-free guidance moves away from.
+
+    Raises:
+      ValueError: the batch carries no empty prompts.
+    """
+    if batch.negative is None:
+        raise ValueError("The batch carries no empty prompts: set data.negatives=true.")
+    return batch.replace(
+        text_ids=batch.negative.text_ids,
+        text_segments=batch.negative.text_segments,
+        clip_ids=batch.negative.clip_ids,
+        negative=None,
+    )
+
+
+@no_type_check  # as of `Batch`
 @struct.dataclass
 class Tokens:
     """What the transformer, the objectives and the sampler consume.

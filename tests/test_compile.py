@@ -17,8 +17,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from kontext_jax import cli, hlo
 from kontext_jax import compile as compiling
 from kontext_jax.config import Config
+from kontext_jax.data import latents
+from kontext_jax.data.latents import Encoded, LatentsConfig, Settings
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
+from kontext_jax.data.sources import TripleSource
 from kontext_jax.data.text import TextConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models import layers
@@ -28,8 +31,10 @@ from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sharding import MESH_AXES, MeshConfig, make_mesh, platform
+from kontext_jax.types import Latents, Triple
 
 ROOT = Path(__file__).parents[1]
+CHANNELS = 24
 DATA = DataConfig(
     batch_size=8,
     geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
@@ -63,12 +68,35 @@ def config(**kwargs) -> Config:
     )
 
 
-def test_rows_have_the_shapes_that_the_loader_yields(world_folder):
-    data = dataclasses.replace(DATA, path=str(world_folder))
+def store_of(data: DataConfig, folder: Path) -> DataConfig:
+    """Reading latents, all of them 0, in place of the data set's pixels."""
+    folder.mkdir()
+    source, zeros = TripleSource(data.path, data.split), np.zeros((16, CHANNELS), latents.DTYPE)
+
+    def encoded(triple: Triple) -> Encoded:
+        image = Latents((32, 32), zeros)
+        return Encoded(triple.id, image, (image,) * len(triple.contexts))
+
+    latents.write_chunk(latents.chunk_path(folder, data.split, 0, 1), map(encoded, source))
+    settings = Settings(
+        data=source.fingerprint,
+        split=data.split,
+        geometry=latents.plain(data.geometry),
+        networks={},
+    )
+    latents.finish(folder, settings, CHANNELS, 1)
+    return dataclasses.replace(data, latents=LatentsConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("fed", ["pixels", "latents"])
+def test_rows_have_the_shapes_that_the_loader_yields(world_folder, tmp_path, fed):
+    data = dataclasses.replace(DATA, path=str(world_folder), negatives=fed == "latents")
+    if fed == "latents":
+        data = store_of(data, tmp_path / "store")
     loader = Loader(data, seed=0)
     read = next(loader)
     loader.close()
-    made = compiling.full_row(data)
+    made = compiling.full_row(data, CHANNELS if fed == "latents" else 0)
     assert jax.tree.structure(made) == jax.tree.structure(read)
     for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(read), strict=True):
         assert ((data.batch_size, *ours.shape), ours.dtype) == (theirs.shape, theirs.dtype)
@@ -83,6 +111,17 @@ def test_a_row_is_filled_with_images_of_the_largest_size():
     assert np.sum(row.text_segments == 1) == 512
     with pytest.raises(ValueError, match="takes 4150 tokens, a row holds 4096"):
         compiling.full_row(DataConfig(packing=PackingConfig(image_tokens=4096)))
+
+
+@pytest.mark.slow
+def test_a_step_on_latents_is_compiled_without_a_store():
+    settings = config()
+    settings.data = dataclasses.replace(DATA, latents=LatentsConfig(path="nowhere"), negatives=True)
+    step = compiling.compile_step(settings, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert step.batch.images == {} and step.batch.latents.shape == (8, 64, CHANNELS)
+    assert step.batch.negative.text_ids.shape == (8, 72)
+    assert "convolution" not in step.text  # nothing is encoded
+    assert compiling.make_report(settings, make_mesh(MeshConfig()), step).examples == 16
 
 
 def lowered_linear() -> str:

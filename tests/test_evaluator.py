@@ -16,7 +16,7 @@ from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.types import Example
+from kontext_jax.types import Example, unprompted
 
 DATA = DataConfig(
     batch_size=2,
@@ -92,7 +92,7 @@ def test_negatives_have_empty_prompts_for_both_encoders(flux_tokenizers):
     ]
     data, mesh = dataclasses.replace(DATA, text=text), make_mesh(MeshConfig(), jax.devices()[:1])
     batches, layouts = _pack(examples, data, mesh, with_negatives=True)
-    (positive, negative), layout = batches[0], layouts[0]
+    positive, negative, layout = batches[0], unprompted(batches[0]), layouts[0]
     assert len(layout) == 2
     for row, segment, _ in layout:
         assert positive.clip_ids[row, segment - 1].tolist() == [518, 513, 519, 519]

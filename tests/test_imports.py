@@ -17,7 +17,7 @@ LAYERS = [
     {"config"},
     {"places", "sheets", "report"},
     {"runs"},
-    {"train", "sample", "evaluate", "convert", "compile"},
+    {"train", "sample", "evaluate", "convert", "encode", "compile"},
 ]
 
 

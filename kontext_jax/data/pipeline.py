@@ -1,10 +1,14 @@
 """From a data set on disk to packed batches: plan, read, resize, tokenise, assemble.
 
+With a store of latents (``latents.py``) no image is read: what an encoder made of them comes from
+there, and prompts from the data set; all else is the same, row by row.
+
 Everything random here is a pure function of (seed, epoch, example), so that the position in the
 data is one integer, whatever the number of hosts and workers.
 """
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grain
@@ -12,6 +16,13 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from kontext_jax.data.latents import (
+    DTYPE,
+    LatentsConfig,
+    LatentStore,
+    check_networks,
+    open_store,
+)
 from kontext_jax.data.packing import PackingConfig, Plan, Shape, size_key
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.data.text import TextConfig, Tokenizer
@@ -24,10 +35,11 @@ from kontext_jax.geometry import (
     position_ids,
     size_of,
 )
-from kontext_jax.types import Batch, Example, Triple
+from kontext_jax.types import Batch, Example, Latents, Prompts, Triple
 
 ENDLESS = 2**40  # rows; Grain wants a length
 MAX_EXAMPLE_ID = 2**31  # example ids are int32 on the device
+MIN_SEEN = 1000  # records after which the share of unreadable ones means something
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -43,6 +55,7 @@ class DataConfig:
       num_workers: reading processes; 0 reads in threads of this one.
       prefetch: batches read ahead, a thread each, where ``num_workers`` is 0.
       max_skipped: share of unreadable records, of those seen, at which a run stops.
+      negatives: whether batches carry empty prompts beside their own, see `Batch.negative`.
     """
 
     path: str = ""
@@ -53,6 +66,8 @@ class DataConfig:
     num_workers: int = 0
     prefetch: int = 4
     max_skipped: float = 0.01
+    negatives: bool = False
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -61,12 +76,22 @@ class DataConfig:
 class RowAssembler(Sequence):
     """Row k of an endless run, as a `Batch` without its row axis."""
 
-    def __init__(self, source: TripleSource, plan: Plan, config: DataConfig, seed: int):
+    def __init__(
+        self,
+        source: TripleSource,
+        plan: Plan,
+        config: DataConfig,
+        seed: int,
+        latents: LatentStore | None = None,
+    ):
+        """Reads images from ``latents`` if given, else from ``source``."""
         self._source = source
         self._plan = plan
         self._config = config
         self._seed = seed
+        self._latents = latents
         self._tokenizer = Tokenizer(config.text)
+        self._no_prompt = self._tokenized("")
 
     def __len__(self) -> int:
         return ENDLESS
@@ -81,17 +106,42 @@ class RowAssembler(Sequence):
             except CorruptRecordError as error:
                 logging.warning("Skipped a record. %s", error)
                 examples.append(None)
-        ids = [(first + index) % MAX_EXAMPLE_ID for index in indices]
-        return assemble(examples, ids, self._plan.slots, self._config)
+        return self._assembled(examples, [(first + index) % MAX_EXAMPLE_ID for index in indices])
+
+    def empty(self) -> Batch:
+        """A row of padding, for batches that the plan does not fill."""
+        return self._assembled([], [])
+
+    def _assembled(self, examples: Sequence[Example | None], ids: Sequence[int]) -> Batch:
+        if self._latents is None:
+            row = assemble(examples, ids, self._plan.slots, self._config)
+        else:
+            row = assemble(examples, ids, {}, self._config, self._latents.meta.channels)
+        return row.replace(
+            negative=negatives(row, **self._no_prompt) if self._config.negatives else None
+        )
 
     def _example(self, epoch: int, index: int) -> Example:
-        triple = self._source[index]
-        draw_caption, draw_context = np.random.default_rng((self._seed, epoch, index)).random(2)
+        rng = np.random.default_rng((self._seed, epoch, index))
+        draw_caption, draw_context, draw_sample = rng.random(3).tolist()
+        example = self._read(index, draw_sample < self._config.latents.samples)
         if draw_caption < self._config.caption_dropout:
-            triple = triple._replace(prompt="")
+            example = example._replace(**self._no_prompt)
         if draw_context < self._config.context_dropout:
-            triple = triple._replace(contexts=())
-        return prepare(triple, self._tokenizer, self._config.geometry)
+            example = example._replace(contexts=())
+        return example
+
+    def _read(self, index: int, synthetic: bool) -> Example:
+        """One example, nothing dropped; if ``synthetic``, with the teacher's target."""
+        if self._latents is None:
+            return prepare(self._source[index], self._tokenizer, self._config.geometry)
+        record = self._source.record(index)
+        stored = self._latents[record["id"]]
+        target = stored.sample if synthetic else stored.target
+        return Example(stored.id, target, stored.contexts, **self._tokenized(record["prompt"]))
+
+    def _tokenized(self, prompt: str) -> dict[str, Int[np.ndarray, " _"]]:
+        return {"text_ids": self._tokenizer(prompt), "clip_ids": self._tokenizer.clip(prompt)}
 
 
 def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> Example:
@@ -118,14 +168,16 @@ def assemble(
     ids: Sequence[int],
     slots: dict[str, int],
     config: DataConfig,
+    channels: int = 0,
 ) -> Batch:
     """Lays examples out in one row; None leaves a gap, for a record that could not be read.
 
     Args:
       examples: what the row holds.
       ids: their global indices; they key the noise.
-      slots: images of each size that the row has room for, see `Plan.slots`.
+      slots: images of each size that the row has room for, see `Plan.slots`; none for latents.
       config: capacities, geometry, and how many CLIP ids a prompt takes.
+      channels: of the tokens, where the examples' images are latents.
 
     Returns:
       A `Batch` without its row axis.
@@ -134,7 +186,7 @@ def assemble(
       ValueError: the examples do not fit into the row.
     """
     geometry, packing = config.geometry, config.packing
-    row = _empty_row(slots, packing, config.text.clip_length)
+    row = _empty_row(slots, packing, config.text.clip_length, channels)
     starts = _slot_starts(slots, geometry)
     filled = dict.fromkeys(slots, 0)
     token = text = 0
@@ -143,7 +195,7 @@ def assemble(
             row.skipped[...] += 1
             continue
         images = (example.target, *example.contexts)
-        sizes = [size_of(image) for image in images]
+        sizes = [image.size if isinstance(image, Latents) else size_of(image) for image in images]
         count = sum(num_tokens(size, geometry.pixels_per_token) for size in sizes)
         text_end = text + len(example.text_ids)
         if (
@@ -159,11 +211,14 @@ def assemble(
         row.is_target[token : token + num_tokens(sizes[0], geometry.pixels_per_token)] = True
         for image, size in zip(images, sizes, strict=True):
             key, tokens = size_key(size), num_tokens(size, geometry.pixels_per_token)
-            slot = filled[key]
-            row.images[key][slot] = image
-            row.image_segments[key][slot] = segment
-            row.source[token : token + tokens] = starts[key] + slot * tokens + np.arange(tokens)
-            filled[key] += 1
+            if isinstance(image, Latents):
+                row.latents[token : token + tokens] = image.tokens
+            else:
+                slot = filled[key]
+                row.images[key][slot] = image
+                row.image_segments[key][slot] = segment
+                row.source[token : token + tokens] = starts[key] + slot * tokens + np.arange(tokens)
+                filled[key] += 1
             token += tokens
         row.text_ids[text:text_end] = example.text_ids
         row.text_segments[text:text_end] = segment
@@ -173,7 +228,50 @@ def assemble(
     return row
 
 
-def _empty_row(slots: dict[str, int], packing: PackingConfig, clip_length: int) -> Batch:
+def negatives(
+    row: Batch, text_ids: Int[np.ndarray, " l"], clip_ids: Int[np.ndarray, " q"]
+) -> Prompts:
+    """An empty prompt for each example of a row, laid out as `assemble` does.
+
+    There is room for them, for no prompt takes fewer tokens than the empty one.
+
+    Args:
+      row: what `assemble` made.
+      text_ids, clip_ids: of the empty prompt.
+    """
+    fields = (row.text_ids, row.text_segments, row.clip_ids)
+    prompts = Prompts(*(np.zeros_like(field) for field in fields))
+    text = 0
+    for place in np.flatnonzero(row.example_ids >= 0):
+        text_end = text + len(text_ids)
+        prompts.text_ids[text:text_end] = text_ids
+        prompts.text_segments[text:text_end] = place + 1
+        prompts.clip_ids[place] = clip_ids
+        text = text_end
+    return prompts
+
+
+def noise_id(example_id: str) -> int:
+    """Keys an example's noise by its own id, whatever list or row it is in."""
+    return zlib.crc32(example_id.encode()) % MAX_EXAMPLE_ID
+
+
+def check_readable(unreadable: int, seen: int, config: DataConfig) -> None:
+    """Refuses to go on with data of which too much is lost.
+
+    Raises:
+      ValueError: more than ``config.max_skipped`` of the records seen could not be read.
+    """
+    if unreadable > config.max_skipped * max(seen, MIN_SEEN):
+        raise ValueError(
+            f"{unreadable} of {seen} records could not be read, more than data.max_skipped = "
+            f"{config.max_skipped}. Mend {config.path} or raise the limit."
+        )
+
+
+def _empty_row(
+    slots: dict[str, int], packing: PackingConfig, clip_length: int, channels: int
+) -> Batch:
     places, text_places = packing.image_tokens, packing.text_tokens
     return Batch(
         images={
@@ -191,6 +289,7 @@ def _empty_row(slots: dict[str, int], packing: PackingConfig, clip_length: int) 
         clip_ids=np.zeros((packing.max_examples, clip_length), np.int32),
         example_ids=np.full(packing.max_examples, -1, np.int32),
         skipped=np.zeros((), np.int32),
+        latents=np.zeros((places, channels), DTYPE) if channels else None,
     )
 
 
@@ -212,6 +311,12 @@ def _slot_starts(slots: dict[str, int], geometry: GeometryConfig) -> dict[str, i
 
 def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
     """Packs a data set by the sizes and prompt lengths in its index."""
+    names = [str(i) for i in source.index.ids]
+    return Plan(shapes_of(source, config), names, config.packing, config.geometry, seed)
+
+
+def shapes_of(source: TripleSource, config: DataConfig) -> list[Shape]:
+    """What each example of a data set takes of a row, by the index."""
     index = source.index
     sizes = config.geometry.sizes
     text_tokens = Tokenizer(config.text).reserve(np.asarray(index.prompt_bytes))
@@ -225,7 +330,7 @@ def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
             known[height, width] = nearest_size(width, height, sizes)
         return known[height, width]
 
-    shapes = [
+    return [
         Shape(
             nearest(index.target_sizes[i]),
             tuple(nearest(s) for s in index.context_sizes[end - count : end]),
@@ -233,11 +338,33 @@ def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
         )
         for i, (end, count) in enumerate(zip(ends, index.context_counts, strict=True))
     ]
-    return Plan(shapes, [str(i) for i in index.ids], config.packing, config.geometry, seed)
+
+
+def batches_of(
+    rows: Sequence, config: DataConfig, process_index: int, process_count: int
+) -> grain.experimental.ElasticIterator:
+    """This process's part of each batch of ``config.batch_size`` rows, read ahead."""
+    workers = None
+    if config.num_workers:
+        workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
+    threads = max(1, config.prefetch)
+    return grain.experimental.ElasticIterator(
+        grain.MapDataset.source(rows),
+        config.batch_size,
+        grain.sharding.ShardOptions(process_index, process_count),
+        read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
+        multiprocessing_options=workers,
+    )
 
 
 class Loader:
-    """Batches of this process's rows, without end; its state is one integer for all processes."""
+    """Batches of this process's rows, without end; its state is one integer for all processes.
+
+    Attributes:
+      source: the data set.
+      plan: its rows.
+      latents: the store that images are read from in place of ``source``, or None.
+    """
 
     def __init__(
         self,
@@ -250,29 +377,40 @@ class Loader:
         """Opens the data set and plans its rows.
 
         Raises:
-          FileNotFoundError, ValueError: the data set is missing, empty, or does not fit the rows.
+          FileNotFoundError, ValueError: the data set or the store of its latents is missing, empty,
+            or not what ``config`` asks for.
         """
         self.source = TripleSource(config.path, config.split)
         self.plan = plan_of(self.source, config, seed)
+        self.latents = None
+        if config.latents.path:
+            self.latents = open_store(config.latents, self.source, config.geometry)
+        self._config = config
         self._identity = {
             "data": self.source.fingerprint,
             "seed": seed,
             "plan": self.plan.fingerprint(),
+            "latents": self._latents_identity(),
         } | _order(config)
-        rows = RowAssembler(self.source, self.plan, config, seed)
-        workers = None
-        if config.num_workers:
-            workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
-        threads = max(1, config.prefetch)
-        self._rows = iter(
-            grain.experimental.ElasticIterator(
-                grain.MapDataset.source(rows),
-                config.batch_size,
-                grain.sharding.ShardOptions(process_index, process_count),
-                read_options=grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads),
-                multiprocessing_options=workers,
-            )
-        )
+        rows = RowAssembler(self.source, self.plan, config, seed, self.latents)
+        self._rows = iter(batches_of(rows, config, process_index, process_count))
+
+    def _latents_identity(self) -> list | None:
+        if self.latents is None:
+            return None
+        return [self._config.latents.samples, self.latents.meta.fingerprint()]
+
+    def check_networks(self, networks: Mapping[str, list]) -> None:
+        """Refuses a run whose networks are not those that its latents were made with.
+
+        Args:
+          networks: identity of what the run uses, by name (`places.identity_of`).
+
+        Raises:
+          ValueError: one of them is another.
+        """
+        if self.latents is not None:
+            check_networks(self.latents.meta, self._config.latents, networks)
 
     def __iter__(self) -> "Loader":
         return self

@@ -67,10 +67,16 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
           CorruptRecordError: the record cannot be read, or one of its images not decoded.
           IndexError: `index` is not within the data set.
         """
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'There is no record {index} in "{self.split}" of {self.path}.')
-        return self._read(index % len(self), _triple)
+        return self._read(index, _triple)
+
+    def record(self, index: SupportsIndex) -> Record:
+        """Reads one triple and leaves its images encoded: for those who want its prompt.
+
+        Raises:
+          CorruptRecordError: the record cannot be read.
+          IndexError: `index` is not within the data set.
+        """
+        return self._read(index, lambda record: record)
 
     @functools.cached_property
     def index(self) -> Index:
@@ -102,9 +108,12 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
     def __repr__(self) -> str:
         return f"TripleSource({str(self.path)!r}, {self.split!r})"
 
-    def _read(self, index: int, convert: Callable[[Record], T]) -> T:
+    def _read(self, index: SupportsIndex, convert: Callable[[Record], T]) -> T:
         """Applies `convert` to a record; whatever goes wrong is laid to that record."""
-        record_id = None
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'There is no record {index} in "{self.split}" of {self.path}.')
+        index, record_id = index % len(self), None
         try:
             record = _record(self._records[index])
             record_id = record["id"]

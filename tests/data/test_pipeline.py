@@ -10,11 +10,20 @@ import pytest
 
 from kontext_jax.data import packing, store
 from kontext_jax.data.packing import PackingConfig
-from kontext_jax.data.pipeline import DataConfig, Loader, RowAssembler, assemble, plan_of, prepare
+from kontext_jax.data.pipeline import (
+    DataConfig,
+    Loader,
+    RowAssembler,
+    assemble,
+    check_readable,
+    negatives,
+    plan_of,
+    prepare,
+)
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.geometry import GeometryConfig, position_ids
-from kontext_jax.types import Example, Triple
+from kontext_jax.types import Example, Triple, unprompted
 
 GEOMETRY = GeometryConfig(sizes=((16, 16), (32, 16)), pixels_per_token=8)
 CONFIG = DataConfig(
@@ -139,6 +148,24 @@ def test_clip_ids_lie_at_their_example_s_place():
     assert batch.clip_ids.dtype == np.int32
     with pytest.raises(ValueError, match="shape"):  # the examples were made without CLIP
         assemble([examples[0]._replace(clip_ids=np.zeros(0, np.int32))], [0], {"16x16": 3}, config)
+
+
+def test_empty_prompts_are_laid_out_as_prompts_are():
+    """Whatever the examples' own prompts are; none for one that could not be read."""
+    image = np.zeros((16, 16, 3), np.uint8)
+    examples = [Example("a", image, (), np.full(n, 7)) for n in (5, 2, 9)]
+    empty = {"text_ids": np.array([4, 1]), "clip_ids": np.zeros(0, np.int32)}
+    shown = assemble([examples[0], None, examples[2]], [5, 6, 7], {"16x16": 3}, CONFIG)
+    blank = examples[0]._replace(**empty)
+    expected = assemble([blank, None, blank], [5, 6, 7], {"16x16": 3}, CONFIG)
+    row = shown.replace(negative=negatives(shown, **empty))
+    assert_same(unprompted(row), expected.replace(images=row.images))
+
+
+def test_batches_carry_empty_prompts_if_asked(config):
+    asked = row(config, 2, negatives=True, caption_dropout=0.5)
+    assert_same(unprompted(asked), row(config, 2, caption_dropout=1.0))
+    assert row(config, 2).negative is None
 
 
 @pytest.mark.parametrize("change", ["image", "text", "number"])
@@ -321,6 +348,15 @@ def test_a_corrupt_record_is_left_out_and_counted(config, tmp_path, monkeypatch,
             assert segment not in np.concatenate(list(rest.image_segments.values()))
         else:
             assert_same(part(rest, segment), part(whole, segment))
+
+
+def test_a_few_unreadable_records_are_no_reason_to_stop():
+    check_readable(10, 50, CONFIG)  # one percent, of a thousand at least
+    check_readable(30, 3000, CONFIG)
+    with pytest.raises(
+        ValueError, match="31 of 3000 records could not be read, more than data.max"
+    ):
+        check_readable(31, 3000, CONFIG)
 
 
 def shown(config, epochs: int, **dropout):

@@ -66,6 +66,16 @@ def test_index_out_of_range(path, index):
         TripleSource(path, "train")[index]
 
 
+def test_a_record_has_the_prompt_and_leaves_images_encoded(path):
+    source = TripleSource(path, "train")
+    for index in (0, -1):
+        record, triple = source.record(index), source[index]
+        assert (record["id"], record["prompt"]) == (triple.id, triple.prompt)
+        assert record["target"] == store.encode_png(triple.target)
+    with pytest.raises(IndexError, match=f"no record {NUM}"):
+        source.record(NUM)
+
+
 @pytest.mark.parametrize("scanned", [False, True])
 def test_the_index_is_in_reading_order(path, scanned):
     if scanned:
