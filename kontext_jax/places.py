@@ -216,7 +216,8 @@ def _open_from_run(workdir: Path, name: str, params: str) -> Reader:
         if identity_of_reader(reader) != meta["frozen"][name]:
             raise ValueError(
                 f"The {name} that {workdir} was trained with is another now: "
-                f"{getattr(config.objective.init_from, network_of(name))} was trained on or replaced since."
+                f"{getattr(config.objective.init_from, network_of(name))} was trained on or "
+                "replaced since."
             )
         if name != "transformer":
             return reader

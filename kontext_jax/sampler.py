@@ -19,7 +19,6 @@ from kontext_jax import flow
 from kontext_jax.models.flux import Flux
 from kontext_jax.types import Tokens
 
-
 METHODS = ("euler", "consistency")
 
 
@@ -73,8 +72,8 @@ def sample(
 
     Sampling begins at pure noise or, past the schedule's first step, on the straight path between
     the targets' clean latents and the noise, at the first time that is left (equation 1 of `flow`).
-    Each example's noise depends on ``key``, its id and the step alone. Targets of different size in one row
-    follow schedules of their own.
+    Each example's noise depends on ``key``, its id and the step alone. Targets of different size
+    in one row follow schedules of their own.
 
     Args:
       transformer: the velocity.

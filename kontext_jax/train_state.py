@@ -201,9 +201,9 @@ def _split(batch: Batch, num_microbatches: int) -> Batch:
     """With an axis of microbatches in front."""
     # Row r goes to microbatch r % num: every device keeps the rows it has.
     return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]).swapaxes(
-            0, 1
-        ),
+        lambda x: x.reshape(
+            x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]
+        ).swapaxes(0, 1),
         batch,
     )
 

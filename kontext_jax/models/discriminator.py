@@ -1,13 +1,15 @@
-"""LADD's discriminator: small heads on the frozen teacher's image tokens (arXiv 2403.12015).
+"""Discriminators of distillation: small independent heads on the features of a frozen network.
 
-One independent head after each attention block looks at the target's tokens as the image that they
-are, by a 3 x 3 convolution, and knows the noise level and the prompt's pooled vector. What a head
-is made of the paper does not tell; here it is, with c = `DiscriminatorConfig.width`,
+LADD's look at the teacher's image tokens, one after each attention block (arXiv 2403.12015), and
+know the noise level and the prompt's pooled vector. ADD's look at the maps of a feature network
+(arXiv 2311.17042), and know the prompt's vector and the real image's. Both see the image that
+their tokens are, by a 3 x 3 convolution. What LADD's heads are made of the paper does not tell;
+here it is, with c = `HeadsConfig.width`,
 
-    h = in_layer(norm(tokens))                         D -> c
-    (shift, scale) = modulation(silu(time + text))     FiLM (arXiv 1709.07871)
-    h = h + conv(silu((1 + scale) norm(h) + shift))    3 x 3
-    logit = out_layer(silu(norm(h)))                   c -> 1, one logit a token
+    h = in_layer(norm(tokens))                                 D -> c
+    (shift, scale) = modulation(silu(condition_in(given)))     FiLM (arXiv 1709.07871)
+    h = h + conv(silu((1 + scale) norm(h) + shift))            3 x 3
+    logit = out_layer(silu(norm(h)))                           c -> 1, one logit a token
 
 Norms are LayerNorms of one token: nothing here mixes the examples of a batch.
 
@@ -16,10 +18,14 @@ neighbours, wherever they are in the row, and the convolution is a product of ma
 is many times as fast as XLA's own in a loop.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
@@ -60,9 +66,10 @@ class HeadsConfig:
 
 
 class Head(nnx.Module):
-    """Logits of one block's image tokens."""
+    """Logits of the image tokens of one block or map."""
 
-    def __init__(self, config: HeadsConfig, features: int, pooled: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: HeadsConfig, features: int, given: int, *, rngs: nnx.Rngs):
+        """``features``: channels of a token; ``given``: of what is known of its example."""
         width, dtype = config.width, jnp.dtype(config.dtype)
 
         def linear(inputs, outputs, axes, init):
@@ -70,30 +77,28 @@ class Head(nnx.Module):
 
         fan_in = initializers.lecun_normal()
         self.in_layer = linear(features, width, ("embed", "mlp"), fan_in)
-        self.time_in = linear(TIME_EMBED_DIM, width, ("channels", "mlp"), fan_in)
-        self.text_in = linear(pooled, width, ("embed", "mlp"), fan_in)
+        self.condition_in = linear(given, width, ("embed", "mlp"), fan_in)
         self.modulation = linear(width, 2 * width, ("embed", "mlp"), normal)
         self.conv = linear(NEIGHBOURS * width, width, ("embed", "mlp"), fan_in)
-        self.out_layer = linear(width, 1, ("embed", None), fan_in)
+        self.out_layer = linear(width, 1, ("embed", "channels"), fan_in)
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        time: Float[Array, "B N E"],
-        pooled: Float[Array, "B N P"],
+        given: Float[Array, "B N E"],
         segments: Int[Array, "B S"],
         neighbours: Int[Array, "B S 9"],
     ) -> Float[Array, "B S"]:
         h = self.in_layer(layer_norm(x))
-        vec = self.modulation(jax.nn.silu(self.time_in(time) + self.text_in(pooled)))
+        vec = self.modulation(jax.nn.silu(self.condition_in(given)))
         shift, scale = (per_token(part, segments) for part in jnp.split(vec, 2, axis=-1))
         around = gather(jax.nn.silu(modulate(h, shift, scale)), neighbours)
         h = h + self.conv(around.reshape(*around.shape[:2], -1))
         return self.out_layer(jax.nn.silu(layer_norm(h)))[:, :, 0].astype(jnp.float32)
 
 
-class Heads(nnx.Module):
-    """All heads of a transformer, stacked as its blocks are."""
+class BlockHeads(nnx.Module):
+    """Heads on a transformer's blocks, stacked as these are."""
 
     def __init__(self, config: HeadsConfig, transformer: FluxConfig, *, rngs: nnx.Rngs):
         """
@@ -112,7 +117,8 @@ class Heads(nnx.Module):
             )
 
         def make(rngs):
-            return Head(config, transformer.hidden_size, transformer.vec_in_dim, rngs=rngs)
+            given = TIME_EMBED_DIM + transformer.vec_in_dim
+            return Head(config, transformer.hidden_size, given, rngs=rngs)
 
         self.double, self.single = (
             nnx.data(stack(make, number, rngs) if number else None) for number in numbers
@@ -129,15 +135,52 @@ class Heads(nnx.Module):
           remat: see `Taps`.
         """
         neighbours = neighbours_of(tokens)
-        time = timestep_embedding(1000.0 * t)
+        pooled = tokens.pooled.astype(jnp.float32)
+        given = jnp.concatenate([timestep_embedding(1000.0 * t), pooled], axis=-1)
 
         def look(head, x):
             def logits(x):
-                return head(x, time, tokens.pooled, tokens.segments, neighbours)
+                return head(x, given, tokens.segments, neighbours)
 
             return logits(x) if read is None else read(logits, x)
 
         return Taps(self.double, self.single, look, self.config.tap_every, remat)
+
+
+class MapHeads(nnx.Module):
+    """Heads on the maps of a feature network."""
+
+    def __init__(self, config: HeadsConfig, channels: Sequence[int], given: int, *, rngs: nnx.Rngs):
+        """``channels``: of each map; ``given``: of what is known of each image."""
+        self.heads = nnx.List([Head(config, width, given, rngs=rngs) for width in channels])
+
+    def __call__(
+        self,
+        maps: Sequence[Float[Array, "B _ _ _"]],
+        given: Float[Array, "B E"],
+        read: Callable[[Callable, Float[Array, "B S D"]], Any],
+    ) -> list[Any]:
+        """What ``read(function tokens -> logits [B S], tokens)`` gives for each map."""
+        readings = []
+        for head, features in zip(self.heads, maps, strict=True):
+            batch, height, width, channels = features.shape
+            tokens = features.reshape(batch, height * width, channels)
+            segments = jnp.ones(tokens.shape[:2], jnp.int32)
+            neighbours = jnp.broadcast_to(
+                grid_neighbours(height, width)[None], (*tokens.shape[:2], NEIGHBOURS)
+            )
+            logits = functools.partial(
+                head, given=given[:, None], segments=segments, neighbours=neighbours
+            )
+            readings.append(read(logits, tokens))
+        return readings
+
+
+def grid_neighbours(height: int, width: int) -> Int[np.ndarray, "S 9"]:
+    """`neighbours_of` a whole grid, in reading order."""
+    places = np.pad(np.arange(height * width).reshape(height, width), 1, constant_values=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(places, (3, 3))
+    return windows.reshape(height * width, NEIGHBOURS).astype(np.int32)
 
 
 def neighbours_of(tokens: Tokens) -> Int[Array, "B S 9"]:

@@ -319,7 +319,9 @@ class Flux(nnx.Module):
         Raises:
           ValueError: guidance is missing or not wanted.
         """
-        x, vec, _ = self._run(latents, text, pooled, t, positions, segments, text_segments, guidance)
+        x, vec, _ = self._run(
+            latents, text, pooled, t, positions, segments, text_segments, guidance
+        )
         return self.final_layer(x, vec, segments).astype(jnp.float32)
 
     def tapped(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
@@ -35,7 +34,7 @@ from kontext_jax.types import Batch, Tokens
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class FlowInit(NetworksInit):
-    """Where the weights come from; ``lora``: adapters to start from, a file in diffusers' layout."""
+    """As `NetworksInit`; ``lora`` is a file of adapters in diffusers' layout, to start from."""
 
     lora: str = ""
 

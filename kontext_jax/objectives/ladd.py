@@ -34,9 +34,10 @@ from jaxtyping import Array, Float, Int, Key
 from kontext_jax import flow
 from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.flops import forward_flops, training_flops
-from kontext_jax.models.discriminator import Heads, HeadsConfig
+from kontext_jax.models.discriminator import BlockHeads, HeadsConfig
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
+from kontext_jax.objectives.student import StudentTimes, make_images, noise_like
 from kontext_jax.objectives.transformer import (
     NetworksConfig,
     NetworksInit,
@@ -49,40 +50,6 @@ from kontext_jax.optim import OptimConfig
 from kontext_jax.types import Batch, Tokens
 
 ADVERSARIAL = ("hinge", "non_saturating")
-
-
-@dataclass(kw_only=True, unsafe_hash=True)
-class StudentTimes:
-    """At which times a student learns to make an image in one call.
-
-    Attributes:
-      values: the times; 1 is pure noise.
-      warmup: probability of each in the first ``warmup_steps`` steps.
-      probabilities: of each from then on.
-    """
-
-    values: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    warmup: tuple[float, ...] = (0.0, 0.0, 0.5, 0.5)
-    probabilities: tuple[float, ...] = (0.7, 0.1, 0.1, 0.1)
-    warmup_steps: int = 500
-
-    def __post_init__(self):
-        if not all(0 < t <= 1 for t in self.values):
-            raise ValueError(f"student times {self.values} must be above 0 and at most 1.")
-        for name in ("warmup", "probabilities"):
-            given = getattr(self, name)
-            if len(given) != len(self.values) or min(given) < 0 or abs(sum(given) - 1) > 1e-6:
-                raise ValueError(
-                    f"{name} {given} must be {len(self.values)} probabilities that add up to 1."
-                )
-
-    def sample(self, keys: Key[Array, "B N"], step: Int[Array, ""]) -> Float[Array, "B N"]:
-        """A time for each example."""
-        chances = jnp.where(
-            step < self.warmup_steps, jnp.array(self.warmup), jnp.array(self.probabilities)
-        )
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.categorical(key, jnp.log(chances))))
-        return jnp.array(self.values, jnp.float32)[draw(keys)]
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -141,7 +108,7 @@ class Ladd:
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         rngs, config = nnx.Rngs(key), self.config
         student = {"transformer": Flux(config.transformer, rngs=rngs)}
-        heads = Heads(config.heads, config.transformer, rngs=rngs)
+        heads = BlockHeads(config.heads, config.transformer, rngs=rngs)
         return {"student": student, "discriminator": heads}
 
     def frozen(self) -> tuple[str, ...]:
@@ -183,7 +150,7 @@ class Ladd:
             made, t = self.make(student, tokens, make_keys, step)
             loss, sums = self.student_loss(heads, teacher, tokens, made, judge_keys)
             handed_on = {"made": jax.lax.stop_gradient(made)} if self._hands_on else {}
-            t = jnp.sum(t * (tokens.example_ids >= 0))
+            t = jnp.sum(jnp.where(tokens.example_ids >= 0, t, 0.0))
             return loss, Sums(sums.weight, sums.metrics | {"t": t}, handed_on)
         made = inputs.get("made")
         if made is None:
@@ -198,17 +165,13 @@ class Ladd:
     def make(
         self, student: Flux, tokens: Tokens, keys: Key[Array, "B N"], step: Int[Array, ""]
     ) -> tuple[Float[Array, "B S C"], Float[Array, "B N"]]:
-        """(the student's images x' by equation (1), in targets' places, and the times t)."""
-        time_keys, noise_keys = flow.split_keys(keys, 2)
-        t = self.config.student_times.sample(time_keys, step)
-        token_t = flow.at_tokens(t, tokens.segments)
-        x_t = flow.interpolate(tokens.latents, _noise(noise_keys, tokens), token_t)
-        v = student(**inputs_at(student, tokens, x_t, t, self.config.guidance))
-        return flow.denoise(x_t, v, token_t), t
+        """Equation (1): see `make_images`."""
+        config = self.config
+        return make_images(student, tokens, config.student_times, config.guidance, keys, step)
 
     def student_loss(
         self,
-        heads: Heads,
+        heads: BlockHeads,
         teacher: Flux,
         tokens: Tokens,
         made: Float[Array, "B S C"],
@@ -220,7 +183,7 @@ class Ladd:
         level_keys, noise_keys = flow.split_keys(keys, 2)
         s = flow.sample_times(level_keys, counts.astype(jnp.int32), config.renoise)
         token_s = flow.at_tokens(s, tokens.segments)
-        x_s = flow.interpolate(made, _noise(noise_keys, tokens), token_s)
+        x_s = flow.interpolate(made, noise_like(tokens, noise_keys), token_s)
         inputs = inputs_at(teacher, tokens, x_s, s, config.guidance)
         v, logits = teacher.tapped(**inputs, taps=heads.taps(tokens, s))
         if config.adversarial == "hinge":
@@ -242,7 +205,7 @@ class Ladd:
 
     def heads_loss(
         self,
-        heads: Heads,
+        heads: BlockHeads,
         teacher: Flux,
         tokens: Tokens,
         made: Float[Array, "B S C"],
@@ -256,7 +219,7 @@ class Ladd:
         token_s = flow.at_tokens(s, tokens.segments)
 
         def judge(x, noise_keys, read):
-            x_s = flow.interpolate(x, _noise(noise_keys, tokens), token_s)
+            x_s = flow.interpolate(x, noise_like(tokens, noise_keys), token_s)
             inputs = inputs_at(teacher, tokens, x_s, s, config.guidance)
             # Blocks have no gradient here. Heads keep what they read, and nothing of their insides.
             taps = heads.taps(
@@ -286,11 +249,9 @@ class Ladd:
         if config.r1_weight:
             terms["r1"] = over_targets(slope)
             loss = loss + config.r1_weight * terms["r1"]
-        return jnp.sum(loss), Sums(jnp.sum(counts > 0, dtype=jnp.float32), jax.tree.map(jnp.sum, terms))
-
-
-def _noise(keys: Key[Array, "B N"], tokens: Tokens) -> Float[Array, "B S C"]:
-    return flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
+        return jnp.sum(loss), Sums(
+            jnp.sum(counts > 0, dtype=jnp.float32), jax.tree.map(jnp.sum, terms)
+        )
 
 
 def plain(logits, x):

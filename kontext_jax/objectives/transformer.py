@@ -114,9 +114,12 @@ def inputs_at(
     tokens: Tokens,
     x: Float[Array, "B S C"],
     t: Float[Array, "B N"],
-    guidance: float,
+    guidance: float | Float[Array, "B N"],
 ) -> dict[str, Any]:
-    """The transformer's arguments for targets ``x`` at time ``t`` beside their clean contexts."""
+    """The transformer's arguments for targets ``x`` at time ``t`` beside their clean contexts.
+
+    ``guidance``, one value or one an example, goes to transformers that have the input.
+    """
     has_guidance = transformer.config.guidance_embed
     return {
         "latents": jnp.where(tokens.is_target[:, :, None], x, tokens.latents),
@@ -126,12 +129,14 @@ def inputs_at(
         "positions": tokens.positions,
         "segments": tokens.segments,
         "text_segments": tokens.text_segments,
-        "guidance": jnp.full_like(t, guidance) if has_guidance else None,
+        "guidance": jnp.broadcast_to(jnp.asarray(guidance, t.dtype), t.shape)
+        if has_guidance
+        else None,
     }
 
 
 def lengths_of(batch: Batch) -> dict[str, Float[Array, "B N"]]:
-    """Tokens of each example: ``target``, ``contexts`` and ``text``, as ``flops.py`` counts them."""
+    """Each example's tokens, ``target``, ``contexts`` and ``text``, as ``flops.py`` counts them."""
     numbers = 1 + jnp.arange(batch.example_ids.shape[1])
 
     def lengths(segments: Int[Array, "B S"]) -> Float[Array, "B N"]:

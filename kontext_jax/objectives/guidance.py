@@ -1,0 +1,132 @@
+r"""Guidance distillation: one call where classifier-free guidance takes two.
+
+Meng et al., arXiv 2210.03142, stage one; so FLUX.1's open [dev] weights came about. The student
+has an input for the scale w, and learns the guided velocity of a teacher without one,
+
+    v_student(x_t, t, w)  ~  v(x_t, t, no prompt) + w (v(x_t, t, prompt) - v(x_t, t, no prompt)),
+
+at the times of flow matching. It starts from the teacher's parameters; the last layer of the new
+input starts at zero, so that the student starts as the teacher.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from kontext_jax import flow
+from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.flops import forward_flops, training_flops
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.objectives import Sums
+from kontext_jax.objectives.student import noise_like
+from kontext_jax.objectives.transformer import (
+    NetworksConfig,
+    NetworksInit,
+    inputs_at,
+    lengths_of,
+    per_example,
+    target_membership,
+)
+from kontext_jax.types import Batch, Tokens, unprompted
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class GuidanceConfig(NetworksConfig):
+    """The student, whose ``transformer.guidance_embed`` must be set; the teacher has no such input.
+
+    The data must have ``data.negatives``.
+
+    Attributes:
+      init_from: where the networks come from; ``transformer`` is the teacher, and the student's
+        start.
+      time: how training times are drawn, and the shift of these and of the sampler's schedule.
+      scales: the scale w is drawn evenly between these two.
+    """
+
+    kind: str = "guidance"
+    init_from: NetworksInit = field(default_factory=NetworksInit)
+    scales: tuple[float, float] = (1.0, 6.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.transformer.guidance_embed:
+            raise ValueError("the student takes the scale as an input: set guidance_embed=True.")
+        if not self.scales[0] < self.scales[1]:
+            raise ValueError(f"scales {self.scales} must rise.")
+
+    @property
+    def teacher(self) -> FluxConfig:
+        return dataclasses.replace(self.transformer, guidance_embed=False)
+
+
+class Guidance:
+    """One player, ``student``."""
+
+    players = ("student",)
+    generator = "student"
+    optim = every = MappingProxyType({})
+
+    def __init__(self, config: GuidanceConfig):
+        self.config = config
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        student = Flux(self.config.transformer, rngs=nnx.Rngs(key))
+        kernel = student.guidance_in.out_layer.kernel
+        kernel[...] = jnp.zeros_like(kernel[...])
+        return {"student": {"transformer": student}}
+
+    def frozen(self) -> tuple[str, ...]:
+        return ("autoencoder", "teacher", *self.config.frozen_encoders())
+
+    def prepare(self, frozen: dict, batch: Batch) -> dict[str, Tokens]:
+        latents = encode_images(frozen.get("autoencoder"), batch)
+
+        def tokens_of(batch):
+            return to_tokens(batch, latents, *self.config.encode_text(frozen, batch))
+
+        return {"tokens": tokens_of(batch), "negative": tokens_of(unprompted(batch))}
+
+    def flops(self, batch: Batch) -> Float[Array, ""]:
+        """Of the student's training and the teacher's two passes."""
+        lengths, config = lengths_of(batch), self.config
+        flops = training_flops(config.transformer, **lengths)
+        flops = flops + 2.0 * forward_flops(config.teacher, **lengths)
+        return jnp.sum(jnp.where(lengths["target"] > 0, flops, 0.0))
+
+    def loss(
+        self,
+        player: str,
+        models: dict,
+        frozen: dict,
+        inputs: dict[str, Tokens],
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Sums]:
+        """Sums over examples of the mean square error of their target tokens' velocity."""
+        tokens, negative = inputs["tokens"], inputs["negative"]
+        student, teacher = models["student"]["transformer"], frozen["teacher"]
+        member, counts = target_membership(tokens)
+        keys = flow.example_keys(key, tokens.example_ids)
+        time_keys, noise_keys, scale_keys = flow.split_keys(keys, 3)
+        t = flow.sample_times(time_keys, counts.astype(jnp.int32), self.config.time)
+        low, high = self.config.scales
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high)))
+        scale = draw(scale_keys)
+        noise = noise_like(tokens, noise_keys)
+        x_t = flow.interpolate(tokens.latents, noise, flow.at_tokens(t, tokens.segments))
+
+        with_prompt, without = (
+            teacher(**inputs_at(teacher, given, x_t, t, 0.0)) for given in (tokens, negative)
+        )
+        guided = without + flow.at_tokens(scale, tokens.segments) * (with_prompt - without)
+        velocity = student(**inputs_at(student, tokens, x_t, t, scale))
+        square = jnp.mean(jnp.square(velocity - jax.lax.stop_gradient(guided)), axis=-1)
+        present = (counts > 0).astype(jnp.float32)
+        losses = per_example(square, member, counts)
+        return jnp.sum(losses), Sums(jnp.sum(present), {"t": jnp.sum(t * present)})

@@ -1,0 +1,193 @@
+"""A distribution on the plane for which it is known what a distillation should do.
+
+Eight narrow Gaussians on a ring, every second one of a class; a point is one image token of two
+channels, its class a prompt of one token. Networks, losses, train step and sampler are those of
+every run.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kontext_jax import flow
+from kontext_jax.encoders import to_tokens
+from kontext_jax.models.flux import FluxConfig
+from kontext_jax.models.t5 import T5Config
+from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from kontext_jax.objectives.ladd import Ladd
+from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig, sample
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train_state import init_state, make_optimizers, make_train_step
+from kontext_jax.types import Batch
+
+MODES, RADIUS, SD = 8, 2.0, 0.08
+CFG_SCALE = 1.5
+BATCH_SIZE = 256
+NO_SHIFT = flow.TimeConfig(shift="none")
+NETWORKS = dict(
+    transformer=FluxConfig(
+        in_channels=2, hidden_size=64, num_heads=2, depth=1, depth_single=2, vec_in_dim=16,
+        context_in_dim=16, axes_dim=(8, 12, 12), mlp_ratio=2.0, guidance_embed=False,
+        dtype="float32", remat="none",
+    ),
+    text_encoder=T5Config.tiny_bytes(d_model=16),
+    pooled="mean",
+)  # fmt: skip
+
+# The tests' XLA does not optimise; these programs run long enough to be worth it.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "3"})
+
+
+class Classes(nnx.Module):
+    """The text encoder: a vector for no class, and for each of the two."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (3, 16)))
+
+    def __call__(self, ids, segments):
+        return self.embedding[...][ids]
+
+
+CLASSES = Classes(rngs=nnx.Rngs(7))
+
+
+class Points(NamedTuple):
+    values: Any
+    labels: Any  # 1 or 2; 0 for no class
+
+
+def centres() -> np.ndarray:
+    angle = 2 * np.pi * np.arange(MODES) / MODES
+    return RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+
+
+def ring(key, number: int) -> Points:
+    """Points of the ring, a tenth of them without their class."""
+    mode_key, noise_key, drop_key = jax.random.split(key, 3)
+    mode = jax.random.randint(mode_key, (number,), 0, MODES)
+    noise = SD * jax.random.normal(noise_key, (number, 2))
+    kept = jax.random.uniform(drop_key, (number,)) > 0.1
+    values = jnp.asarray(centres(), jnp.float32)[mode] + noise
+    return Points(values, jnp.where(kept, 1 + mode % 2, 0))
+
+
+def batch_of(points: Points, first_id) -> Batch:
+    number = len(points.labels)
+    ones = jnp.ones((number, 1), jnp.int32)
+    return Batch(
+        images={},
+        image_segments={},
+        source=0 * ones,
+        positions=jnp.zeros((number, 1, 3), jnp.int32),
+        segments=ones,
+        is_target=ones > 0,
+        offsets=0 * ones,
+        text_ids=points.labels[:, None],
+        text_segments=ones,
+        clip_ids=jnp.zeros((number, 1, 0), jnp.int32),
+        example_ids=first_id + jnp.arange(number)[:, None],
+        skipped=jnp.zeros(number, jnp.int32),
+        latents=points.values[:, None],
+    )
+
+
+def train(objective, optim, draw: Callable, num_steps: int, seed: int, frozen=None, initial=None):
+    """The averaged networks after so many steps; ``draw(key, number)`` gives points."""
+    optimizers = make_optimizers(objective, optim, num_steps)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = init_state(objective, optimizers, mesh, seed, initial)
+    train_step = make_train_step(objective, optimizers, optim, seed)
+    data_key = jax.random.fold_in(jax.random.key(1), seed)
+    frozen = {"autoencoder": None, "text_encoder": CLASSES} | (frozen or {})
+
+    def step(state, frozen, i):
+        points = draw(jax.random.fold_in(data_key, i), BATCH_SIZE)
+        return train_step(state, frozen, batch_of(points, i * BATCH_SIZE))
+
+    @compiled
+    def run(state, frozen):
+        return jax.lax.scan(lambda state, i: step(state, frozen, i), state, jnp.arange(num_steps))
+
+    state, metrics = run(state, frozen)
+    assert not state.skipped
+    return state.ema, metrics
+
+
+def train_teacher(seed: int = 0, num_steps: int = 4000):
+    objective = FlowMatching(FlowMatchingConfig(**NETWORKS, time=NO_SHIFT))
+    optim = OptimConfig(
+        learning_rate=2e-3, b2=0.99, warmup_steps=100, schedule="cosine", ema_decay=0.995,
+        weight_decay=0.0,
+    )  # fmt: skip
+    ema, _ = train(objective, optim, ring, num_steps, seed)
+    return ema["model"]["transformer"]
+
+
+def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 3000):
+    def draw(key, number):
+        chosen = jax.random.randint(key, (number,), 0, len(bank.labels))
+        return Points(bank.values[chosen], bank.labels[chosen])
+
+    optim = OptimConfig(
+        learning_rate=3e-4, b1=0.0, b2=0.99, warmup_steps=0, schedule="cosine", ema_decay=0.995,
+        weight_decay=0.0,
+    )  # fmt: skip
+    initial = {"student": {"transformer": jax.tree.map(jnp.copy, teacher)}}
+    ema, metrics = train(objective, optim, draw, num_steps, seed, {"teacher": teacher}, initial)
+    return ema["student"]["transformer"], metrics
+
+
+@functools.partial(compiled, static_argnames="sampler")
+def draw(transformer, labels, seed, sampler: SamplerConfig):
+    """A point for each label."""
+    points = Points(jnp.zeros((len(labels), 2)), labels)
+    config = FlowMatchingConfig(**NETWORKS)
+
+    def tokens_of(batch):
+        text = config.encode_text({"text_encoder": CLASSES}, batch)
+        return to_tokens(batch, batch.latents, *text)
+
+    batch = batch_of(points, 0)
+    negative = None
+    if sampler.cfg_scale != 1:
+        negative = tokens_of(batch.replace(text_ids=0 * batch.text_ids))
+    out = sample(transformer, tokens_of(batch), jax.random.key(seed), sampler, NO_SHIFT, negative)
+    return out[:, 0]
+
+
+class Score(NamedTuple):
+    """How points stand to a reference.
+
+    Attributes:
+      distance: sliced Wasserstein-1, over 64 directions.
+      on_ring: share within three deviations of a mode.
+      right_class: share whose nearest mode is of its class.
+      rarest: points of the rarest mode, as a multiple of an eighth of all.
+    """
+
+    distance: float
+    on_ring: float
+    right_class: float
+    rarest: float
+
+
+def score(values, labels, reference) -> Score:
+    values, reference = (np.asarray(x, np.float64) for x in (values, reference))
+    directions = np.random.default_rng(0).standard_normal((2, 64))
+    directions /= np.linalg.norm(directions, axis=0)
+    gap = np.sort(values @ directions, axis=0) - np.sort(reference @ directions, axis=0)
+    distances = np.linalg.norm(values[:, None] - centres()[None], axis=-1)
+    nearest, on_ring = distances.argmin(axis=1), distances.min(axis=1) < 3 * SD
+    counts = np.bincount(nearest[on_ring], minlength=MODES)
+    return Score(
+        distance=float(np.abs(gap).mean()),
+        on_ring=float(on_ring.mean()),
+        right_class=float(np.mean(nearest % 2 + 1 == np.asarray(labels))),
+        rarest=float(counts.min() * MODES / len(values)),
+    )
