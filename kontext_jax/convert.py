@@ -107,6 +107,10 @@ def convert(
             write_lora(adapters, config, path, record)
         return {"lora": record["fingerprint"]}
     readers = open_networks(place, params, only=network)
+    if others := readers.keys() - NETWORKS.keys():
+        raise ValueError(
+            f"{place} holds a {min(others)}, which is part of no pipeline: use it as it is."
+        )
     if lora is not None:
         if "transformer" not in readers:
             raise ValueError(f"There is no transformer in {place} to merge {lora} into.")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one,
-# for which PyTorch and the TPU compiler are installed too. Further arguments go to pytest:
-# launch/test.sh -k packing
+# for which PyTorch, the TPU compiler and EfficientNet's weights are installed too. Further arguments
+# go to pytest: launch/test.sh -k packing
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -14,5 +14,6 @@ if [[ "${1:-}" == --all ]]; then
   arguments+=(-m "")
   install_extra convert
   install_extra aot
+  install_extra eval
 fi
 JAX_PLATFORMS=cpu python -m pytest -q "${arguments[@]}" "$@"

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from kontext_jax import places, runs, sample
 from kontext_jax.checkpoint import CheckpointConfig
@@ -19,6 +20,7 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
@@ -27,8 +29,10 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import train
 from kontext_jax.weights import export, files
 from kontext_jax.weights.files import WeightsError
-from kontext_jax.weights.fingerprint import fingerprint_of
+from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
+from kontext_jax.weights.networks import FEATURE_NETWORKS
 from kontext_jax.weights.pipeline import write_scheduler
+from kontext_jax.weights.reading import ArrayReader
 
 NAMES = ("transformer", "autoencoder", "text_encoder", "clip")
 
@@ -325,6 +329,16 @@ def test_what_cannot_be_converted_is_said(pipeline_folder, tmp_path, place, argu
         output = tmp_path / arguments.pop("output", "out")
         convert(pipeline_folder / place, output, **{"format": "diffusers"} | arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_that_looks_at_images_is_read_and_not_converted(random_network, tmp_path):
+    kind, config = FEATURE_NETWORKS["dino"], DinoConfig.tiny()
+    network = random_network(lambda: kind.model(config, rngs=nnx.Rngs(0)))
+    export.write_diffusers(ArrayReader(kind, network), tmp_path / "dino", {})
+    reader = places.open_network(tmp_path / "dino", "dino")
+    assert fingerprint_of(reader) == fingerprint(network)
+    with pytest.raises(ValueError, match="dino holds a dino, which is part of no pipeline: use it"):
+        convert(tmp_path / "dino", tmp_path / "out", "orbax")
 
 
 def test_another_architecture_than_the_run_s_is_refused(config):

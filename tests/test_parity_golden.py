@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from kontext_jax import flow
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 from tests.parity import draws, ours
 
 GOLDEN = Path(__file__).parent / "golden" / "parity.npz"
@@ -32,11 +32,11 @@ def golden():
 def load(golden, tmp_path):
     """A function from a part of the golden file to our network, read from files like PyTorch's."""
 
-    def make(part: str, kind: str):
+    def make(part: str, kind: str, **settings):
         (tmp_path / "config.json").write_text(str(golden[f"{part}/config"]))
         weights = draws.weights(json.loads(str(golden[f"{part}/shapes"])))
-        save_file(weights, tmp_path / f"{NETWORKS[kind].stem}.safetensors")
-        return ours.load(tmp_path, kind)
+        save_file(weights, tmp_path / f"{ALL_NETWORKS[kind].stem}.safetensors")
+        return ours.load(tmp_path, kind, **settings)
 
     return make
 
@@ -87,6 +87,14 @@ def test_t5(golden, load):
 def test_clip(golden, load):
     out = call(load("clip", "clip"), jnp.asarray(golden["clip/ids"]))
     np.testing.assert_allclose(out, golden["clip/pooled"], atol=2e-5)
+
+
+def test_dino(golden, load):
+    model = load("dino", "dino", input_size=42, taps=(0, 3))
+    (first, last), pooled = call(model, draws.pixels("dino", 2, 42, 42, 3))
+    np.testing.assert_allclose(first, golden["dino/first"], atol=2e-5)
+    np.testing.assert_allclose(last, golden["dino/last"], atol=2e-5)
+    np.testing.assert_allclose(pooled, golden["dino/pooled"], atol=2e-5)
 
 
 @pytest.mark.parametrize("variant", ["dev", "schnell"])

@@ -17,8 +17,11 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import Linear, check_remat, remat, stack
+from kontext_jax.models.layers import LayerNorm, Linear, check_remat, remat, stack
 from kontext_jax.sharding import constrain
+
+EPSILON = 1e-5
+"""Of the norms."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -76,25 +79,6 @@ class ClipConfig:
         return cls(**(sizes | kwargs))
 
 
-class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, eps 1e-5: computed in float32, rounded once."""
-
-    def __init__(self, features: int, axes: tuple[str], *, rngs: nnx.Rngs):
-        del rngs  # starts at one and zero
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=axes)
-        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), axes=axes)
-
-    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-5)
-        scale, bias = (
-            p[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-            for p in (self.scale, self.bias)
-        )
-        return (y * scale + bias).astype(x.dtype)
-
-
 class ClipAttention(nnx.Module):
     """Causal self-attention. Initialised as OpenAI's ``initialize_parameters`` does."""
 
@@ -137,9 +121,9 @@ class ClipBlock(nnx.Module):
     """Attention and MLP, each behind a LayerNorm and added to its input."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs)
+        self.norm1 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs, epsilon=EPSILON)
         self.attention = ClipAttention(config, rngs=rngs)
-        self.norm2 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs)
+        self.norm2 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs, epsilon=EPSILON)
         self.mlp = ClipMLP(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
@@ -166,7 +150,7 @@ class ClipText(nnx.Module):
         positions = initializers.normal(0.01)(rngs.params(), shape, jnp.float32)
         self.position_embedding = nnx.Param(positions, axes=(None, "embed"))
         self.blocks = stack(lambda r: ClipBlock(config, rngs=r), config.num_layers, rngs)
-        self.final_norm = LayerNorm(config.hidden_size, ("embed",), rngs=rngs)
+        self.final_norm = LayerNorm(config.hidden_size, ("embed",), rngs=rngs, epsilon=EPSILON)
 
     def __call__(self, ids: Int[Array, "B Q"]) -> Float[Array, "B D"]:
         """The vector of each prompt's first end-of-text token, in the compute dtype.

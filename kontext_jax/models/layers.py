@@ -167,6 +167,26 @@ def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return y.astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """LayerNorm over the last axis, with scale and bias: computed in float32, rounded once."""
+
+    def __init__(self, features: int, axes: tuple[str], *, rngs: nnx.Rngs, epsilon: float):
+        del rngs  # starts at one and zero
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), axes=axes)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        scale, bias = (
+            p[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+            for p in (self.scale, self.bias)
+        )
+        return (y * scale + bias).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, eps 1e-6; scaled in float32, rounded once.
 

@@ -1,4 +1,4 @@
-"""The four networks that exist outside this package, and what each is called there."""
+"""The networks that exist outside this package, and what each is called there."""
 
 import dataclasses
 import functools
@@ -9,13 +9,14 @@ from flax import nnx
 
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig, ClipText
+from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, T5Encoder
 from kontext_jax.names import named_leaves
-from kontext_jax.weights import autoencoder, clip, flux, t5
+from kontext_jax.weights import autoencoder, clip, dino, flux, t5
 from kontext_jax.weights.table import Place, Table, in_layer_order
 
-COMPUTE_SETTINGS = ("dtype", "timestep_dtype", "remat", "attention")
+COMPUTE_SETTINGS = ("dtype", "timestep_dtype", "remat", "attention", "input_size", "taps")
 """Fields of a network's config that say how it is computed and not what it is."""
 
 
@@ -26,7 +27,7 @@ class Network(NamedTuple):
       name: what it is called here.
       model, config_class: our module and its config.
       format: its name table and settings (``weights/flux.py`` and the like).
-      folder: of a diffusers pipeline.
+      folder: of a diffusers pipeline; empty if it is part of none.
       library, class_name: what ``model_index.json`` says of it.
       stem: of its files in such a folder.
     """
@@ -112,6 +113,16 @@ NETWORKS = {
         ),
     )
 }
+"""Those that make up a pipeline: what training makes, and what is converted."""
+
+FEATURE_NETWORKS = {
+    "dino": Network(
+        "dino", Dino, DinoConfig, dino, "", "transformers", dino.TRANSFORMERS_CLASS, "model"
+    )
+}
+"""Those that training looks at images through: read, and no part of what it makes."""
+
+ALL_NETWORKS = NETWORKS | FEATURE_NETWORKS
 
 
 def architecture(config) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from kontext_jax.names import named_leaves
 from kontext_jax.weights.files import DTYPES, TensorFiles, WeightsError
-from kontext_jax.weights.networks import NETWORKS, Network
+from kontext_jax.weights.networks import ALL_NETWORKS, NETWORKS, Network
 from kontext_jax.weights.table import Place, Table
 
 
@@ -239,10 +239,10 @@ def kind_of(values: dict[str, Any], folder: Path) -> Network:
       WeightsError: none of ours.
     """
     name = values.get("_class_name") or values.get("model_type") or "nothing"
-    for network in NETWORKS.values():
+    for network in ALL_NETWORKS.values():
         if name == network.class_name or name in getattr(network.format, "MODEL_TYPES", ()):
             return network
-    known = ", ".join(network.class_name for network in NETWORKS.values())
+    known = ", ".join(network.class_name for network in ALL_NETWORKS.values())
     raise WeightsError(f"{folder / 'config.json'} describes {name}; known are {known}.")
 
 

@@ -42,7 +42,8 @@ def weight(name: str, shape: Sequence[int]) -> np.ndarray:
     x = normal(name, *shape)
     if name.endswith(("timestep_embedder.linear_1.weight", "guidance_embedder.linear_1.weight")):
         return np.float32(0.02) * x
-    if name.endswith(("shared.weight", "embedding.weight", "relative_attention_bias.weight")):
+    tables = ("shared.weight", "embedding.weight", "relative_attention_bias.weight")
+    if name.endswith((*tables, "position_embeddings", "cls_token")):
         return x
     if len(shape) > 1:
         return (x * np.prod(shape[1:]) ** -0.5).astype(np.float32)

@@ -80,6 +80,19 @@ def clip() -> dict[str, np.ndarray]:
     return saved(network) | {"ids": ids, "pooled": theirs.pooled(network, ids)}
 
 
+def dino() -> dict[str, np.ndarray]:
+    """With positions of 5 x 5 patches on 3 x 3."""
+    network = theirs.dino()
+    images = torch.from_numpy(draws.pixels("dino", 2, 42, 42, 3))
+    with torch.no_grad():
+        (first, last), pooled = theirs.features(network, images, (0, 3))
+    return saved(network) | {
+        "first": first.numpy(),
+        "last": last.numpy(),
+        "pooled": pooled.numpy(),
+    }
+
+
 def schedule() -> dict[str, np.ndarray]:
     tokens = sorted({geometry.num_tokens(size, 16) for size in geometry.KONTEXT_SIZES})
     times = {f"dev/{n}": [theirs.times(n, number) for number in tokens] for n in NUM_STEPS}
@@ -89,7 +102,7 @@ def schedule() -> dict[str, np.ndarray]:
 
 def make() -> dict[str, np.ndarray]:
     """Everything the file holds."""
-    parts = (dev, schnell, autoencoder, t5, clip, schedule)
+    parts = (dev, schnell, autoencoder, t5, clip, dino, schedule)
     return {f"{part.__name__}/{name}": x for part in parts for name, x in part().items()}
 
 

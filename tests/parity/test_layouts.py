@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 from kontext_jax.weights.reading import OrbaxReader, open_file, open_folder
 
 REASON = "needs the convert extra: pip install -e '.[convert]'"
@@ -29,6 +29,7 @@ MAKERS = {
     "autoencoder": lambda: theirs.autoencoder((1, 2, 2), layers=1),
     "text_encoder": theirs.t5,
     "clip": lambda: theirs.clip(2),
+    "dino": theirs.dino,
 }
 DTYPES = {
     torch.float32: np.dtype(np.float32),
@@ -51,9 +52,9 @@ def without_record(path) -> None:
     [(torch.float32, 10**9), (torch.bfloat16, 20_000), (torch.float16, 10**9)],
     ids=["float32", "bfloat16 in shards", "float16"],
 )
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", ALL_NETWORKS)
 def test_every_bit_comes_back(tmp_path, kind, dtype, shard_bytes):
-    network, made = NETWORKS[kind], MAKERS[kind]().to(dtype)
+    network, made = ALL_NETWORKS[kind], MAKERS[kind]().to(dtype)
     saved = theirs.save(made, tmp_path / "saved", max_shard_size=shard_bytes)
     assert (len(list(saved.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
     reader = open_folder(saved)
@@ -77,7 +78,7 @@ def test_every_bit_comes_back(tmp_path, kind, dtype, shard_bytes):
         np.testing.assert_array_equal(bits(back[name].to(dtype)), bits(tensor), err_msg=name)
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", ALL_NETWORKS)
 def test_settings_come_back(tmp_path, kind):
     made = MAKERS[kind]()
     reader = open_folder(theirs.save(made, tmp_path / "saved"))

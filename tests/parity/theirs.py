@@ -1,7 +1,7 @@
 """PyTorch's side of the comparison: diffusers' and transformers' networks, with drawn weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,24 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+)
 
+from kontext_jax.weights import dino as dino_names
 from tests.parity import draws
 
 
-def drawn(network: torch.nn.Module) -> torch.nn.Module:
-    """The network with `draws`' weights."""
+def drawn(network: torch.nn.Module, in_files: Callable[[str], str] = str) -> torch.nn.Module:
+    """The network with `draws`' weights, by the names that they have ``in_files``."""
     with torch.no_grad():
         for name, param in network.named_parameters():
-            param.copy_(torch.from_numpy(draws.weight(name, param.shape)))
+            param.copy_(torch.from_numpy(draws.weight(in_files(name), param.shape)))
     return network.eval()
 
 
@@ -89,6 +97,19 @@ def clip(eos_token_id: int) -> CLIPTextModel:
             )
         )
     )
+
+
+def dino() -> Dinov2Model:
+    """Positions of 5 x 5 patches."""
+    config = Dinov2Config(
+        hidden_size=48,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        mlp_ratio=2,
+        image_size=70,
+        use_mask_token=False,
+    )
+    return drawn(Dinov2Model(config), dino_names.known_as)
 
 
 def save(network: torch.nn.Module, folder: Path, **kwargs: Any) -> Path:
@@ -175,6 +196,23 @@ def pooled(network: CLIPTextModel, ids: np.ndarray) -> np.ndarray:
     """CLIP's vector of each prompt."""
     with torch.no_grad():
         return network(torch.from_numpy(ids).long()).pooler_output.numpy()
+
+
+def features(
+    network: Dinov2Model, images: torch.Tensor, taps: Sequence[int]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """DINOv2's patches after the blocks ``taps``, NHWC, and its class token's vector.
+
+    ``images`` are NHWC, in [-1, 1]. The outputs are in the graph of torch.
+    """
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    outputs = {}
+    for i in taps:
+        layer = network.encoder.layer[i]
+        layer.register_forward_hook(lambda *args, i=i: outputs.update({i: args[-1]}))
+    pooled = network(((images + 1) / 2 - mean).div(std).permute(0, 3, 1, 2)).pooler_output
+    cells = images.shape[1] // network.config.patch_size
+    return [outputs[i][:, 1:].unflatten(1, (cells, cells)) for i in taps], pooled
 
 
 def times(num_steps: int, num_tokens: int | None) -> np.ndarray:

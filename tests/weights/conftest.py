@@ -5,15 +5,15 @@ import functools
 import pytest
 from flax import nnx
 
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 from tests.weights.small import CONFIGS
 
 
 def _new(name):
-    return NETWORKS[name].model(CONFIGS[name], rngs=nnx.Rngs(0))
+    return ALL_NETWORKS[name].model(CONFIGS[name], rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session")
 def networks(random_network):
-    """One of each of the four kinds, by name, with random float32 parameters."""
+    """One of each kind, by name, with random float32 parameters."""
     return {name: random_network(functools.partial(_new, name)) for name in CONFIGS}

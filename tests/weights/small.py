@@ -1,4 +1,4 @@
-"""Networks as small as can be, of all four kinds, and their tensors in the layouts of others."""
+"""Networks as small as can be, of all kinds, and their tensors in the layouts of others."""
 
 import json
 
@@ -7,9 +7,10 @@ from safetensors.numpy import save_file
 
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig
+from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 from kontext_jax.weights.reading import ArrayReader, Reader
 
 CONFIGS = {
@@ -28,12 +29,15 @@ CONFIGS = {
         vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2,
         max_positions=6, eos_id=23,
     ),
+    "dino": DinoConfig.tiny(hidden_size=16, num_heads=2, num_layers=3, taps=(0, 1, 2)),
 }  # fmt: skip
 
 
 def reader_of(module) -> ArrayReader:
     """Of a network in memory."""
-    return ArrayReader(next(n for n in NETWORKS.values() if isinstance(module, n.model)), module)
+    return ArrayReader(
+        next(n for n in ALL_NETWORKS.values() if isinstance(module, n.model)), module
+    )
 
 
 def tensors_of(module, layout: str) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.loading import check_same, load
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 from kontext_jax.weights.reading import ArrayReader, open_folder
 from tests.weights.small import CONFIGS, reader_of, save_folder, tensors_of
 
@@ -47,13 +47,13 @@ def rounded(networks):
     [one_device, lambda: mesh_of(fsdp=8), lambda: mesh_of(fsdp=4, tensor=2)],
     ids=["one", "fsdp", "fsdp-tensor"],
 )
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_a_network_is_the_same_on_any_mesh_and_lies_where_its_axes_say(networks, name, make):
     mesh = make()
     network = load(reader_of(networks[name]), CONFIGS[name], mesh)
     assert network.config == CONFIGS[name]
     assert_same(network, networks[name])
-    shardings = jax.tree.leaves(shardings_of(NETWORKS[name].abstract(CONFIGS[name]), mesh))
+    shardings = jax.tree.leaves(shardings_of(ALL_NETWORKS[name].abstract(CONFIGS[name]), mesh))
     for leaf, sharding in zip(jax.tree.leaves(network), shardings, strict=True):
         assert leaf.sharding == sharding
     split = [not sharding.is_fully_replicated for sharding in shardings]
@@ -163,11 +163,12 @@ def forward(network) -> jax.Array:
         "autoencoder": lambda model: model.decode(model.encode(normal(1, 4, 4, 3))),
         "text_encoder": lambda model: model(ids(1, 5), jnp.int32([[1, 1, 2, 2, 2]])),
         "clip": lambda model: model(ids(2, 5)),
+        "dino": lambda model: model(jnp.tanh(normal(1, 30, 20, 3))).pooled,
     }
     return jax.jit(calls[reader_of(network).network.name])(network)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_bfloat16_parameters_compute_as_the_same_values_in_float32_do(rounded, name):
     reader, config, mesh = reader_of(rounded[name]), CONFIGS[name], one_device()
     assert config.dtype == "float32"
@@ -179,7 +180,7 @@ def test_bfloat16_parameters_compute_as_the_same_values_in_float32_do(rounded, n
     np.testing.assert_array_equal(out, forward(full))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_bfloat16_parameters_compute_in_bfloat16(rounded, name):
     """As released weights do where nothing is trained: norms and biases of attention in float32."""
     config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")

@@ -9,17 +9,18 @@ from safetensors.numpy import save_file
 
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig
+from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.names import named_leaves
-from kontext_jax.weights import autoencoder, clip, flux, t5
+from kontext_jax.weights import autoencoder, clip, dino, flux
 from kontext_jax.weights.export import write_bfl, write_orbax
 from kontext_jax.weights.files import WeightsError
-from kontext_jax.weights.networks import NETWORKS, architecture
+from kontext_jax.weights.networks import ALL_NETWORKS, NETWORKS, architecture
 from kontext_jax.weights.reading import OrbaxReader, open_file, open_folder, read_config
 from tests.weights.small import CONFIGS, assert_same, reader_of, save_folder, tensors_of
 
-FORMATS = {"transformer": flux, "autoencoder": autoencoder, "text_encoder": t5, "clip": clip}
+FORMATS = {name: network.format for name, network in ALL_NETWORKS.items()}
 
 
 def refusal(opening, *args) -> str:
@@ -31,7 +32,7 @@ def refusal(opening, *args) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_a_folder_gives_the_network_back(networks, tmp_path, name):
     reader = open_folder(save_folder(tmp_path, networks[name]))
     assert architecture(reader.config) == architecture(CONFIGS[name])
@@ -167,13 +168,14 @@ def test_a_tensor_with_and_without_its_prefix_is_refused(networks, tmp_path):
     assert said.startswith(f"{tmp_path} has {stored} twice: as ")
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_full_size_settings_survive_their_json(name):
     full = {
         "transformer": FluxConfig.schnell(),
         "autoencoder": AutoencoderConfig.flux(),
         "text_encoder": T5Config.xxl(),
         "clip": ClipConfig.large(),
+        "dino": DinoConfig.vitl14(),
     }[name]
     for config in (full, CONFIGS[name]):
         values = json.loads(json.dumps(FORMATS[name].to_json(config)))
@@ -204,6 +206,39 @@ def test_clip_s_old_end_of_text_is_the_last_of_its_vocabulary():
     values = clip.to_json(ClipConfig.large())
     assert clip.from_json(values | {"eos_token_id": 2}) == ClipConfig.large()
     assert clip.from_json({"model_type": "clip", "text_config": values}) == ClipConfig.large()
+
+
+def test_dino_is_known_by_the_config_it_was_published_with():
+    published = {
+        "model_type": "dinov2",
+        "hidden_act": "gelu",
+        "hidden_size": 384,
+        "image_size": 518,
+        "layer_norm_eps": 1e-6,
+        "mlp_ratio": 4,
+        "num_attention_heads": 6,
+        "num_channels": 3,
+        "num_hidden_layers": 12,
+        "patch_size": 14,
+        "qkv_bias": True,
+        "use_swiglu_ffn": False,
+    }
+    assert dino.from_json(published) == DinoConfig.vits14()
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    assert dino.from_json(published | large) == DinoConfig.vitl14()
+
+
+def test_dino_is_read_from_classifiers_and_under_newer_names(networks, tmp_path):
+    newer = {value: key for key, value in dino.RENAMED.items()}
+    tensors = {"classifier.weight": np.zeros((2, 32), np.float32)}
+    for name, tensor in tensors_of(networks["dino"], "diffusers").items():
+        for old, new in newer.items():
+            name = name.replace(old, new)
+        tensors[f"dinov2.{name}"] = tensor
+    tensors["dinov2.embeddings.mask_token"] = np.zeros((1, 16), np.float32)
+    assert "dinov2.encoder.layer.2.attention.o_proj.bias" in tensors
+    reader = open_folder(save_folder(tmp_path, networks["dino"], tensors))
+    assert_same(reader, reader_of(networks["dino"]))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +274,14 @@ def test_clip_s_old_end_of_text_is_the_last_of_its_vocabulary():
         ),
         ("autoencoder", {"block_out_channels": [8, 20]}, "has no block_out_channels = [8, 20]."),
         ("autoencoder", {"shift_factor": None}, "says nothing of 'shift_factor'."),
+        (
+            "dino",
+            {"use_swiglu_ffn": True, "patch_size": 16},
+            "cannot be used: DINOv2's ViT-S, ViT-B and ViT-L have no patch_size = 16, "
+            "use_swiglu_ffn = True.",
+        ),
+        ("dino", {"image_size": 500}, "cannot be used: trained_size 500 must be a multiple of a p"),
+        ("dino", {"mlp_ratio": None}, "says nothing of 'mlp_ratio'."),
     ],
 )
 def test_settings_that_are_not_flux_s_are_refused(networks, tmp_path, name, changed, sentence):

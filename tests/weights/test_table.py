@@ -8,9 +8,10 @@ import pytest
 
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig
+from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 from kontext_jax.weights.table import LAYOUTS, Row, Table, in_layer_order, kernel, linear
 from tests.weights.small import CONFIGS
 
@@ -20,6 +21,7 @@ FULL = {
     "autoencoder": ("autoencoder", AutoencoderConfig.flux()),
     "t5": ("text_encoder", T5Config.xxl()),
     "clip": ("clip", ClipConfig.large()),
+    "dino": ("dino", DinoConfig.vits14()),
 }
 
 COUNTS = {  # parameters, tensors in BFL's layout, in diffusers'
@@ -28,6 +30,7 @@ COUNTS = {  # parameters, tensors in BFL's layout, in diffusers'
     "autoencoder": (83_819_683, 244, 244),
     "t5": (4_762_310_656, 219, 219),
     "clip": (123_060_480, 196, 196),
+    "dino": (22_056_192, 222, 222),  # without the mask token
 }
 
 NAMED = {
@@ -114,20 +117,31 @@ NAMED = {
         "text_model.encoder.layers.0.mlp.fc1.weight": (3072, 768),
         "text_model.final_layer_norm.weight": (768,),
     },
+    ("dino", "diffusers"): {
+        "embeddings.cls_token": (1, 1, 384),
+        "embeddings.position_embeddings": (1, 1370, 384),
+        "embeddings.patch_embeddings.projection.weight": (384, 3, 14, 14),
+        "encoder.layer.11.norm2.bias": (384,),
+        "encoder.layer.0.attention.attention.query.weight": (384, 384),
+        "encoder.layer.0.attention.output.dense.bias": (384,),
+        "encoder.layer.0.layer_scale1.lambda1": (384,),
+        "encoder.layer.0.mlp.fc1.weight": (1536, 384),
+        "layernorm.weight": (384,),
+    },
 }
 
 
 @functools.cache
 def table_of(kind: str, layout: str) -> Table:
     name, config = FULL[kind]
-    return NETWORKS[name].table(config, layout)
+    return ALL_NETWORKS[name].table(config, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", FULL)
 def test_every_element_of_every_parameter_is_in_one_tensor(kind, layout):
     name, config = FULL[kind]
-    shapes, pieces = NETWORKS[name].shapes(config), table_of(kind, layout).pieces
+    shapes, pieces = ALL_NETWORKS[name].shapes(config), table_of(kind, layout).pieces
     layers = {param: [] for param in shapes}
     for (param, layer), parts in pieces.items():
         layers[param].append(layer)
@@ -167,10 +181,10 @@ def test_schnell_has_no_guidance_and_is_dev_otherwise():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_tensors_hold_each_number_once_and_give_it_back(name, layout):
     """On parameters whose elements are all different."""
-    network, config = NETWORKS[name], CONFIGS[name]
+    network, config = ALL_NETWORKS[name], CONFIGS[name]
     shapes = network.shapes(config)
     for (param, layer), pieces in network.table(config, layout).pieces.items():
         shape = shapes[param] if layer is None else shapes[param][1:]

@@ -1,0 +1,190 @@
+"""EfficientNet-Lite: a small network that tells the thousand classes of ImageNet apart.
+
+Follows ``models/official/efficientnet/lite`` of tensorflow/tpu: EfficientNet (arXiv 1905.11946)
+without squeeze and excitation, and with ReLU6 for swish. It is here for its features, because its
+ImageNet weights can be installed like a program (`weights/efficientnet.py`). Maps are taken where
+Projected GAN (arXiv 2111.01007) takes them, the pooled vector where the classifier reads.
+
+This is the network as it is used, not as it is trained: batch norms are folded into the
+convolutions before them, and nothing is dropped.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float
+
+from kontext_jax.models.features import Features, check_taps, standardise
+from kontext_jax.models.layers import Linear
+
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
+"""Of colours in [0, 1], as the Lite networks were trained; the others of the family differ."""
+
+
+class Stage(NamedTuple):
+    """Blocks of one width, one after the other.
+
+    Attributes:
+      kernel_size: of the depthwise convolutions, in pixels.
+      stride: of the first block; the others keep the size.
+      expansion: how many times wider than their inputs the blocks are inside.
+      channels: of their outputs.
+      num_blocks: how many there are.
+    """
+
+    kernel_size: int
+    stride: int
+    expansion: int
+    channels: int
+    num_blocks: int
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class EfficientNetConfig:
+    """Sizes of the network; the defaults are EfficientNet-Lite0's.
+
+    Attributes:
+      stem_channels: of the first convolution, which halves the size.
+      stages: of the blocks behind it.
+      head_channels: of the last convolution, and of the pooled vector.
+      num_classes: that the classifier knows.
+      input_size: to which images are brought, in pixels; 224 is what Lite0 was trained with.
+      taps: the blocks whose outputs are the maps, in rising order; Lite0's are the last ones of a
+        quarter, an eighth, a sixteenth and a thirty-second of the size.
+      dtype: compute dtype; parameters are float32.
+    """
+
+    stem_channels: int = 32
+    stages: tuple[Stage, ...] = (
+        Stage(3, 1, 1, 16, 1),
+        Stage(3, 2, 6, 24, 2),
+        Stage(5, 2, 6, 40, 2),
+        Stage(3, 2, 6, 80, 3),
+        Stage(5, 1, 6, 112, 3),
+        Stage(5, 2, 6, 192, 4),
+        Stage(3, 1, 6, 320, 1),
+    )
+    head_channels: int = 1280
+    num_classes: int = 1000
+    input_size: int = 224
+    taps: tuple[int, ...] = (2, 4, 10, 15)
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        self.stages = tuple(Stage(*stage) for stage in self.stages)  # which JSON has as lists
+        check_taps(self.taps, sum(stage.num_blocks for stage in self.stages))
+
+    @classmethod
+    def lite0(cls, **kwargs) -> "EfficientNetConfig":
+        """EfficientNet-Lite0: 4,631,000 parameters once its norms are folded."""
+        return cls(**kwargs)
+
+    @classmethod
+    def tiny(cls, **kwargs) -> "EfficientNetConfig":
+        """For tests: every kind of block there is, in 16 pixels."""
+        sizes = dict(
+            stem_channels=8,
+            stages=(Stage(3, 1, 1, 8, 1), Stage(5, 2, 3, 12, 2), Stage(3, 2, 2, 16, 1)),
+            head_channels=24,
+            num_classes=10,
+            input_size=16,
+            taps=(0, 2, 3),
+        )
+        return cls(**(sizes | kwargs))
+
+
+class Block(nnx.Module):
+    """Inverted bottleneck (arXiv 1801.04381): widens, filters each channel, and narrows again.
+
+    Where the block changes neither size nor width, its input is added. Nothing is cut off at the
+    narrow end.
+    """
+
+    def __init__(
+        self, config: EfficientNetConfig, inputs: int, stage: Stage, stride: int, *, rngs: nnx.Rngs
+    ):
+        width, make = inputs * stage.expansion, functools.partial(_conv, config, rngs=rngs)
+        self.expand = None if stage.expansion == 1 else make(inputs, width, 1)
+        self.depthwise = make(width, width, stage.kernel_size, stride, groups=width)
+        self.project = make(width, stage.channels, 1)
+        self.is_residual = stride == 1 and inputs == stage.channels
+
+    def __call__(self, x: Float[Array, "B _ _ i"]) -> Float[Array, "B _ _ o"]:
+        h = x if self.expand is None else jax.nn.relu6(self.expand(x))
+        h = self.project(jax.nn.relu6(self.depthwise(h)))
+        return x + h if self.is_residual else h
+
+
+class EfficientNet(nnx.Module):
+    """Images to features, or to the logits of classes. See the module's docstring."""
+
+    def __init__(self, config: EfficientNetConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.stem = _conv(config, 3, config.stem_channels, 3, 2, rngs=rngs)
+        self.blocks, width = nnx.List(), config.stem_channels
+        for stage in config.stages:
+            for i in range(stage.num_blocks):
+                stride = stage.stride if i == 0 else 1
+                self.blocks.append(Block(config, width, stage, stride, rngs=rngs))
+                width = stage.channels
+        self.head = _conv(config, width, config.head_channels, 1, rngs=rngs)
+        self.classifier = Linear(
+            config.head_channels,
+            config.num_classes,
+            ("channels", "embed"),
+            rngs=rngs,
+            dtype=jnp.dtype(config.dtype),
+        )
+
+    def __call__(self, images: Float[Array, "B h w 3"]) -> Features:
+        """Features of images of any size; pixels lie in [-1, 1].
+
+        Returns:
+          The taps' outputs, and the mean of the last convolution's over the image. For Lite0's 224
+          pixels these are maps of 56, 28, 14 and 7 cells a side with 24, 40, 112 and 320 channels,
+          and 1,280 numbers.
+        """
+        x = standardise(images, self.config.input_size, MEAN, STD)
+        x = jax.nn.relu6(self.stem(x))
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.config.taps:
+                maps.append(x)
+        return Features(tuple(maps), jnp.mean(jax.nn.relu6(self.head(x)), axis=(1, 2)))
+
+    def logits(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B N"]:
+        """Of each class of ImageNet, in the usual order, for images as in a call."""
+        return self.classifier(self(images).pooled)
+
+
+def _conv(
+    config: EfficientNetConfig,
+    inputs: int,
+    outputs: int,
+    size: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """A square convolution with TensorFlow's padding: if it is uneven, more below and right."""
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (size, size),
+        strides=stride,
+        padding="SAME",
+        feature_group_count=groups,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.float32,
+        kernel_init=initializers.he_normal(),
+        kernel_metadata={"axes": (None, None, "channels", "embed")},
+        bias_metadata={"axes": ("embed",)},
+        rngs=rngs,
+    )
