@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
@@ -40,11 +41,11 @@ from kontext_jax.data.pipeline import DataConfig, assemble
 from kontext_jax.flops import DEVICES_PER_CHIP, chip_peak
 from kontext_jax.geometry import num_tokens
 from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.efficientnet import EfficientNet
 from kontext_jax.models.splash import KERNEL_FLOPS
 from kontext_jax.names import named_leaves
 from kontext_jax.objectives import Network
-from kontext_jax.optim import make_optimizer
-from kontext_jax.places import networks_by_name, open_init
+from kontext_jax.places import network_of, networks_by_name, open_init
 from kontext_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -52,9 +53,9 @@ from kontext_jax.sharding import (
     platform,
     shardings_of,
 )
-from kontext_jax.train_state import TrainState, abstract_state, jit_train_step
+from kontext_jax.train_state import TrainState, abstract_state, jit_train_step, make_optimizers
 from kontext_jax.types import Batch, Example, Latents, Prompts
-from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.networks import ALL_NETWORKS
 
 GB = 1e9
 
@@ -183,13 +184,17 @@ def abstract_frozen(config: Config) -> dict[str, Network]:
     """
     frozen = {}
     for name in config.make_objective().frozen():
+        if name == "efficientnet":  # a package brings its weights, in float32
+            settings = config.objective.efficientnet
+            frozen[name] = nnx.eval_shape(lambda s=settings: EfficientNet(s, rngs=nnx.Rngs(0)))
+            continue
         try:
             reader = open_init(config, name)
-            dtypes, network_config = reader.dtypes, reader.config
+            dtypes, stored = reader.dtypes, reader.config
         except FileNotFoundError:
-            dtypes = {}
-            network_config = getattr(config.objective, name, None) or _fitting_autoencoder(config)
-        abstract = NETWORKS[name].abstract(network_config)
+            dtypes, stored = {}, None
+        network_config = getattr(config.objective, name, stored) or _fitting_autoencoder(config)
+        abstract = ALL_NETWORKS[network_of(name)].abstract(network_config)
         leaves = [
             jax.ShapeDtypeStruct(leaf.shape, dtypes.get(param, jnp.bfloat16))
             for param, leaf in named_leaves(abstract).items()
@@ -217,7 +222,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
       cli.UserError: the program does not fit into the devices' memory.
     """
     objective = config.make_objective()
-    optimizers = {p: make_optimizer(config.optim, config.num_steps) for p in objective.players}
+    optimizers = make_optimizers(objective, config.optim, config.num_steps)
     state, shardings = abstract_state(objective, optimizers, mesh)
     frozen = abstract_frozen(config)
     row = _row_of(config)

@@ -13,16 +13,26 @@ from typing import Any
 from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.objectives import Objective
+from kontext_jax.objectives.add import Add, AddConfig
 from kontext_jax.objectives.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
+from kontext_jax.objectives.guidance import Guidance, GuidanceConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig
 
-ObjectiveConfig = AutoencoderObjectiveConfig | FlowMatchingConfig | LaddConfig
+ObjectiveConfig = (
+    AutoencoderObjectiveConfig | FlowMatchingConfig | LaddConfig | AddConfig | GuidanceConfig
+)
 
-OBJECTIVES = {"autoencoder": AutoencoderObjective, "flow_matching": FlowMatching, "ladd": Ladd}
+OBJECTIVES = {
+    "autoencoder": AutoencoderObjective,
+    "flow_matching": FlowMatching,
+    "ladd": Ladd,
+    "add": Add,
+    "guidance": Guidance,
+}
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -70,6 +80,12 @@ class Config:
     profile_steps: str = ""
 
     def __post_init__(self):
+        if self.data.latents.path and self.objective.kind in ("autoencoder", "add"):
+            raise ValueError(
+                f"objective {self.objective.kind} looks at pixels: leave data.latents.path empty."
+            )
+        if self.objective.kind == "guidance" and not self.data.negatives:
+            raise ValueError("objective guidance needs empty prompts too: set data.negatives=True.")
         if self.profile_steps and not self.profiled:
             raise ValueError(
                 f"profile_steps {self.profile_steps!r} must be first:end with 0 < first < end, "

@@ -243,7 +243,11 @@ def open_init(config: Config, name: str) -> Reader:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"objective.init_from.{network}: {error}") from error
     if hasattr(config.objective, name):
-        but = ("guidance_embed",) if _leaves_out_guidance(init_from.except_for) else ()
+        # A student of guidance distillation has the input that its teacher lacks.
+        teacher = getattr(config.objective, "teacher", None)
+        gains = network == "transformer" and teacher != config.objective.transformer
+        leaves_out = gains or _leaves_out_guidance(init_from.except_for)
+        but = ("guidance_embed",) if leaves_out else ()
         check_same(reader, getattr(config.objective, name), place, but)
     return reader
 

@@ -1,6 +1,7 @@
 """Networks on a mesh: what a run starts from, what it only uses, and all that sampling needs."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from kontext_jax.places import (
     open_networks,
 )
 from kontext_jax.sharding import shardings_of
+from kontext_jax.weights.efficientnet import load_lite0
 from kontext_jax.weights.fingerprint import fingerprint
 from kontext_jax.weights.loading import load
 from kontext_jax.weights.lora import read_lora
@@ -70,7 +72,7 @@ def load_model(
     """
     if is_run(place):
         model, config = load_generator(place, mesh, params, dtype)
-        frozen = load_frozen(config, mesh, load_meta(place)["frozen"])
+        frozen = load_frozen(config, mesh, load_meta(place)["frozen"], sampling_needs(config))
         networks, objective, data = frozen | model, config.objective, config.data
     else:
         readers = open_networks(place, params)
@@ -96,20 +98,29 @@ def _identity(networks: dict[str, Any]) -> dict[str, list]:
     return identity
 
 
-def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[str, Network]:
+def load_frozen(
+    config: Config,
+    mesh: Mesh,
+    known: dict | None = None,
+    only: Sequence[str] | None = None,
+) -> dict[str, Network]:
     """The networks that a run uses and does not train, by name, in the dtype they are stored in.
 
     Args:
       config: of the run.
       mesh: where they go.
       known: what `identity_of` said of them when the run used them last.
+      only: the names of those that are wanted; all if left out.
 
     Raises:
       FileNotFoundError: one of them is missing.
       ValueError: one does not fit the run, or is no longer what it was.
     """
     frozen = {}
-    for name in config.make_objective().frozen():
+    for name in config.make_objective().frozen() if only is None else only:
+        if name == "efficientnet":
+            frozen[name] = load_lite0(mesh, config.objective.efficientnet)
+            continue
         reader = open_init(config, name)
         if name == "autoencoder":
             network_config = reader.config
@@ -125,6 +136,11 @@ def load_frozen(config: Config, mesh: Mesh, known: dict | None = None) -> dict[s
             "weights that a run was made with."
         )
     return frozen
+
+
+def sampling_needs(config: Config) -> list[str]:
+    """Which of a run's frozen networks make pictures, and do not only teach or look at them."""
+    return [name for name in config.make_objective().frozen() if name in NETWORKS]
 
 
 def teacher_time(config: Config) -> TimeConfig:

@@ -29,9 +29,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kontext_jax import flow
 from kontext_jax.encoders import encode_images, to_tokens
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, unpack_latents
-from kontext_jax.models.dino import DinoConfig
+from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.discriminator import HeadsConfig, MapHeads
-from kontext_jax.models.efficientnet import EfficientNetConfig
+from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.models.features import Features
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
@@ -46,7 +46,7 @@ from kontext_jax.objectives.transformer import (
 from kontext_jax.optim import OptimConfig
 from kontext_jax.types import Batch
 
-FEATURES = ("dino", "efficientnet")
+FEATURES = {"dino": Dino, "efficientnet": EfficientNet}
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -54,12 +54,11 @@ class AddInit(NetworksInit):
     """As `NetworksInit`, and the feature network's weights.
 
     Attributes:
-      dino: a folder of transformers' layout, such as a copy of facebook/dinov2-small.
-      efficientnet: a ``.pth`` file; empty for that of the installed package.
+      dino: a folder of transformers' layout, such as a copy of facebook/dinov2-small. A package
+        brings EfficientNet's weights (the extra ``eval``).
     """
 
     dino: str = ""
-    efficientnet: str = ""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -126,10 +125,10 @@ class Add:
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         rngs, config = nnx.Rngs(key), self.config
-        seen = getattr(config, config.features)
-        given = config.transformer.vec_in_dim + seen.pooled_channels
+        seen = _abstract_features(config)
+        given = config.transformer.vec_in_dim + seen.pooled.shape[-1]
         student = {"transformer": Flux(config.transformer, rngs=rngs)}
-        heads = MapHeads(config.heads, seen.map_channels, given, rngs=rngs)
+        heads = MapHeads(config.heads, [x.shape[-1] for x in seen.maps], given, rngs=rngs)
         return {"student": student, "discriminator": heads}
 
     def frozen(self) -> tuple[str, ...]:
@@ -235,6 +234,16 @@ class Add:
             loss = loss + config.r1_weight * terms["r1"]
         sums = {name: jnp.sum(present * values) for name, values in terms.items()}
         return jnp.sum(present * loss), Sums(jnp.sum(present), sums)
+
+
+def _abstract_features(config: AddConfig) -> Features:
+    """The shapes that the feature network gives for one image; computes nothing."""
+    network, settings = FEATURES[config.features], getattr(config, config.features)
+
+    def look() -> Features:
+        return network(settings, rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))
+
+    return nnx.eval_shape(look)
 
 
 def targets_by_size(batch: Batch, cell: int) -> list[Targets]:

@@ -101,7 +101,7 @@ class FlowMatching:
         )
 
     def prepare(self, frozen: dict, batch: Batch) -> dict[str, Any]:
-        return {"batch": batch, "latents": encode_images(frozen["autoencoder"], batch)}
+        return {"batch": batch, "latents": encode_images(frozen.get("autoencoder"), batch)}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
         """Of the transformer, on the examples' own tokens (``flops.py`` says what counts)."""
