@@ -6,26 +6,43 @@ launch/quickstart.sh runs all of it, in this order:
     python -m kontext_jax.train --config=configs/quickstart.py:autoencoder \\
         --workdir=runs/quickstart/autoencoder
     python -m kontext_jax.train --config=configs/quickstart.py:flow --workdir=runs/quickstart/flow
+    python -m kontext_jax.data.build --source=world --seed=1 --num_train=3072 \\
+        --output=runs/quickstart/prompts
+    python -m kontext_jax.encode --config=configs/quickstart.py:ladd
+    python -m kontext_jax.train --config=configs/quickstart.py:ladd --workdir=runs/quickstart/ladd
     python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=runs/quickstart
+
+The last stages distil the model: `encode` samples it for new prompts, and the student learns from
+these samples to make them in four steps, two or one.
 """
+
+import dataclasses
 
 from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
+from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
+from kontext_jax.objectives.ladd import LaddConfig
+from kontext_jax.objectives.student import StudentTimes
+from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 
 DATA = "runs/quickstart/world"
 AUTOENCODER = "runs/quickstart/autoencoder"
+FLOW = "runs/quickstart/flow"
+PROMPTS = "runs/quickstart/prompts"
+BANK = "runs/quickstart/bank"
 
 
 def data(batch_size: int) -> DataConfig:
@@ -77,7 +94,42 @@ def flow() -> Config:
     )
 
 
-VARIANTS = {"autoencoder": autoencoder, "flow": flow}
+def ladd() -> Config:
+    return Config(
+        objective=LaddConfig(
+            transformer=FluxConfig.tiny(),
+            text_encoder=T5Config.tiny_bytes(),
+            pooled="mean",
+            init_from=NetworksInit(transformer=FLOW, text_encoder=FLOW, autoencoder=AUTOENCODER),
+            student_times=StudentTimes(warmup_steps=50),
+            # Small pictures keep less signal at a level than large ones.
+            renoise=TimeConfig(mean=0.0, std=1.0, shift="none"),
+            heads=HeadsConfig(width=64, dtype="float32"),
+            heads_optim=OptimConfig(learning_rate=1e-3, b1=0.0, warmup_steps=0, weight_decay=0.0),
+        ),
+        data=dataclasses.replace(
+            data(batch_size=16),
+            path=PROMPTS,
+            caption_dropout=0.0,
+            latents=LatentsConfig(path=BANK, samples=1.0, num_steps=12, cfg_scale=3.0),
+        ),
+        optim=OptimConfig(
+            learning_rate=3e-4,
+            schedule="cosine",
+            warmup_steps=50,
+            b1=0.0,
+            b2=0.99,
+            weight_decay=0.0,
+            ema_decay=0.99,
+        ),
+        checkpoint=CheckpointConfig(every=600, keep=1),
+        sheets=SheetConfig(every=600, sampler=SamplerConfig(num_steps=2, method="consistency")),
+        num_steps=600,
+        log_every=50,
+    )
+
+
+VARIANTS = {"autoencoder": autoencoder, "flow": flow, "ladd": ladd}
 
 
 def get_config(variant: str = "flow") -> Config:

@@ -2,7 +2,7 @@
 
 python -m kontext_jax.sample --checkpoint=DIR --prompt="make it night" --context=a.png \\
     --output=out.png [--num_steps=28 --guidance=2.5 --cfg_scale=1 --size=WxH --seed=0 --params=ema]
-    [--init=b.png --strength=0.6]
+    [--init=b.png --strength=0.6] [--method=consistency]
 
 A PNG carries along how it was made: the model, the prompt, every setting, and hashes of the images
 given, but no file names. ``provenance.read_provenance`` reads it back.
@@ -36,7 +36,7 @@ from kontext_jax.geometry import (
 )
 from kontext_jax.provenance import format_of, write_image
 from kontext_jax.runs import load_model
-from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sampler import METHODS, SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example
 
@@ -52,6 +52,9 @@ def define_flags() -> None:
     flags.DEFINE_float("strength", 1.0, "share of the steps to run; with --init, below 1")
     flags.DEFINE_string("output", None, "image file to write")
     flags.DEFINE_integer("num_steps", 28, "evaluations of the transformer", lower_bound=1)
+    flags.DEFINE_enum(
+        "method", "euler", METHODS, "euler steps, or consistency: how LADD's students are sampled"
+    )
     flags.DEFINE_float("guidance", 2.5, "for transformers with a guidance input")
     flags.DEFINE_float("cfg_scale", 1.0, "classifier-free scale; 1 is off")
     flags.DEFINE_string(
@@ -200,6 +203,7 @@ def main() -> None:
         [load_image(path) for path in options.context],
         SamplerConfig(
             num_steps=options.num_steps,
+            method=options.method,
             guidance=options.guidance,
             cfg_scale=options.cfg_scale,
             strength=options.strength,

@@ -309,6 +309,6 @@ def _together(by_size: list[Array]) -> Array:
     return jnp.concatenate(flat)
 
 
-def _over_maps(values: list[Float[Array, "B S"]]) -> Float[Array, " B"]:
+def _over_maps(values: list[Float[Array, "B _"]]) -> Float[Array, " B"]:
     """The mean over maps of the mean over each map's tokens."""
     return sum(jnp.mean(x, axis=1) for x in values) / len(values)

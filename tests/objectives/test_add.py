@@ -1,0 +1,211 @@
+"""ADD's terms against their formulas, and which pixels it compares."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kontext_jax import flow
+from kontext_jax.data.packing import PackingConfig, size_key
+from kontext_jax.data.pipeline import DataConfig, assemble
+from kontext_jax.encoders import encode_images
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
+from kontext_jax.models.dino import Dino, DinoConfig
+from kontext_jax.models.discriminator import HeadsConfig, grid_neighbours
+from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
+from kontext_jax.objectives.add import Add, AddConfig, decode, targets_by_size
+from kontext_jax.objectives.student import StudentTimes
+from kontext_jax.objectives.transformer import inputs_at
+from kontext_jax.types import Example
+
+KEY, STEP = jax.random.key(3), jnp.array(0)
+ALWAYS_NOISE = StudentTimes(values=(1.0,), warmup=(1.0,), probabilities=(1.0,), warmup_steps=0)
+
+
+@pytest.fixture(scope="module")
+def make_add(recipe, ladd, random_network):
+    """A function from settings of ADD to (objective, networks, frozen networks, batch)."""
+    config = recipe.objective.config
+    kinds = {
+        "dino": (Dino, DinoConfig.tiny(input_size=28)),
+        "efficientnet": (EfficientNet, EfficientNetConfig.tiny()),
+    }
+
+    def make(features="efficientnet", **settings):
+        network, network_config = kinds[features]
+        objective = Add(
+            AddConfig(
+                transformer=config.transformer,
+                text_encoder=config.text_encoder,
+                pooled=config.pooled,
+                features=features,
+                heads=HeadsConfig(width=8, dtype="float32"),
+                student_times=ALWAYS_NOISE,
+                **{features: network_config} | settings,
+            )
+        )
+        params = random_network(lambda: objective.init(jax.random.key(0)), seed=1)
+        seeing = random_network(lambda: network(network_config, rngs=nnx.Rngs(0)))
+        frozen = ladd.frozen | {features: seeing}
+        return objective, params, frozen, jax.tree.map(jnp.asarray, ladd.batch)
+
+    return make
+
+
+def run(add, player="student"):
+    objective, params, frozen, batch = add
+
+    @jax.jit
+    def losses(params, frozen, batch):
+        inputs = objective.prepare(frozen, batch)
+        loss, sums = objective.loss("student", params, frozen, inputs, KEY, STEP)
+        if player == "discriminator":
+            inputs = inputs | sums.handed_on
+            loss, sums = objective.loss(player, params, frozen, inputs, KEY, STEP)
+        return loss, sums, inputs
+
+    return losses(params, frozen, batch)
+
+
+def test_defaults_are_the_papers():
+    config = AddConfig()
+    assert (config.distillation_weight, config.r1_weight) == (2.5, 1e-5)
+    assert config.student_times.probabilities == (0.25,) * 4
+    assert config.features == "dino" and config.dino == DinoConfig.vits14()
+
+
+@pytest.mark.parametrize("features", ["dino", "efficientnet"])
+def test_the_students_loss_is_the_sum_of_its_terms(make_add, features):
+    loss, sums, _ = run(make_add(features))
+    terms = sums.metrics
+    np.testing.assert_allclose(loss, terms["adversarial"] + 2.5 * terms["distillation"], rtol=1e-5)
+    assert sums.weight == 3 and terms["distillation"] > 0
+
+
+def test_distillation_is_of_decoded_pixels_weighted_by_the_level(make_add):
+    add = make_add()
+    objective, params, frozen, batch = add
+    _, sums, inputs = run(add)
+    tokens, teacher = inputs["tokens"], frozen["teacher"]
+    keys = flow.split_keys(flow.example_keys(KEY, tokens.example_ids), 3)
+    student = params["student"]["transformer"]
+
+    @jax.jit
+    def images(latents):
+        return decode(frozen["autoencoder"], inputs["targets"][0], latents)
+
+    @jax.jit
+    def predict(network, x, t):
+        v = network(**inputs_at(network, tokens, x, t, 1.0))
+        return flow.denoise(x, v, flow.at_tokens(t, tokens.segments))
+
+    def noise_of(keys):
+        return flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
+
+    t = jnp.ones(tokens.example_ids.shape)
+    made = predict(student, noise_of(flow.split_keys(keys[0], 2)[1]), t)
+    s = flow.sample_times(keys[1], jnp.ones(t.shape, jnp.int32), objective.config.teacher_levels)
+    assert np.all((s > 0) & (s < 1))
+    x_s = flow.interpolate(made, noise_of(keys[2]), flow.at_tokens(s, tokens.segments))
+    error = np.asarray(images(made) - images(predict(teacher, x_s, s)), np.float64)
+    present = np.asarray(inputs["targets"][0].present)
+    expected = np.sum(present * (1 - np.asarray(s)) * np.mean(error**2, axis=(2, 3, 4)))
+    np.testing.assert_allclose(sums.metrics["distillation"], expected, rtol=1e-3)
+
+
+def test_nothing_flows_back_through_the_teacher(make_add):
+    """The gradient is that of the distance to a fixed picture: with the adversary off, the slope
+    along the gradient of a loss whose aim does not move."""
+    add = make_add()
+    objective, params, frozen, batch = add
+    heads = jax.tree.map(jnp.zeros_like, params["discriminator"])
+
+    def terms(student, aims_from):
+        inputs = objective.prepare(frozen, batch)
+        models = {"student": student, "discriminator": heads}
+        loss, sums = objective.loss("student", models, frozen, inputs, KEY, STEP)
+        del aims_from
+        return sums.metrics["distillation"]
+
+    grads = jax.jit(jax.grad(terms))(params["student"], 0)
+
+    def through_teacher(teacher):
+        inputs = objective.prepare(frozen, batch)
+        models = {"student": params["student"], "discriminator": heads}
+        given = frozen | {"teacher": teacher}
+        return objective.loss("student", models, given, inputs, KEY, STEP)[1].metrics[
+            "distillation"
+        ]
+
+    to_teacher = jax.jit(jax.grad(through_teacher))(frozen["teacher"])
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+    assert not any(np.any(leaf != 0) for leaf in jax.tree.leaves(to_teacher))
+
+
+def test_heads_that_say_nothing_have_a_loss_of_two(make_add):
+    objective, params, frozen, batch = make_add()
+    silent = jax.tree.map(jnp.zeros_like, params["discriminator"])
+    params = params | {"discriminator": silent}
+    loss, sums, _ = run((objective, params, frozen, batch), "discriminator")
+    np.testing.assert_allclose([loss, sums.weight], [6, 3], rtol=1e-6)
+
+
+def test_r1_has_its_weight(make_add):
+    with_r1, without = make_add(r1_weight=0.1), make_add(r1_weight=0.0)
+    loss, sums, _ = run(with_r1, "discriminator")
+    plain, plain_sums, _ = run(without, "discriminator")
+    assert sums.metrics["r1"] > 0 and "r1" not in plain_sums.metrics
+    np.testing.assert_allclose(loss - plain, 0.1 * sums.metrics["r1"], rtol=1e-3)
+
+
+def test_neighbours_on_a_grid():
+    expected = [[-1, -1, -1, -1, 0, 1, -1, 3, 4], [-1, -1, -1, 0, 1, 2, 3, 4, 5]]
+    assert grid_neighbours(2, 3)[:2].tolist() == expected
+
+
+def test_targets_of_all_sizes_are_found_in_packed_rows(random_network):
+    """Their pixels, and the tokens that they were encoded to: contexts are left out."""
+    sizes = ((24, 16), (16, 32))
+    rng = np.random.default_rng(0)
+
+    def image(size):
+        return rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+
+    examples = [
+        Example("a", image(sizes[0]), (image(sizes[1]), image(sizes[0])), np.ones(2, np.int32)),
+        Example("b", image(sizes[1]), (image(sizes[1]),), np.ones(2, np.int32)),
+        Example("c", image(sizes[0]), (), np.ones(2, np.int32)),
+    ]
+    data = DataConfig(
+        geometry=GeometryConfig(sizes=sizes, pixels_per_token=8),
+        packing=PackingConfig(image_tokens=50, text_tokens=8, max_examples=4),
+    )
+    slots = {size_key(sizes[1]): 4, size_key(sizes[0]): 4}
+    row = assemble(examples, [3, 4, 5], slots, data)
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], row)
+    autoencoder = random_network(
+        lambda: Autoencoder(AutoencoderConfig.tiny(channels=8), rngs=nnx.Rngs(0))
+    )
+    latents = jax.jit(encode_images)(autoencoder, batch)
+    found = targets_by_size(batch, autoencoder.config.downsample)
+    by_size = dict(zip(sorted(batch.images), found, strict=True))
+    for key, numbers in ((size_key(sizes[0]), [0, 2]), (size_key(sizes[1]), [1])):
+        targets = by_size[key]
+        assert np.flatnonzero(targets.present[0]).tolist() == numbers
+        images = jax.jit(decode)(autoencoder, targets, latents)
+        for number in numbers:
+            pixels = to_pixels(jnp.asarray(examples[number].target))
+            np.testing.assert_array_equal(targets.pixels[0, number], pixels)
+            encoded = jax.jit(lambda a, x: a.decode(a.encode(x)))(autoencoder, pixels[None])
+            np.testing.assert_allclose(images[0, number], encoded[0], atol=1e-4)
+
+
+def test_latents_are_refused(make_add):
+    objective, _, frozen, batch = make_add()
+    batch = batch.replace(latents=jnp.zeros((*batch.segments.shape, 24)))
+    with pytest.raises(ValueError, match="ADD looks at pixels: leave data.latents.path empty"):
+        objective.prepare(frozen, batch)
+    with pytest.raises(ValueError, match="features 'vgg' is not one of dino, efficientnet"):
+        AddConfig(features="vgg")
