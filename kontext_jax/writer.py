@@ -76,17 +76,20 @@ class Writer:
 
 
 def _shown(values: dict[str, float | int]) -> list[str]:
-    """Losses first; what was skipped only if anything was."""
+    """Losses first; what was skipped only if anything was; players' names where it takes them."""
     names = [name for name, value in values.items() if value or not name.startswith("skipped")]
     names.sort(key=lambda name: not name.endswith("loss"))
-    return [_text(name, values[name]) for name in names]
+    last = [name.split("/")[-1] for name in names]
+    short = [
+        name if last.count(end) > 1 else SHORT.get(end, end)
+        for name, end in zip(names, last, strict=True)
+    ]
+    return [_text(text, values[name]) for text, name in zip(short, names, strict=True)]
 
 
 def _text(name: str, value: float | int) -> str:
     """A number as the console shows it."""
-    if name == "mfu":
-        return f"MFU {value:.1%}"
-    return f"{SHORT.get(name, name.split('/')[-1])} {value:.4g}"
+    return f"MFU {value:.1%}" if name == "mfu" else f"{name} {value:.4g}"
 
 
 def _drop_after(path: Path, step: int) -> None:
