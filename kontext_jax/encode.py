@@ -74,7 +74,7 @@ def encode(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, 1, mesh)
     source = TripleSource(config.data.path, config.data.split)
-    networks = load_frozen(config, mesh)
+    networks = load_frozen(config, mesh, only=needed(config))
     schedule = teacher_time(config) if config.data.latents.samples else None
     encode_with(networks, schedule, source, config, mesh)
 
@@ -184,6 +184,13 @@ def begin(folder: Path, settings: Settings, plan: Plan, batch_size: int) -> Job:
     return job._replace(todo=tuple(np.flatnonzero(~is_there).tolist()))
 
 
+def needed(config: Config) -> list[str]:
+    """The frozen networks that the store is made with."""
+    if not config.data.latents.samples:
+        return ["autoencoder"]
+    return ["autoencoder", "teacher", *config.objective.frozen_encoders()]
+
+
 def settings_of(
     networks: dict[str, Network],
     schedule: TimeConfig | None,
@@ -191,16 +198,15 @@ def settings_of(
     config: Config,
 ) -> Settings:
     """All that decides what is stored."""
-    data, sampling, names = config.data, None, ["autoencoder"]
+    data, sampling = config.data, None
     if data.latents.samples:
-        names += ["teacher", *config.objective.frozen_encoders()]
         text = {name: getattr(data.text, name) for name in ("max_tokens", "clip_max_tokens", "pad")}
         sampling = data.latents.sampling() | {"schedule": to_dict(schedule), "text": text}
     return Settings(
         data=source.fingerprint,
         split=data.split,
         geometry=store.plain(data.geometry),
-        networks=store.plain(identity_of({name: networks[name] for name in names})),
+        networks=store.plain(identity_of({name: networks[name] for name in needed(config)})),
         sampling=store.plain(sampling),
     )
 

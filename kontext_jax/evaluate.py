@@ -1,13 +1,14 @@
 """Scores a run on held-out edits: ``python -m kontext_jax.evaluate --config=... --workdir=DIR``.
 
 Samples an image for every example, has the data set's own checker read it back, and compares with
-two baselines: copying the context, and the same networks untrained. Writes ``results.jsonl`` (one
-line a picture), ``summary.json`` and ``report.html``.
+two baselines: copying the context, and the same networks untrained. Other runs and samplers, the
+*cells* (``cells.py``), can be set beside each other on the same examples. Writes ``results.jsonl``
+(one line a picture), ``summary.json`` and ``report.html``.
 """
 
+import functools
 import json
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,23 +16,22 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kontext_jax import cli
+from kontext_jax.cells import Cell, Played, Run, load_cells, load_run, play
 from kontext_jax.config import fingerprint, validated
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
-from kontext_jax.evaluator import Generator
-from kontext_jax.metrics import world
+from kontext_jax.evaluator import Generator, Image
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import load_generator, load_meta
-from kontext_jax.report import write_report
-from kontext_jax.runs import load_frozen
+from kontext_jax.report import cell_table, write_report
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.scores import score, spread, summarise
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.types import Triple
-
-ALL = "all"
+from kontext_jax.sheets import SheetRow
+from kontext_jax.types import Example, Triple
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -39,11 +39,16 @@ class EvalConfig:
     """What to score, and on what.
 
     Attributes:
-      checkpoint: workdir of the flow-matching run.
+      checkpoint: workdir of the run: its data set gives the examples, and the report's headline is
+        about it.
       params: "ema" or "params", the averaged or the raw parameters.
       split: of the data set that the run was trained on.
       num_examples: the first so many; 0 for all.
-      sheet_rows: examples shown in the report.
+      cells: other runs and samplers to compare, the slowest first: the others' speed is told
+        as a multiple of its.
+      num_cell_examples: of the examples, the first so many for each cell; 0 for all.
+      sheet_rows: examples shown in the report; of the cells, which have a row to themselves, half
+        as many.
       curves: title -> workdir of the runs whose losses the report draws.
       seed: of the initial noise.
     """
@@ -53,6 +58,8 @@ class EvalConfig:
     split: str = "validation"
     num_examples: int = 0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    cells: tuple[Cell, ...] = ()
+    num_cell_examples: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sheet_rows: int = 24
     curves: tuple[tuple[str, str], ...] = ()
@@ -61,10 +68,14 @@ class EvalConfig:
     def __post_init__(self):
         if self.sampler.strength < 1:
             raise ValueError("sampler.strength below 1 would start from the truth; set 1.")
+        names = [cell.name for cell in self.cells]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"cells need names of their own; {twice[0]!r} is there twice.")
 
 
 def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> dict:
-    """Scores the run and writes all files.
+    """Scores the run and the cells, and writes all files.
 
     Args:
       config: what to score.
@@ -75,100 +86,85 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
       What ``summary.json`` holds.
 
     Raises:
-      FileNotFoundError, ValueError: the run or its data is missing, or has no checker.
+      FileNotFoundError, ValueError: a run or its data is missing, or has no checker.
     """
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
-    model, run = load_generator(config.checkpoint, mesh, config.params)
-    frozen = load_frozen(run, mesh, load_meta(config.checkpoint)["frozen"])
-    source = TripleSource(run.data.path, config.split)
+    load = functools.cache(functools.partial(load_run, mesh=mesh))
+    run = load(config.checkpoint, config.params)
+    data = run.config.data
+    source = TripleSource(data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
     if "after" not in json.loads(triples[0].details):
         raise ValueError(
-            f"{run.data.path} has no checker to score pictures with; data of --source=world has."
+            f"{data.path} has no checker to score pictures with; data of --source=world has."
         )
-    generate = Generator(
-        prepare_all(triples, run.data),
-        run.data,
-        run.objective,
-        config.sampler,
-        mesh,
-        config.seed,
-    )
-    sampling = time.monotonic()
-    images = {"model": generate(networks_of(model, frozen))}
-    sampling = time.monotonic() - sampling
-    images["copy"] = [_copy(triple) for triple in triples]
-    objective = run.make_objective()
-    init = jax.jit(lambda key: objective.init(key)[objective.generator])
-    untrained = init(jax.random.key(config.seed))
-    images["untrained"] = generate(networks_of(untrained, frozen))
-
+    cell_runs = load_cells(config.cells, run, load)  # before anything that takes long
+    examples = prepare_all(triples, data)
+    images, sampling = _methods(config, run, triples, examples, mesh)
     results = {name: score(triples, made) for name, made in images.items()}
     summary = {
         "checkpoint": config.checkpoint,
-        "config": fingerprint(run),
+        "config": fingerprint(run.config),
         "num_examples": len(triples),
         "num_steps": config.sampler.num_steps,
         "methods": {name: summarise(rows) for name, rows in results.items()},
-        "seconds": seconds
-        | {"evaluate": round(time.monotonic() - began, 1), "of_it_sampling": round(sampling, 1)},
+    }
+    lines = _lines("method", results)
+    cell_rows = []
+    if config.cells:
+        few = slice(config.num_cell_examples or None)
+        played = play(config.cells, cell_runs, run, triples[few], examples[few], mesh, config.seed)
+        summary["cells"] = played.summary
+        lines += _lines("cell", played.results)
+        cell_rows = _cell_rows(triples[few], played, config.sheet_rows // 2)
+    summary["seconds"] = seconds | {
+        "evaluate": round(time.monotonic() - began, 1),
+        "of_it_sampling": round(sampling, 1),
     }
     shown = [
         (triples[i], images["model"][i], results["model"][i])
-        for i in _spread(triples, config.sheet_rows)
+        for i in spread(triples, config.sheet_rows)
     ]
     if jax.process_index() == 0:
-        _write(workdir, results, summary, shown, dict(config.curves))
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_report(workdir / "report.html", summary, shown, dict(config.curves), cell_rows)
+        (workdir / "results.jsonl").write_text("".join(lines))
+        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _write(workdir: Path, results: dict, summary: dict, shown: list, curves: dict) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_report(workdir / "report.html", summary, shown, curves)
-    with (workdir / "results.jsonl").open("w") as file:
-        for name, rows in results.items():
-            file.writelines(json.dumps({"method": name} | row) + "\n" for row in rows)
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+def _methods(
+    config: EvalConfig, run: Run, triples: Sequence[Triple], examples: Sequence[Example], mesh: Mesh
+) -> tuple[dict[str, Sequence[Image]], float]:
+    """(pictures by the model and the baselines, seconds that the model's took to sample)."""
+    generate = Generator(
+        examples, run.config.data, run.config.objective, config.sampler, mesh, config.seed
+    )
+    began = time.monotonic()
+    images = {"model": generate(run.networks)}
+    seconds = time.monotonic() - began
+    images["copy"] = [_copy(triple) for triple in triples]
+    objective = run.config.make_objective()
+    init = jax.jit(lambda key: objective.init(key)[objective.generator])
+    untrained = init(jax.random.key(config.seed))
+    images["untrained"] = generate(networks_of(untrained, run.frozen))
+    return images, seconds
 
 
-def score(triples: Sequence[Triple], images: Sequence[np.ndarray]) -> list[dict]:
-    """One result a picture: the checker's verdict, and the mean absolute error to the truth."""
+def _lines(kind: str, results: dict[str, list[dict]]) -> list[str]:
+    return [json.dumps({kind: name} | row) + "\n" for name, rows in results.items() for row in rows]
+
+
+def _cell_rows(triples: Sequence[Triple], played: Played, number: int) -> list[SheetRow]:
+    """Examples with each cell's picture of them."""
     rows = []
-    for triple, image in zip(triples, images, strict=True):
-        verdict = world.check(image, triple.details)
-        error = np.abs(image.astype(np.float64) - triple.target).mean() / 255
-        rows.append(
-            {
-                "id": triple.id,
-                "category": triple.category,
-                "edited": verdict.edited,
-                "preserved": verdict.preserved,
-                "l1": round(float(error), 5),
-            }
-        )
+    for i in spread(triples, number):
+        triple, pictures = triples[i], [images[i] for images in played.images.values()]
+        edited = sum(rows[i]["edited"] for rows in played.results.values())
+        note = f"{triple.category.replace('_', ' ')}: edited by {edited} of {len(pictures)}"
+        rows.append(SheetRow(triple.contexts, triple.prompt, pictures, triple.target, note))
     return rows
-
-
-def summarise(rows: Sequence[dict]) -> dict[str, dict[str, float | None]]:
-    """Rates by category and over all: success, preservation (None: nothing to preserve), error."""
-    groups: dict[str, list[dict]] = defaultdict(list)
-    for row in rows:
-        groups[row["category"]].append(row)
-        groups[ALL].append(row)
-
-    def mean(values):
-        return round(float(np.mean(values)), 4) if values else None
-
-    names = sorted(groups, key=lambda name: (name == ALL, name))
-    return {
-        metric: {name: mean(_values(groups[name], key)) for name in names}
-        for metric, key in (("edit_success", "edited"), ("preservation", "preserved"), ("l1", "l1"))
-    } | {"count": {name: len(groups[name]) for name in names}}
-
-
-def _values(rows: Sequence[dict], key: str) -> list[float]:
-    return [float(row[key]) for row in rows if row[key] is not None]
 
 
 def _copy(triple: Triple) -> np.ndarray:
@@ -176,16 +172,6 @@ def _copy(triple: Triple) -> np.ndarray:
     if triple.contexts and triple.contexts[0].shape == triple.target.shape:
         return triple.contexts[0]
     return np.full_like(triple.target, 128)
-
-
-def _spread(triples: Sequence[Triple], number: int) -> list[int]:
-    """The first examples of each category in turn, chosen before any result is known."""
-    queues: dict[str, list[int]] = defaultdict(list)
-    for i, triple in enumerate(triples):
-        queues[triple.category].append(i)
-    turns = max(map(len, queues.values()))
-    order = [queue[k] for k in range(turns) for queue in queues.values() if k < len(queue)]
-    return order[:number]
 
 
 def parse_seconds(items: Sequence[str]) -> dict[str, float]:
@@ -201,13 +187,21 @@ def parse_seconds(items: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"--seconds must look like data=6,flow=400, not {items}.") from error
 
 
-def print_table(summary: dict) -> None:
-    """Prints the success of each category, the baselines beside it."""
+def print_tables(summary: dict) -> None:
+    """Prints the success of each category, the baselines beside it; then the cells, if any."""
     methods = summary["methods"]
     print(f"{'edit success':16}" + "".join(f"{name:>12}" for name in methods) + f"{'examples':>10}")
     for category, count in methods["model"]["count"].items():
         rates = [methods[name]["edit_success"][category] for name in methods]
         print(f"{category:16}" + "".join(f"{rate:12.1%}" for rate in rates) + f"{count:10}")
+    if "cells" not in summary:
+        return
+    rows = cell_table(summary["cells"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print()
+    for first, *others in rows:
+        line = "".join(f"{x:>{width + 3}}" for x, width in zip(others, widths[1:], strict=True))
+        print(f"{first:{widths[0]}}{line}")
 
 
 def main() -> None:
@@ -216,7 +210,7 @@ def main() -> None:
         raise cli.UserError("give --config=configs/eval_X.py and --workdir=DIR.")
     workdir = Path(options.workdir)
     summary = evaluate(validated(options.config), workdir, parse_seconds(options.seconds))
-    print_table(summary)
+    print_tables(summary)
     print(f"wrote {workdir / 'report.html'}")
 
 

@@ -18,7 +18,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; mar
        padding: 0 1em; }
 h1, h2 { font-weight: 600; line-height: 1.2; } h2 { margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: .3em 1em; text-align: right; }
-th { border-bottom: 2px solid #888; } tr:last-child td { border-top: 1px solid #bbb;
+th { border-bottom: 2px solid #888; } .total tr:last-child td { border-top: 1px solid #bbb;
 font-weight: 600; } td:first-child, th:first-child { text-align: left; }
 .baseline { color: #777; } img, svg { max-width: 100%; height: auto; } p { max-width: 45em; }
 """
@@ -31,6 +31,7 @@ def write_report(
     summary: Mapping,
     examples: Sequence[tuple[Triple, np.ndarray, Mapping]],
     curves: Mapping[str, str],
+    cell_rows: Sequence[SheetRow] = (),
 ) -> None:
     """Writes the page.
 
@@ -39,6 +40,7 @@ def write_report(
       summary: what ``evaluate`` found.
       examples: (triple, result, its line of results) to show.
       curves: title -> workdir of the runs whose losses are drawn.
+      cell_rows: examples with a result of each cell, where the summary has cells.
     """
     success = summary["methods"]["model"]["edit_success"]["all"]
     seconds = {k: v for k, v in summary["seconds"].items() if not k.startswith("of_it")}
@@ -54,6 +56,7 @@ def write_report(
         "<h2>Held-out examples</h2>",
         "<p>The first of each category in turn, not chosen by their results.</p>",
         _picture(_sheet(examples)),
+        *(_cells(summary["cells"], cell_rows) if "cells" in summary else []),
         "<h2>Training</h2>",
         *(_curve(title, Path(run)) for title, run in curves.items()),
         "<h2>Time</h2>",
@@ -76,10 +79,60 @@ def _table(methods: Mapping[str, Mapping], metric: str) -> str:
         for name in methods:
             rate = methods[name][metric][category]
             css = "" if name == "model" else " class=baseline"
-            cells.append(f"<td{css}>{'–' if rate is None else format(rate, '.1%')}</td>")
+            cells.append(f"<td{css}>{_percent(rate)}</td>")
         label = category.replace("_", " ")
         rows.append(f"<tr><td>{label}</td>{''.join(cells)}<td>{count}</td></tr>")
-    return f"<table><tr><th></th>{head}<th>examples</th></tr>{''.join(rows)}</table>"
+    return f"<table class=total><tr><th></th>{head}<th>examples</th></tr>{''.join(rows)}</table>"
+
+
+def _percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{rate:.1%}"
+
+
+def cell_table(cells: Mapping) -> list[list[str]]:
+    """What the cells come to over all categories, a row each, under a row of headings.
+
+    Args:
+      cells: the summary's part about them. Without distances there is no column for these.
+    """
+    scores = cells["scores"]
+    first = next(iter(scores.values()))["seconds_per_image"]
+    columns = {
+        "edited": lambda cell: _percent(cell["edit_success"]["all"]),
+        "rest kept": lambda cell: _percent(cell["preservation"]["all"]),
+        "l1": lambda cell: f"{cell['l1']['all']:.3f}",
+        "fd_efflite0": lambda cell: f"{cell['fd_efflite0']:.1f}",
+        "seconds per image": lambda cell: f"{cell['seconds_per_image']:.3g}",
+        "times faster": lambda cell: f"{first / cell['seconds_per_image']:.1f}",
+    }
+    if "left_out" in cells["fd_efflite0"]:
+        del columns["fd_efflite0"]
+    rows = [[name, *(show(cell) for show in columns.values())] for name, cell in scores.items()]
+    return [["", *columns], *rows]
+
+
+def _cells(cells: Mapping, rows: Sequence[SheetRow]) -> list[str]:
+    """The section on them: table, what its numbers are, and pictures side by side."""
+    head, *body = [[html.escape(text) for text in row] for row in cell_table(cells)]
+    lines = ["".join(f"<th>{text}</th>" for text in head)]
+    lines += ["".join(f"<td>{text}</td>" for text in row) for row in body]
+    fd = cells["fd_efflite0"]
+    if "left_out" in fd:
+        distance = f"Frechet distances are left out: {html.escape(fd['left_out'])}."
+    else:
+        distance = (
+            "fd_efflite0 is the Frechet distance to the true targets, of EfficientNet-Lite0's "
+            f"features at {fd['input_size']} pixels; so few pictures make it too large, and it "
+            f"compares only with others of {cells['num_examples']}. The targets themselves, "
+            f"through the autoencoder and back, have {fd['reconstructed_targets']:.1f}."
+        )
+    return [
+        "<h2>Fewer steps</h2>",
+        f"<p>The first {cells['num_examples']} of these edits, from the same initial noise.</p>",
+        f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>",
+        f"<p>{html.escape(cells['timed'])} {distance}</p>",
+        _picture(draw_sheet(rows, result_names=list(cells["scores"]), cell=96, text_width=200)),
+    ]
 
 
 def _times(seconds: Mapping[str, float]) -> str:
@@ -88,7 +141,7 @@ def _times(seconds: Mapping[str, float]) -> str:
     )
     total = sum(seconds.values())
     return (
-        f"<table><tr><th>stage</th><th></th></tr>{rows}"
+        f"<table class=total><tr><th>stage</th><th></th></tr>{rows}"
         f"<tr><td>together</td><td>{total:.0f} s</td></tr></table>"
     )
 

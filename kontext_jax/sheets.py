@@ -36,11 +36,11 @@ def draw_sheet(
     cell: int = 128,
     text_width: int = 240,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draws rows under one line of headings.
+    """Draws rows under their headings.
 
     Args:
       rows: the examples, each with one result for each of ``result_names``.
-      result_names: headings of the results.
+      result_names: headings of the results; those wider than ``cell`` take several lines.
       cell: side of a picture in pixels; smaller ones are enlarged without smoothing.
       text_width: of the column of instructions.
     """
@@ -49,12 +49,13 @@ def draw_sheet(
     lefts = np.cumsum([GAP] + [width + GAP for width in columns])
     font = ImageFont.load_default(size=15)
     small = ImageFont.load_default(size=12)
-    head = 26
+    headings = ["context"] + [""] * (num_contexts - 1) + ["instruction", *result_names, "truth"]
+    headings = [wrap(text, font, width) for text, width in zip(headings, columns, strict=True)]
+    head = 8 + 18 * max(map(len, headings))
     sheet = Image.new("RGB", (int(lefts[-1]), head + len(rows) * (cell + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    headings = ["context"] + [""] * (num_contexts - 1) + ["instruction", *result_names, "truth"]
-    for left, heading in zip(lefts[:-1], headings, strict=True):
-        draw.text((left, 5), heading, fill=FAINT, font=font)
+    for left, lines in zip(lefts[:-1], headings, strict=True):
+        draw.multiline_text((left, 5), "\n".join(lines), fill=FAINT, font=font)
     for i, row in enumerate(rows):
         top = head + i * (cell + GAP)
         for left, image in zip(lefts, row.contexts, strict=False):

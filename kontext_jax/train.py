@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from kontext_jax import cli
 from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, from_dict, to_dict, validated
-from kontext_jax.data.pipeline import Loader
+from kontext_jax.data.pipeline import Loader, check_readable
 from kontext_jax.flops import chip_peak, num_chips
 from kontext_jax.places import identity_of
 from kontext_jax.runs import load_frozen, load_initial
@@ -42,8 +42,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it write
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Joins the processes of a TPU pod or cluster (jax.distributed)."
 )
-
-MIN_SEEN = 1000  # records after which the share of unreadable ones means something
 
 
 class TrainingStopped(cli.UserError):
@@ -222,12 +220,10 @@ class Window:
                 "were skipped. Go on from the last checkpoint with a lower optim.learning_rate, or "
                 "look at the data of these steps."
             )
-        limit = self._config.data.max_skipped
-        if self._unreadable > limit * max(self._seen, MIN_SEEN):
-            raise TrainingStopped(
-                f"{self._unreadable} of {self._seen} records could not be read, more than "
-                f"data.max_skipped = {limit}. Mend {self._config.data.path} or raise the limit."
-            )
+        try:
+            check_readable(self._unreadable, self._seen, self._config.data)
+        except ValueError as error:
+            raise TrainingStopped(str(error)) from error
 
 
 def _mean(values: list) -> float:

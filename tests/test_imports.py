@@ -15,8 +15,9 @@ LAYERS = [
     {"train_state"},
     {"checkpoint", "evaluator", "provenance", "writer"},
     {"config"},
-    {"places", "sheets", "report"},
+    {"places", "sheets", "report", "scores"},
     {"runs"},
+    {"cells"},
     {"train", "sample", "evaluate", "convert", "encode", "compile"},
 ]
 
