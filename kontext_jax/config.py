@@ -86,11 +86,27 @@ class Config:
             )
         if self.objective.kind == "guidance" and not self.data.negatives:
             raise ValueError("objective guidance needs empty prompts too: set data.negatives=True.")
+        self._check_guidance()
         if self.profile_steps and not self.profiled:
             raise ValueError(
                 f"profile_steps {self.profile_steps!r} must be first:end with 0 < first < end, "
                 "such as 10:13 for steps 10, 11 and 12."
             )
+
+    def _check_guidance(self) -> None:
+        """A student knows one value of the guidance input: that of its training."""
+        objective, latents = self.objective, self.data.latents
+        if objective.kind not in ("ladd", "add") or not objective.transformer.guidance_embed:
+            return
+        used = {"sheets.sampler.guidance": self.sheets.sampler.guidance}
+        if latents.samples:
+            used["data.latents.guidance"] = latents.guidance
+        for name, value in used.items():
+            if value != objective.guidance:
+                raise ValueError(
+                    f"{name} is {value}, but the student is taught at objective.guidance "
+                    f"{objective.guidance}: make them the same."
+                )
 
     @property
     def profiled(self) -> range:

@@ -35,7 +35,7 @@ class OptimConfig:
         keeps 1 - step^-0.8 of itself: ``b2`` and ``eps`` have no part in it.
       schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
       warmup_steps: linear from zero.
-      b1: of the first moment; 0 leaves Adafactor without one.
+      b1: of the first moment; 0 leaves AdamW and Adafactor without one.
       moments_dtype: of the first moment, "float32" or "bfloat16", which is 2 bytes a parameter
         less. The second one stays float32: in bfloat16, 0.999 of it would round back to itself.
       weight_decay: on kernels and low-rank adapters only; norms, biases and embeddings are left
@@ -106,6 +106,13 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
                 weight_decay_rate=lambda step: config.weight_decay * rate(step),
                 weight_decay_mask=is_kernel,
             )
+        )
+    elif not config.b1:
+        # AdamW without a first moment to keep: 4 bytes a parameter less.
+        update = optax.chain(
+            optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True),
+            optax.add_decayed_weights(config.weight_decay, is_kernel),
+            optax.scale_by_learning_rate(rate),
         )
     else:
         update = optax.adamw(

@@ -4,7 +4,6 @@ Reads top to bottom: config -> mesh -> data -> objective -> state -> loop. Start
 same arguments, it goes on exactly where its last checkpoint was taken.
 """
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -181,11 +180,12 @@ class Window:
     def summary(self, before: dict[str, float | int]) -> dict[str, float | int]:
         """Means over the window's good steps, and rates; starts the next window.
 
-        Where all steps were skipped, the means are those of ``before``.
+        What had no value in any of them, of a player that was not due, or for all were skipped, is
+        as it was ``before``.
         """
         steps = jax.device_get(self._metrics)
         seconds = time.monotonic() - self._began - self._paused
-        good = [step for step in steps if step["skipped_in_a_row"] == 0]
+        good = [step for step in steps if not step["skipped"]]
         examples = sum(int(step["examples"]) for step in steps)
         unreadable = sum(int(step["skipped_records"]) for step in steps)
         flops = sum(float(step.pop("model_flops")) for step in steps)
@@ -193,15 +193,21 @@ class Window:
         self._unreadable += unreadable
         self._in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
         self._start()
-        means = {name: _mean([step[name] for step in good]) for name in steps[0] if good}
-        return (means or before) | {
-            "examples": examples,
-            "skipped_records": unreadable,
-            "skipped_in_a_row": self._in_a_row,
-            "steps_per_second": len(steps) / seconds,
-            "examples_per_second": examples / seconds,
-            **self._per_chip(examples / seconds, flops / seconds),
-        }
+        values = {name: [step[name] for step in good] for name in steps[0] if name != "skipped"}
+        finite = {name: [x for x in given if not np.isnan(x)] for name, given in values.items()}
+        means = {name: float(np.mean(given)) for name, given in finite.items() if given}
+        return (
+            before
+            | means
+            | {
+                "examples": examples,
+                "skipped_records": unreadable,
+                "skipped_in_a_row": self._in_a_row,
+                "steps_per_second": len(steps) / seconds,
+                "examples_per_second": examples / seconds,
+                **self._per_chip(examples / seconds, flops / seconds),
+            }
+        )
 
     def _per_chip(self, examples: float, flops: float) -> dict[str, float]:
         """Rates of one chip, from those of all; without FLOPs, or a known peak, it says less."""
@@ -224,12 +230,6 @@ class Window:
             check_readable(self._unreadable, self._seen, self._config.data)
         except ValueError as error:
             raise TrainingStopped(str(error)) from error
-
-
-def _mean(values: list) -> float:
-    """Of the steps in which there was a value: a player that is not due has NaN."""
-    finite = [value for value in values if not np.isnan(value)]
-    return float(np.mean(finite)) if finite else math.nan
 
 
 def _check_same_run(stored: dict, current: dict) -> None:

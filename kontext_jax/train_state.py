@@ -115,7 +115,7 @@ def make_train_step(
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params, opt_state, ema = dict(state.params), dict(state.opt_state), dict(state.ema)
-        metrics, all_finite = {}, jnp.asarray(True)
+        metrics, all_finite, all_due = {}, jnp.asarray(True), jnp.asarray(True)
         inputs = _over_microbatches(
             lambda microbatch: objective.prepare(frozen, microbatch),
             _split(batch, config.accumulate_steps),
@@ -137,13 +137,16 @@ def make_train_step(
             else:
                 nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
                 loss, sums, grads, handed_on = jax.lax.cond(due, gradient, nothing, inputs)
+            if handed_on and every > 1:
+                raise ValueError(f"{player} hands on, and is not due in every step.")
             inputs = inputs | handed_on
             grad_norm = optax.tree.norm(grads)
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]
             )
             finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
-            decay = ema_decay_at(state.step, config.ema_decay)
+            ema_decay = objective.optim.get(player, config).ema_decay
+            decay = ema_decay_at(state.step // every, ema_decay)
             new = optax.apply_updates(params[player], updates)
             new_ema = optax.incremental_update(new, ema[player], 1 - decay)
 
@@ -154,17 +157,21 @@ def make_train_step(
             opt_state[player] = keep(new_opt_state, opt_state[player])
             ema[player] = keep(new_ema, ema[player])
             all_finite &= finite | ~due
+            all_due &= due
             named = {"loss": loss, "grad_norm": grad_norm} | sums
             metrics |= {
                 f"{player}/{name}": jnp.where(due, value, jnp.nan) for name, value in named.items()
             }
 
         bad = 1 - all_finite.astype(jnp.int32)
-        skipped_in_a_row = (state.skipped_in_a_row + 1) * bad
+        # A player that is not due proves nothing: it may have been bad in each of its steps.
+        in_a_row = jnp.where(all_due, 0, state.skipped_in_a_row)
+        skipped_in_a_row = jnp.where(all_finite, in_a_row, state.skipped_in_a_row + 1)
         metrics |= {
             "examples": jnp.sum(batch.example_ids >= 0),
             "skipped_records": jnp.sum(batch.skipped),
             "model_flops": objective.flops(batch),
+            "skipped": bad,
             "skipped_in_a_row": skipped_in_a_row,
         }
         state = TrainState(

@@ -46,6 +46,7 @@ def _leniently(make_optimizer):
 
 optax.adamw = _leniently(optax.adamw)
 optax.adafactor = _leniently(optax.adafactor)
+optax.scale_by_rms = _leniently(optax.scale_by_rms)
 
 
 @pytest.fixture(scope="session")

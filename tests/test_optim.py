@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -112,6 +114,28 @@ def test_adamw_s_first_step_is_the_learning_rate():
         {"bias": jnp.array([1.0, -2.0, 0.5])}, optimizer.init(params), params
     )
     np.testing.assert_allclose(updates["bias"], [-0.1, 0.1, -0.1], rtol=1e-5)
+
+
+def test_without_a_first_moment_adamw_keeps_none_and_does_the_same():
+    config = OptimConfig(learning_rate=0.1, b1=0.0, b2=0.9, weight_decay=0.3, warmup_steps=0)
+    mine = optim.make_optimizer(dataclasses.replace(config, clip_norm=1e9), num_steps=10)
+    theirs = optax.adamw(
+        0.1, b1=0.0, b2=0.9, eps=config.eps, weight_decay=0.3, mask=optim.is_kernel
+    )
+    start = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
+    ours, expected = (start, mine.init(start)), (start, theirs.init(start))
+    for step in range(3):
+        grads = jax.tree.map(lambda x, step=step: jnp.cos((step + 1) * x), start)
+        ours, expected = (_moved(o, s, grads) for o, s in ((mine, ours), (theirs, expected)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours[0], expected[0])
+    assert optax.tree.get(ours[1], "mu", None) is None
+    assert optax.tree.get(expected[1], "mu", None) is not None
+
+
+def _moved(optimizer, state, grads):
+    params, moments = state
+    updates, moments = optimizer.update(grads, moments, params)
+    return optax.apply_updates(params, updates), moments
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -303,7 +303,8 @@ def test_a_window_rates_chips_by_the_flops_of_all_its_steps(monkeypatch, peak):
     window = Window(Config(), make_mesh(MeshConfig()))
     metrics = {"loss": 2.0, "model_flops": 4e12, "examples": 16, "skipped_records": 0}
     for skipped_in_a_row in range(3):
-        values = metrics | {"skipped_in_a_row": skipped_in_a_row}
+        skipped = int(skipped_in_a_row > 0)
+        values = metrics | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
         window.add({name: jnp.asarray(value) for name, value in values.items()})
     summary = window.summary({})
     rate = summary["examples_per_second"]

@@ -72,7 +72,7 @@ class Head(nnx.Module):
         """``features``: channels of a token; ``given``: of what is known of its example."""
         width, dtype = config.width, jnp.dtype(config.dtype)
 
-        def linear(inputs, outputs, axes, init):
+        def linear(inputs, outputs, axes, init, dtype=dtype):
             return Linear(inputs, outputs, axes, rngs=rngs, dtype=dtype, init=init)
 
         fan_in = initializers.lecun_normal()
@@ -80,7 +80,8 @@ class Head(nnx.Module):
         self.condition_in = linear(given, width, ("embed", "mlp"), fan_in)
         self.modulation = linear(width, 2 * width, ("embed", "mlp"), normal)
         self.conv = linear(NEIGHBOURS * width, width, ("embed", "mlp"), fan_in)
-        self.out_layer = linear(width, 1, ("embed", "channels"), fan_in)
+        # The hinge has its corners at 1 and -1, where bfloat16 is coarse.
+        self.out_layer = linear(width, 1, ("embed", "channels"), fan_in, jnp.dtype("float32"))
 
     def __call__(
         self,
@@ -94,7 +95,7 @@ class Head(nnx.Module):
         shift, scale = (per_token(part, segments) for part in jnp.split(vec, 2, axis=-1))
         around = gather(jax.nn.silu(modulate(h, shift, scale)), neighbours)
         h = h + self.conv(around.reshape(*around.shape[:2], -1))
-        return self.out_layer(jax.nn.silu(layer_norm(h)))[:, :, 0].astype(jnp.float32)
+        return self.out_layer(jax.nn.silu(layer_norm(h.astype(jnp.float32))))[:, :, 0]
 
 
 class BlockHeads(nnx.Module):

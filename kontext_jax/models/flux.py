@@ -419,25 +419,30 @@ def _run_blocks(step, carry, blocks, heads, read, *, every, policy, unroll):
     """
     scan = functools.partial(jax.lax.scan, unroll=unroll)
 
-    def block_alone(carry, block):
+    def alone(carry, block):
         return step(carry, block), None
+
+    def tapped(carry, block_and_head):
+        block, head = block_and_head
+        carry = step(carry, block)
+        return carry, read(head, carry)
 
     def group(carry, blocks_and_head):
         members, head = blocks_and_head
-        for i in range(every):
-            carry = step(carry, jax.tree.map(lambda x: x[i], members))  # noqa: B023
-        return carry, read(head, carry)
+        *before, last = (jax.tree.map(lambda x, i=i: x[i], members) for i in range(every))
+        for block in before:
+            carry, _ = remat(alone, policy)(carry, block)
+        return remat(tapped, policy)(carry, (last, head))
 
     if heads is None:
-        return scan(remat(block_alone, policy), carry, blocks)
+        return scan(remat(alone, policy), carry, blocks)
     num_blocks = len(jax.tree.leaves(blocks)[0])
     groups = num_taps(num_blocks, every)
     before = num_blocks - groups * every
     if before:
-        first = jax.tree.map(lambda x: x[:before], blocks)
-        carry, _ = scan(remat(block_alone, policy), carry, first)
+        carry, _ = scan(remat(alone, policy), carry, jax.tree.map(lambda x: x[:before], blocks))
     grouped = jax.tree.map(lambda x: x[before:].reshape(groups, every, *x.shape[1:]), blocks)
-    return scan(remat(group, policy), carry, (grouped, heads))
+    return scan(group, carry, (grouped, heads))
 
 
 def num_taps(num_blocks: int, every: int) -> int:

@@ -4,16 +4,17 @@ Sauer et al., arXiv 2311.17042. As in ``objectives/ladd.py`` the student makes a
 call. But here it is *decoded*, and a network that was trained to understand images looks at it;
 heads on its maps F_k tell it from the true image,
 
-    (1)  L_heads   = mean max(0, 1 - D_k(F_k(x))) + mean max(0, 1 + D_k(F_k(x')))
-                   + r1_weight mean |grad D_k(F_k(x))|^2,
-    (2)  L_student = - mean D_k(F_k(x')) + distillation_weight c(s) mean |x' - x'_teacher|^2,
+    (1)  L_heads   = sum_k mean max(0, 1 - D_k(F_k(x))) + mean max(0, 1 + D_k(F_k(x')))
+                           + r1_weight mean |grad D_k(F_k(x))|^2,
+    (2)  L_student = - sum_k mean D_k(F_k(x')) + distillation_weight c(s) mean |x' - x'_teacher|^2.
 
-the gradient in (1) by what a head reads. x'_teacher is what the teacher makes in one call of x',
-noised anew to a level s; nothing flows back through it; c(s) = 1 - s, the share of the image at
-that level. Both squares are of pixels in [-1, 1].
+Means are over a map's places and over pixels, which are in [-1, 1]; the gradient in (1) is by what
+a head reads. x'_teacher is what the teacher makes in one call of x', noised anew to a level s;
+nothing flows back through it; c(s) = 1 - s, the share of the image at that level.
 
 Feature networks: DINOv2, as in the paper, or EfficientNet-Lite0, whose weights a package has.
-Ours: the heads (``models/discriminator.py``), where the paper has StyleGAN-T's.
+Ours: the heads (``models/discriminator.py``), where the paper has StyleGAN-T's, and that distances
+are means over pixels.
 """
 
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from kontext_jax.objectives.student import StudentTimes, make_images, noise_like
 from kontext_jax.objectives.transformer import (
     NetworksConfig,
     NetworksInit,
+    check_heads_optim,
     inputs_at,
     target_membership,
 )
@@ -94,6 +96,7 @@ class AddConfig(NetworksConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_heads_optim(self.heads_optim)
         if self.features not in FEATURES:
             raise ValueError(f"features {self.features!r} is not one of {', '.join(FEATURES)}.")
 
@@ -224,8 +227,8 @@ class Add:
         terms = {
             "real": _over_maps(real),
             "made": _over_maps(made),
-            "accuracy_real": _over_maps([(x > 0).astype(jnp.float32) for x in real]),
-            "accuracy_made": _over_maps([(x < 0).astype(jnp.float32) for x in made]),
+            "accuracy_real": _over_maps([(x > 0).astype(jnp.float32) / len(real) for x in real]),
+            "accuracy_made": _over_maps([(x < 0).astype(jnp.float32) / len(made) for x in made]),
         }
         loss = _over_maps([jax.nn.relu(1 - x) for x in real])
         loss = loss + _over_maps([jax.nn.relu(1 + x) for x in made])
@@ -310,5 +313,5 @@ def _together(by_size: list[Array]) -> Array:
 
 
 def _over_maps(values: list[Float[Array, "B _"]]) -> Float[Array, " B"]:
-    """The mean over maps of the mean over each map's tokens."""
-    return sum(jnp.mean(x, axis=1) for x in values) / len(values)
+    """The sum over maps of the mean over each map's tokens."""
+    return sum(jnp.mean(x, axis=1) for x in values)

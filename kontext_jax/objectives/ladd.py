@@ -41,6 +41,7 @@ from kontext_jax.objectives.student import StudentTimes, make_images, noise_like
 from kontext_jax.objectives.transformer import (
     NetworksConfig,
     NetworksInit,
+    check_heads_optim,
     inputs_at,
     lengths_of,
     per_example,
@@ -86,6 +87,7 @@ class LaddConfig(NetworksConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_heads_optim(self.heads_optim)
         if self.adversarial not in ADVERSARIAL:
             raise ValueError(
                 f"adversarial {self.adversarial!r} is not one of {', '.join(ADVERSARIAL)}."
@@ -165,9 +167,10 @@ class Ladd:
     def make(
         self, student: Flux, tokens: Tokens, keys: Key[Array, "B N"], step: Int[Array, ""]
     ) -> tuple[Float[Array, "B S C"], Float[Array, "B N"]]:
-        """Equation (1): see `make_images`."""
+        """Equation (1): see `make_images`; the student's times go by its own updates."""
         config = self.config
-        return make_images(student, tokens, config.student_times, config.guidance, keys, step)
+        updates = step // config.student_every
+        return make_images(student, tokens, config.student_times, config.guidance, keys, updates)
 
     def student_loss(
         self,

@@ -22,7 +22,7 @@ class StudentTimes:
 
     Attributes:
       values: the times; 1 is pure noise.
-      warmup: probability of each in the first ``warmup_steps`` steps.
+      warmup: probability of each in the student's first ``warmup_steps`` updates.
       probabilities: of each from then on.
     """
 
@@ -41,10 +41,10 @@ class StudentTimes:
                     f"{name} {given} must be {len(self.values)} probabilities that add up to 1."
                 )
 
-    def sample(self, keys: Key[Array, "B N"], step: Int[Array, ""]) -> Float[Array, "B N"]:
-        """A time for each example."""
+    def sample(self, keys: Key[Array, "B N"], updates: Int[Array, ""]) -> Float[Array, "B N"]:
+        """A time for each example, after so many updates of the student."""
         chances = jnp.where(
-            step < self.warmup_steps, jnp.array(self.warmup), jnp.array(self.probabilities)
+            updates < self.warmup_steps, jnp.array(self.warmup), jnp.array(self.probabilities)
         )
         draw = jax.vmap(jax.vmap(lambda key: jax.random.categorical(key, jnp.log(chances))))
         return jnp.array(self.values, jnp.float32)[draw(keys)]
@@ -56,11 +56,11 @@ def make_images(
     times: StudentTimes,
     guidance: float,
     keys: Key[Array, "B N"],
-    step: Int[Array, ""],
+    updates: Int[Array, ""],
 ) -> tuple[Float[Array, "B S C"], Float[Array, "B N"]]:
     """(the student's images x' in the places of the targets, the times t that they come from)."""
     time_keys, noise_keys = flow.split_keys(keys, 2)
-    t = times.sample(time_keys, step)
+    t = times.sample(time_keys, updates)
     token_t = flow.at_tokens(t, tokens.segments)
     x_t = flow.interpolate(tokens.latents, noise_like(tokens, noise_keys), token_t)
     v = student(**inputs_at(student, tokens, x_t, t, guidance))

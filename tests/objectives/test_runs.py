@@ -171,8 +171,10 @@ def test_another_teacher_is_refused_on_going_on(teacher, tmp_path):
 
 def test_a_student_of_guidance_gains_the_input_that_its_teacher_lacks(teacher, tmp_path):
     transformer = dataclasses.replace(teacher.objective.transformer, guidance_embed=True)
-    config = student(teacher, GuidanceConfig, 2, transformer=transformer)
-    config.data = dataclasses.replace(config.data, negatives=True)
+    data = dataclasses.replace(teacher.data, negatives=True)
+    config = student(
+        dataclasses.replace(teacher, data=data), GuidanceConfig, 2, transformer=transformer
+    )
     mesh = make_mesh(MeshConfig())
     initial = load_initial(config, mesh)["student"]["transformer"]
     assert not np.any(initial.guidance_in.out_layer.kernel[...])

@@ -1,0 +1,160 @@
+"""What a training step of LADD costs beside one of ADD: time and memory, in one process.
+
+    python launch/distillation_cost.py [--size=128] [--rows=2] [--rounds=5]
+
+Both train the same student from the same teacher on rows of a target and its context, of the same
+size in pixels. LADD reads latents and looks through the teacher; ADD encodes, decodes with FLUX's
+autoencoder, and looks through DINOv2 (ViT-S at 224 pixels). Weights are random, for what a step
+costs does not depend on them. Time is the median of steps taken in turns; memory is what the
+compiled step needs at its fullest, of this device.
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from kontext_jax import cli
+from kontext_jax.compile import full_row
+from kontext_jax.config import Config
+from kontext_jax.data.latents import LatentsConfig
+from kontext_jax.data.packing import PackingConfig
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.text import TextConfig
+from kontext_jax.geometry import GeometryConfig
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from kontext_jax.models.dino import Dino, DinoConfig
+from kontext_jax.models.discriminator import HeadsConfig
+from kontext_jax.models.flux import Flux, FluxConfig
+from kontext_jax.models.t5 import T5Config, T5Encoder
+from kontext_jax.objectives.add import AddConfig
+from kontext_jax.objectives.ladd import LaddConfig
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train_state import abstract_state, init_state, jit_train_step, make_optimizers
+
+
+def configs(size: int, rows: int) -> dict[str, Config]:
+    """Equal but for what looks at the student's images."""
+    transformer = FluxConfig(
+        hidden_size=384,
+        num_heads=6,
+        depth=3,
+        depth_single=6,
+        vec_in_dim=64,
+        context_in_dim=64,
+        axes_dim=(16, 24, 24),
+        guidance_embed=False,
+        dtype="float32",
+        remat="full",
+    )
+    networks = dict(transformer=transformer, text_encoder=T5Config.tiny_bytes(), pooled="mean")
+    heads = HeadsConfig(width=64, dtype="float32")
+    tokens = (size // 16) ** 2
+    data = DataConfig(
+        batch_size=rows,
+        geometry=GeometryConfig(sizes=((size, size),)),
+        packing=PackingConfig(image_tokens=2 * tokens, text_tokens=64, max_examples=1),
+        text=TextConfig(max_tokens=64),
+    )
+    latents = LatentsConfig(path="latents", samples=1.0)
+    pixels = AddConfig(**networks, heads=heads, dino=DinoConfig.vits14(dtype="float32"))
+    return {
+        "LADD": Config(
+            objective=LaddConfig(**networks, heads=heads),
+            data=DataConfig(**(vars(data) | {"latents": latents})),
+        ),
+        "ADD": Config(objective=pixels, data=data),
+    }
+
+
+def frozen_of(config: Config) -> dict:
+    """Random networks for the names that the objective uses."""
+    kinds = {
+        "autoencoder": (Autoencoder, AutoencoderConfig.flux(dtype="float32")),
+        "teacher": (Flux, config.objective.transformer),
+        "text_encoder": (T5Encoder, config.objective.text_encoder),
+        "dino": (Dino, getattr(config.objective, "dino", None)),
+    }
+    names = [name for name in config.make_objective().frozen() if name in used_by(config)]
+    return {
+        name: nnx.eval_shape(lambda n=name: kinds[n][0](kinds[n][1], rngs=nnx.Rngs(0)))
+        for name in names
+    }
+
+
+def used_by(config: Config) -> set[str]:
+    """Latents need no autoencoder."""
+    return {"teacher", "text_encoder", "dino"} | (
+        set() if config.data.latents.path else {"autoencoder"}
+    )
+
+
+def filled(tree):
+    """Arrays for shapes, of numbers of the size of weights."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32)), tree
+    )
+
+
+class Recipe:
+    """One objective's compiled step, ready to be run."""
+
+    def __init__(self, config: Config):
+        objective = config.make_objective()
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        optimizers = make_optimizers(objective, config.optim, config.num_steps)
+        _, shardings = abstract_state(objective, optimizers, mesh)
+        channels = config.objective.transformer.in_channels if config.data.latents.path else 0
+        row = full_row(config.data, channels)
+        rows = config.data.batch_size
+        self._batch = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * rows), row)
+        self._state = init_state(objective, optimizers, mesh, seed=0)
+        self._frozen = filled(frozen_of(config))
+        step = jit_train_step(objective, optimizers, config.optim, 0, shardings)
+        with jax.set_mesh(mesh):
+            self._step = step.lower(self._state, self._frozen, self._batch).compile()
+
+    def run(self) -> float:
+        """Seconds of a step."""
+        began = time.monotonic()
+        self._state, _ = jax.block_until_ready(self._step(self._state, self._frozen, self._batch))
+        return time.monotonic() - began
+
+    def memory(self) -> dict[str, float]:
+        """GB at the fullest moment, and how much of it is neither state, nor frozen, nor batch."""
+        used = self._step.memory_analysis()
+        temporaries = used.temp_size_in_bytes
+        outputs = used.output_size_in_bytes - used.alias_size_in_bytes
+        peak = used.argument_size_in_bytes + outputs + temporaries
+        return {"peak": peak / 1e9, "temporaries": temporaries / 1e9}
+
+
+def main() -> None:
+    options = flags.FLAGS
+    recipes = {name: Recipe(c) for name, c in configs(options.size, options.rows).items()}
+    seconds: dict[str, list[float]] = {name: [] for name in recipes}
+    for round_number in range(options.rounds + 1):
+        for name, recipe in recipes.items():
+            took = recipe.run()
+            if round_number:  # the first warms up
+                seconds[name].append(took)
+    for name, recipe in recipes.items():
+        memory = recipe.memory()
+        print(
+            f"{name:5} {statistics.median(seconds[name]):8.2f} s a step, "
+            f"{memory['peak']:.2f} GB, {memory['temporaries']:.2f} GB of it temporary"
+        )
+    ratio = statistics.median(seconds["ADD"]) / statistics.median(seconds["LADD"])
+    print(f"ADD / LADD: {ratio:.2f} times the time")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("size", 128, "height and width in pixels, a multiple of 16")
+    flags.DEFINE_integer("rows", 2, "of a step")
+    flags.DEFINE_integer("rounds", 5, "timed steps of each")
+    cli.run("distillation_cost", main)
