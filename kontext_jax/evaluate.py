@@ -161,7 +161,7 @@ def _cell_rows(triples: Sequence[Triple], played: Played, number: int) -> list[S
     rows = []
     for i in spread(triples, number):
         triple, pictures = triples[i], [images[i] for images in played.images.values()]
-        edited = sum(rows[i]["edited"] for rows in played.results.values())
+        edited = sum(results[i]["edited"] for results in played.results.values())
         note = f"{triple.category.replace('_', ' ')}: edited by {edited} of {len(pictures)}"
         rows.append(SheetRow(triple.contexts, triple.prompt, pictures, triple.target, note))
     return rows

@@ -12,14 +12,14 @@ from jaxtyping import Array, Float, UInt8
 from kontext_jax.data.packing import Plan, Shape, size_key
 from kontext_jax.data.pipeline import DataConfig, assemble, negatives, noise_id
 from kontext_jax.data.text import Tokenizer
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.objectives import Network
-from kontext_jax.objectives.flow_matching import FlowMatchingConfig
+from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards
-from kontext_jax.types import Batch, Example, Tokens, unprompted
+from kontext_jax.types import Batch, Example, unprompted
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 
@@ -37,7 +37,7 @@ class Generator:
         self,
         examples: Sequence[Example],
         data: DataConfig,
-        objective: FlowMatchingConfig,
+        objective: NetworksConfig,
         sampler: SamplerConfig,
         mesh: Mesh,
         seed: int = 0,
@@ -131,12 +131,9 @@ def _pack(
 
 def _sample(networks, batch, key, sampler, objective) -> Float[Array, "B S C"]:
     latents = encode_images(networks["autoencoder"], batch)
-
-    def tokens_of(batch: Batch) -> Tokens:
-        return to_tokens(batch, latents, *objective.encode_text(networks, batch))
-
-    negative = None if batch.negative is None else tokens_of(unprompted(batch))
-    tokens = tokens_of(batch)
+    tokens, negative = objective.tokens(networks, batch, latents), None
+    if batch.negative is not None:
+        negative = objective.tokens(networks, unprompted(batch), latents)
     return sample(networks["transformer"], tokens, key, sampler, objective.time, negative)
 
 

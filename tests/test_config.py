@@ -1,13 +1,16 @@
+import functools
 import os
 from pathlib import Path
 
 import pytest
 
 import configs.emoji
+import configs.eval_quickstart
 import configs.finetune
 import configs.flow_256
 import configs.kontext_1024
 import configs.quickstart
+from kontext_jax.cells import Cell
 from kontext_jax.config import Config, SheetConfig, fingerprint, from_dict, pick, to_dict
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.sampler import SamplerConfig
@@ -62,6 +65,15 @@ def test_configs_survive_json(name, variant, make):
     assert fingerprint(from_dict(to_dict(config))) == fingerprint(config)
 
 
+def test_dataclasses_in_tuples_survive_json():
+    config = configs.eval_quickstart.get_config()
+    assert from_dict(to_dict(config), EvalConfig) == config
+    values = to_dict(config)
+    values["cells"][1]["sampler"]["steps"] = 4
+    with pytest.raises(ValueError, match="SamplerConfig has no setting steps"):
+        from_dict(values, EvalConfig)
+
+
 def test_a_setting_changes_the_fingerprint():
     changed = Config()
     changed.optim.learning_rate = 3e-4
@@ -91,7 +103,7 @@ def test_profiled_steps_are_a_range(steps):
         Config(profile_steps=steps)
 
 
-@pytest.mark.parametrize("cls", [SheetConfig, EvalConfig])
-def test_pictures_that_are_judged_cannot_start_from_the_truth(cls):
+@pytest.mark.parametrize("make", [SheetConfig, EvalConfig, functools.partial(Cell, name="x")])
+def test_pictures_that_are_judged_cannot_start_from_the_truth(make):
     with pytest.raises(ValueError, match="sampler.strength below 1 would start from the truth"):
-        cls(sampler=SamplerConfig(strength=0.9))
+        make(sampler=SamplerConfig(strength=0.9))
