@@ -30,7 +30,8 @@ def get_config() -> EvalConfig:
         cells=(
             Cell(name="teacher 50", checkpoint=TEACHER, sampler=guided(50)),
             Cell(name="teacher 4", checkpoint=TEACHER, sampler=guided(4)),
-            Cell(name="untrained 4", checkpoint=TEACHER, sampler=consistency(4)),
+            Cell(name="untrained 4", checkpoint=TEACHER, sampler=consistency(4), shift="none"),
+            Cell(name="untrained 1", checkpoint=TEACHER, sampler=consistency(1), shift="none"),
             Cell(name="student 4", checkpoint=STUDENT, sampler=consistency(4)),
             Cell(name="student 2", checkpoint=STUDENT, sampler=consistency(2)),
             Cell(name="student 1", checkpoint=STUDENT, sampler=consistency(1)),

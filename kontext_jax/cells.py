@@ -4,7 +4,8 @@ All cells get the same pixels and prompts, in the same batches, and each example
 noise; so a difference between two cells is one of their networks and samplers.
 """
 
-import time
+import dataclasses
+import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from jax.sharding import Mesh
 
 from kontext_jax.config import Config, to_dict
 from kontext_jax.evaluator import Generator, Image, reconstruct
+from kontext_jax.flow import SHIFTS
 from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.places import PARAMS, load_generator, load_meta
-from kontext_jax.runs import load_frozen
+from kontext_jax.runs import load_frozen, sampling_needs
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.scores import FD_INPUT, efflite0_features, score, summarise
 from kontext_jax.types import Example, Triple
@@ -26,7 +28,7 @@ from kontext_jax.types import Example, Triple
 TIMED = (
     "Seconds per image are wall time of one pass over all examples in batches, by their number. "
     "They include encoding contexts and prompts, all sampling steps, decoding, and the way to the "
-    "devices and back; not compiling, which a pass before has done, nor loading networks and "
+    "devices and back; not compiling, which is done before, nor loading networks and "
     "preparing the examples."
 )
 
@@ -39,17 +41,24 @@ class Cell:
       name: what results call it; short, for it heads a column of pictures.
       checkpoint: workdir of the run; that of the evaluation if empty.
       params: "ema" or "params", the averaged or the raw parameters.
+      shift: "none" or "resolution", of the sampler's schedule; the run's own if empty. A teacher
+        that stands in for its untrained student needs the student's.
     """
 
     name: str
     checkpoint: str = ""
     params: str = "ema"
+    shift: str = ""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self):
         if self.params not in PARAMS:
             raise ValueError(
                 f"cell {self.name!r}: params {self.params!r} is not one of {', '.join(PARAMS)}."
+            )
+        if self.shift not in ("", *SHIFTS):
+            raise ValueError(
+                f"cell {self.name!r}: shift {self.shift!r} is not one of {', '.join(SHIFTS)}."
             )
         if self.sampler.strength < 1:
             raise ValueError(
@@ -101,8 +110,7 @@ def load_run(checkpoint: str, params: str, mesh: Mesh) -> Run:
         now.
     """
     trained, config = load_generator(checkpoint, mesh, params)
-    frozen = load_frozen(config, mesh, load_meta(checkpoint)["frozen"])
-    frozen.pop("teacher", None)  # only training asks it
+    frozen = load_frozen(config, mesh, load_meta(checkpoint)["frozen"], sampling_needs(config))
     return Run(checkpoint, config, trained, frozen)
 
 
@@ -159,9 +167,11 @@ def play(
     images, seconds = {}, {}
     for cell in cells:
         run = runs[cell.name]
-        generate = Generator(
-            examples, main.config.data, run.config.objective, cell.sampler, mesh, seed
-        )
+        objective = run.config.objective
+        if cell.shift:
+            time = dataclasses.replace(objective.time, shift=cell.shift)
+            objective = dataclasses.replace(objective, time=time)
+        generate = Generator(examples, main.config.data, objective, cell.sampler, mesh, seed)
         images[cell.name], seconds[cell.name] = _timed(generate, run.networks)
     results = {name: score(triples, made) for name, made in images.items()}
     about_fd, distances = _distances(triples, images, main, mesh)
@@ -170,6 +180,7 @@ def play(
             "checkpoint": runs[cell.name].checkpoint,
             "params": cell.params,
             "sampler": to_dict(cell.sampler),
+            "shift": cell.shift or runs[cell.name].config.objective.time.shift,
             **summarise(results[cell.name]),
             **distances.get(cell.name, {}),
             "seconds_per_image": float(f"{seconds[cell.name]:.4g}"),
@@ -187,10 +198,10 @@ def play(
 
 def _timed(generate: Generator, networks: dict[str, Network]) -> tuple[list[Image], float]:
     """(the pictures, seconds for each), see `TIMED`."""
-    generate(networks)
-    began = time.perf_counter()
+    generate.warm_up(networks)
+    began = clock.perf_counter()
     images = generate(networks)
-    return images, (time.perf_counter() - began) / len(images)
+    return images, (clock.perf_counter() - began) / len(images)
 
 
 def _distances(

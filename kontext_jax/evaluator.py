@@ -13,7 +13,7 @@ from kontext_jax.data.packing import Plan, Shape, size_key
 from kontext_jax.data.pipeline import DataConfig, assemble, negatives, noise_id
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images
-from kontext_jax.geometry import size_of
+from kontext_jax.geometry import num_tokens, size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
@@ -65,13 +65,28 @@ class Generator:
         tokens: dict[int, np.ndarray] = {}
         with jax.set_mesh(self._mesh):
             for batch, layout in zip(self._batches, self._layout, strict=True):
-                on_device = jax.device_put(batch, batch_sharding(self._mesh))
-                latents = self._latents(networks, on_device, self._key)
-                latents = multihost_utils.process_allgather(latents, tiled=True)
+                latents = self._sample(networks, batch)
                 for row, segment, example in layout:
                     mine = (batch.segments[row] == segment) & batch.is_target[row]
-                    tokens[example] = np.asarray(latents)[row, mine]
+                    tokens[example] = latents[row, mine]
             return self._images(tokens, networks["autoencoder"])
+
+    def warm_up(self, networks: dict[str, Network]) -> None:
+        """Compiles all that a call runs, on one batch, so that the next call can be timed."""
+        with jax.set_mesh(self._mesh):
+            latents = self._sample(networks, self._batches[0])
+            side = networks["autoencoder"].config.pixels_per_token
+            blanks = {}
+            for i, example in enumerate(self._examples):
+                shape = num_tokens(size_of(example.target), side), latents.shape[-1]
+                blanks[i] = np.zeros(shape, latents.dtype)
+            self._images(blanks, networks["autoencoder"])
+
+    def _sample(self, networks: dict[str, Network], batch: Batch) -> Float[np.ndarray, "B S C"]:
+        """The latents of a batch, under the mesh in use."""
+        on_device = jax.device_put(batch, batch_sharding(self._mesh))
+        latents = self._latents(networks, on_device, self._key)
+        return np.asarray(multihost_utils.process_allgather(latents, tiled=True))
 
     def _images(self, tokens: dict[int, np.ndarray], autoencoder: Autoencoder) -> list[Image]:
         """Decodes images of equal size together, under the mesh in use."""

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+SHIFTS = ("resolution", "none")
+
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class TimeConfig:
@@ -50,7 +52,7 @@ class TimeConfig:
             raise ValueError(
                 f"time distribution {self.distribution!r} is not 'logit_normal' or 'uniform'."
             )
-        if self.shift not in ("resolution", "none"):
+        if self.shift not in SHIFTS:
             raise ValueError(f"time shift {self.shift!r} is not 'resolution' or 'none'.")
 
     def mu(self, num_tokens: Int[Array, "*n"] | int) -> Float[Array, "*n"]:

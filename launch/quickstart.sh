@@ -36,6 +36,7 @@ stage bank python -m kontext_jax.encode --config=configs/quickstart.py:ladd
 stage ladd python -m kontext_jax.train \
   --config=configs/quickstart.py:ladd --workdir=$run/ladd
 
+install_extra eval
 printf '\n== evaluate\n'
 python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=$run \
   --seconds="$(paste -sd, $times)"

@@ -9,6 +9,7 @@ import configs.eval_quickstart
 import configs.finetune
 import configs.flow_256
 import configs.kontext_1024
+import configs.ladd_1024
 import configs.quickstart
 from kontext_jax.cells import Cell
 from kontext_jax.config import Config, SheetConfig, fingerprint, from_dict, pick, to_dict
@@ -22,6 +23,7 @@ MODULES = (
     configs.finetune,
     configs.flow_256,
     configs.kontext_1024,
+    configs.ladd_1024,
 )
 RUNS = [
     (module.__name__.removeprefix("configs."), variant, make)

@@ -74,6 +74,18 @@ def test_little_strength_stays_near_the_target_that_it_starts_from(recipe, image
         assert from_start < 0.2 * np.abs(from_noise.astype(int) - start).mean()
 
 
+def test_after_warming_up_nothing_is_compiled(recipe, caplog):
+    examples = [example(i) for i in range(5)]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    sampler = SamplerConfig(num_steps=1)
+    generate = Generator(examples, DATA, recipe.objective.config, sampler, mesh)
+    networks = networks_of(recipe.params["model"], recipe.frozen)
+    generate.warm_up(networks)
+    with jax.log_compiles():
+        generate(networks)
+    assert not [line for line in caplog.messages if "XLA compilation" in line]
+
+
 @pytest.mark.slow
 def test_devices_change_nothing_and_guidance_does(recipe, images):
     examples = [example(i) for i in range(5)]
