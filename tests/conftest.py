@@ -47,6 +47,7 @@ def _leniently(make_optimizer):
 optax.adamw = _leniently(optax.adamw)
 optax.adafactor = _leniently(optax.adafactor)
 optax.scale_by_rms = _leniently(optax.scale_by_rms)
+optax.scale_by_learning_rate = _leniently(optax.scale_by_learning_rate)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """`world`: an endless data set of tiny scenes and edits whose truth is known exactly.
 
-Every instruction has one right answer, so that success can be read off the picture
-(`metrics.world`), where real editing benchmarks need a judge. All five kinds of edit of
+Success can be read off the picture (`metrics.world`), where real editing benchmarks need a judge:
+what an instruction names has one right answer. Some leave the rest *free*, as real ones do: "a star
+on the left" may have any colour and background, but must have some. A model that answers such a
+prompt with the mean of all its answers shows nothing that can be read. All five kinds of edit of
 KontextBench are here, and text-to-image, in words few and short enough for a model of about a
 million parameters to learn in minutes on two CPU cores.
 
@@ -40,11 +42,11 @@ SPLITS = ("train", "validation")
 HELD_OUT_ONE_IN = 10  # of the combinations, for validation
 CATEGORY_WEIGHTS = {
     "local": 0.30,
-    "global": 0.14,
-    "text": 0.14,
+    "global": 0.12,
+    "text": 0.12,
     "character": 0.14,
     "style": 0.14,
-    "text_to_image": 0.14,
+    "text_to_image": 0.18,
 }
 NIGHT_SHARE = 0.2  # of the scenes that may be in either tone
 
@@ -61,17 +63,22 @@ WORDS = tuple(
 
 
 class Edit(NamedTuple):
-    """An instruction and its one right answer; ``before`` is None for text-to-image."""
+    """An instruction and an answer to it; ``before`` is None for text-to-image.
+
+    Factors that are ``free`` may have any value; all others have one right one.
+    """
 
     combination: str
     prompt: str
     before: Scene | None
     after: Scene
+    free: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
-        """The factors that the instruction is about: those that it changes."""
+        """The factors that the instruction is about: those that it changes and does not leave."""
         before = self.before.factors() if self.before else {}
-        return tuple(f for f, value in self.after.factors().items() if before.get(f, "") != value)
+        after = {f: v for f, v in self.after.factors().items() if f not in self.free}
+        return tuple(f for f, value in after.items() if before.get(f, "") != value)
 
 
 # ---- chance -------------------------------------------------------------------------------------
@@ -203,6 +210,21 @@ def _same_style(rng: np.random.Generator) -> Edit:
     return Edit(f"{before.style}/{colour}/{shape}", prompt, before, after)
 
 
+def _same_style_in_any_colour(rng: np.random.Generator) -> Edit:
+    edit = _same_style(rng)
+    (place,) = (place for place in PLACES if getattr(edit.after, place))
+    prompt = f"in this style, {_a(getattr(edit.after, place).shape)} on the {place}"
+    return edit._replace(prompt=prompt, free=(f"{place}.colour",))
+
+
+def _caption_shape(rng: np.random.Generator) -> Edit:
+    scene, place, (shape, colour) = _still_life(rng, 1)
+    combination = f"{scene.style}/{colour}/{shape}/{scene.background}"
+    free = (f"{place}.colour", "background", "style")
+    after = replace(scene, tone="day")
+    return Edit(combination, f"{_a(shape)} on the {place}", None, after, free)
+
+
 def _caption_one(rng: np.random.Generator) -> Edit:
     scene, place, (shape, colour) = _still_life(rng, 1)
     style = () if scene.style == "solid" else (scene.style,)  # solid goes without saying
@@ -223,8 +245,8 @@ EDITS: dict[str, dict[str, Callable[[np.random.Generator], Edit]]] = {
     "global": {"background": _background, "tone": _tone, "restyle": _restyle},
     "text": {"reword": _reword},
     "character": {"elsewhere": _elsewhere, "at_night": _at_night},
-    "style": {"same_style": _same_style},
-    "text_to_image": {"one": _caption_one, "two": _caption_two},
+    "style": {"same_style": _same_style, "any_colour": _same_style_in_any_colour},
+    "text_to_image": {"one": _caption_one, "two": _caption_two, "shape": _caption_shape},
 }
 
 # ---- triples ------------------------------------------------------------------------------------
@@ -261,8 +283,8 @@ def triple(
 
     Returns:
       The example. Its ``details`` are JSON of ``category``, ``kind``, ``combination``, ``size``,
-      ``names`` (the factors that the instruction changes), ``before`` (None for text-to-image) and
-      ``after`` (scenes); ``metrics.world.check`` reads them.
+      ``names`` and ``free`` (the factors that the instruction changes, and leaves open), ``before``
+      (None for text-to-image) and ``after`` (scenes); ``metrics.world.check`` reads them.
 
     Raises:
       ValueError: the split is unknown or a size is below 32 pixels.
@@ -277,6 +299,7 @@ def triple(
         "combination": edit.combination,
         "size": size,
         "names": edit.names(),
+        "free": edit.free,
         "before": asdict(edit.before) if edit.before else None,
         "after": asdict(edit.after),
     }

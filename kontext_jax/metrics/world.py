@@ -65,7 +65,8 @@ class Verdict(NamedTuple):
     """What became of one edit.
 
     Attributes:
-      edited: every factor that the instruction names is as told.
+      edited: every factor that the instruction names is as told, and those that it leaves open have
+        some value that can be read.
       preserved: every other factor is as it should be, and untouched pixels have not drifted; None
         for text-to-image, where nothing is there to be preserved.
     """
@@ -93,10 +94,13 @@ def check(image: UInt8[np.ndarray, "height width 3"], details: str) -> Verdict:
         raise ValueError(f"image is {image.shape[0]}x{image.shape[1]}; its truth is {size}x{size}")
     after, seen = Scene.from_json(facts["after"]), read(image)
     right = {factor: seen[factor] == value for factor, value in after.factors().items()}
+    free = facts["free"]
     edited = all(right[factor] for factor in facts["names"])
+    edited &= all(seen[factor] not in (None, UNREADABLE) for factor in free)
     if not facts["before"]:
         return Verdict(edited, None)
-    preserved = all(ok for factor, ok in right.items() if factor not in facts["names"])
+    rest = right.keys() - {*facts["names"], *free}
+    preserved = all(right[factor] for factor in rest)
     if preserved and facts["category"] in IN_PLACE:
         preserved = _drift(image, Scene.from_json(facts["before"]), after) <= DRIFT_TOLERANCE
     return Verdict(edited, preserved)

@@ -124,7 +124,8 @@ def test_one_wrong_value_of_the_rest_is_not_preserving(examples):
         facts, before, after = _facts(triple)
         if not before:
             continue
-        rest = [f for f, v in after.factors().items() if v and f not in facts["names"]]
+        told = {*facts["names"], *facts["free"]}
+        rest = [f for f, v in after.factors().items() if v and f not in told]
         factor = rest[rng.integers(len(rest))]
         options = _other_values(after, factor)
         image = render(_change(after, factor, options[rng.integers(len(options))]), 32)
@@ -132,6 +133,33 @@ def test_one_wrong_value_of_the_rest_is_not_preserving(examples):
         assert verdict.edited and not verdict.preserved, (triple.prompt, factor)
         num_damaged += 1
     assert num_damaged > 100
+
+
+def test_what_is_left_open_may_have_any_value_but_must_have_one(examples):
+    """The mean of all answers, which is what one step of a teacher gives, has none.
+
+    If the colour alone is open, thin outlines of mean colour can still pass for one.
+    """
+    rng = np.random.default_rng(0)
+    num_open = 0
+    for triple in examples:
+        facts, _, after = _facts(triple)
+        if not facts["free"]:
+            continue
+        others = [after]
+        for _ in range(24):
+            scene = after
+            for factor in facts["free"]:
+                options = _other_values(scene, factor)
+                scene = _change(scene, factor, options[rng.integers(len(options))])
+            others.append(scene)
+        images = [render(scene, 32) for scene in others]
+        assert all(check(image, triple.details).edited for image in images[:6]), triple.prompt
+        mean = np.mean(images, axis=0).round().astype(np.uint8)
+        if len(facts["free"]) > 1:
+            assert not check(mean, triple.details).edited, triple.prompt
+            num_open += 1
+    assert num_open > 10
 
 
 def test_a_lost_bystander_is_not_preserving(examples):
@@ -155,6 +183,7 @@ def test_a_ghost_is_not_removed():
             "category": "local",
             "size": 32,
             "names": ["left.shape", "left.colour"],
+            "free": [],
             "before": asdict(before),
             "after": asdict(replace(before, left=None)),
         }
