@@ -43,16 +43,16 @@ from kontext_jax.data.pipeline import (
     shapes_of,
 )
 from kontext_jax.data.sources import TripleSource
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import num_tokens
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
-from kontext_jax.places import identity_of
+from kontext_jax.places import identity_of, usage_of
 from kontext_jax.runs import load_frozen, teacher_time
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
-from kontext_jax.types import Batch, Latents, Tokens, unprompted
+from kontext_jax.types import Batch, Latents, unprompted
 
 CHUNK_EXAMPLES = 1000
 """About so many go into a file; the most that a job loses when it is killed."""
@@ -157,21 +157,20 @@ def begin(folder: Path, settings: Settings, plan: Plan, batch_size: int) -> Job:
     Raises:
       ValueError: the folder holds something else.
     """
-    path = store.job_path(folder, settings.split)
+    path, strays = store.job_path(folder, settings.split), f"latents-{settings.split}-*"
     rows_per_example = plan.num_rows / plan.num_examples
     rows = batch_size * max(1, round(CHUNK_EXAMPLES * rows_per_example / batch_size))
-    if path.exists():
+    if _agreed(path.exists()):
         begun = json.loads(path.read_text())
         changed = Settings(**begun["settings"]).changes(settings)
         _check_same(folder, changed + ["plan of rows"] * (begun["plan"] != plan.fingerprint()))
         rows = begun["chunk_rows"]
+    elif _agreed(any(folder.glob(strays))):
+        raise ValueError(
+            f"{folder} has files {strays} and no {path.name}, which would tell what they were made "
+            "from: delete them, or choose another data.latents.path."
+        )
     elif jax.process_index() == 0:
-        strays = sorted(file.name for file in folder.glob(f"latents-{settings.split}-*"))
-        if strays:
-            raise ValueError(
-                f"{folder} has {strays[0]} and no {path.name}, which would tell what it was made "
-                "from: delete it, or choose another data.latents.path."
-            )
         folder.mkdir(parents=True, exist_ok=True)
         begun = {"plan": plan.fingerprint(), "chunk_rows": rows, "settings": settings}
         store.write_json(path, store.plain(begun))
@@ -199,14 +198,16 @@ def settings_of(
 ) -> Settings:
     """All that decides what is stored."""
     data, sampling = config.data, None
+    networks = {name: networks[name] for name in needed(config)}
     if data.latents.samples:
-        text = {name: getattr(data.text, name) for name in ("max_tokens", "clip_max_tokens", "pad")}
-        sampling = data.latents.sampling() | {"schedule": to_dict(schedule), "text": text}
+        decided = {"schedule": to_dict(schedule), "text": data.text.lengths()}
+        sampling = data.latents.sampling() | decided
     return Settings(
         data=source.fingerprint,
         split=data.split,
         geometry=store.plain(data.geometry),
-        networks=store.plain(identity_of({name: networks[name] for name in needed(config)})),
+        networks=store.plain(identity_of(networks)),
+        usage=usage_of(networks, config.objective),
         sampling=store.plain(sampling),
     )
 
@@ -324,15 +325,13 @@ def encode_rows(
     clean = encode_images(networks["autoencoder"], batch)
     if not latents.samples:
         return clean.astype(jnp.bfloat16), None
-
-    def tokens_of(batch: Batch) -> Tokens:
-        return to_tokens(batch, clean, *objective.encode_text(networks, batch))
-
     sampler = SamplerConfig(
         num_steps=latents.num_steps, guidance=latents.guidance, cfg_scale=latents.cfg_scale
     )
-    negative = None if batch.negative is None else tokens_of(unprompted(batch))
-    samples = sample(networks["teacher"], tokens_of(batch), key, sampler, schedule, negative)
+    tokens, negative = objective.tokens(networks, batch, clean), None
+    if batch.negative is not None:
+        negative = objective.tokens(networks, unprompted(batch), clean)
+    samples = sample(networks["teacher"], tokens, key, sampler, schedule, negative)
     return clean.astype(jnp.bfloat16), samples.astype(jnp.bfloat16)
 
 
@@ -393,16 +392,13 @@ def _undisturbed(data: DataConfig) -> DataConfig:
 
 def _check(config: Config) -> None:
     """Refuses configs that say too little to make a store."""
-    latents, frozen = config.data.latents, config.make_objective().frozen()
+    latents = config.data.latents
     if not latents.path:
         raise ValueError("data.latents.path is empty: name the folder that the latents go to.")
-    needed = ["autoencoder"] + ["teacher"] * (latents.samples > 0)
-    missing = [name for name in needed if name not in frozen]
-    if missing:
-        what = "samples" if "teacher" in missing else "latents"
+    if latents.samples and "teacher" not in config.make_objective().frozen():
         raise ValueError(
-            f"A run of {config.objective.kind} has no frozen {' and no '.join(missing)} to make "
-            f"{what} with: take the config of another objective."
+            f"A run of {config.objective.kind} has no frozen teacher to make samples with: take "
+            "the config of another objective."
         )
 
 

@@ -306,6 +306,21 @@ def _scale_of(config) -> list[float]:
     return [config.scale_factor, config.shift_factor] if is_autoencoder else []
 
 
+def usage_of(networks: dict[str, Network], objective) -> dict[str, str]:
+    """Settings by which the same networks make other latents, by names such as "teacher.dtype".
+
+    Args:
+      networks: frozen ones by name.
+      objective: the config that says how a teacher, if there is one, is conditioned.
+    """
+    usage = {
+        f"{name}.{setting}": value
+        for name, network in networks.items()
+        for setting, value in _dtypes(network.config).items()
+    }
+    return usage | ({"pooled": objective.pooled} if "teacher" in networks else {})
+
+
 def record_of(config: Config, step: int, params: str) -> dict[str, Any]:
     """What travels with a run's weights: where they come from, and how they are to be used."""
     geometry = config.data.geometry
@@ -316,15 +331,10 @@ def record_of(config: Config, step: int, params: str) -> dict[str, Any]:
         "geometry": to_dict(geometry),
     }
     if isinstance(config.objective, NetworksConfig):
-        text = config.data.text
         record |= {
             "pooled": config.objective.pooled,
             "time": to_dict(config.objective.time),
-            "text": {
-                "max_tokens": text.max_tokens,
-                "clip_max_tokens": text.clip_max_tokens,
-                "pad": text.pad,
-            },
+            "text": config.data.text.lengths(),
             "compute": {
                 name: _dtypes(getattr(config.objective, name))
                 for name in ("transformer", "text_encoder", "clip")

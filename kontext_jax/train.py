@@ -20,7 +20,7 @@ from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, from_dict, to_dict, validated
 from kontext_jax.data.pipeline import Loader, check_readable
 from kontext_jax.flops import chip_peak, num_chips
-from kontext_jax.places import identity_of
+from kontext_jax.places import identity_of, usage_of
 from kontext_jax.runs import load_frozen, load_initial
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
 from kontext_jax.sheets import make_sheet_maker
@@ -67,7 +67,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     abstract, shardings = abstract_state(objective, optimizers, mesh)
     checkpointer = Checkpointer(workdir, config.checkpoint)
     meta = {"config": to_dict(config), "frozen": identity_of(frozen), "metrics": {}}
-    loader.check_networks(meta["frozen"])
+    loader.check_networks(meta["frozen"], usage_of(frozen, config.objective))
     if checkpointer.latest_step() is None:
         state = init_state(objective, optimizers, mesh, config.seed, load_initial(config, mesh))
     else:

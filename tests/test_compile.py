@@ -283,9 +283,15 @@ def test_a_step_compiles_for_tpus_that_are_elsewhere(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "topology"), [("kontext_1024", "v5p:2x2x1"), ("flow_256", "v6e:2x2")]
+    ("config", "topology", "executed"),
+    [
+        ("kontext_1024", "v5p:2x2x1", (1.05, 2.2)),
+        ("flow_256", "v6e:2x2", (1.05, 2.2)),
+        # Student and teacher repeat their forward passes, and nothing encodes images.
+        ("ladd_1024", "v5p:2x2x1", (1.15, 1.35)),
+    ],
 )
-def test_the_configs_for_pods_compile(config, topology, tmp_path):
+def test_the_configs_for_pods_compile(config, topology, executed, tmp_path):
     """Fewer blocks and chips, all else at full size; README.md has the whole of it."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     table = tmp_path / "table.json"
@@ -302,7 +308,8 @@ def test_the_configs_for_pods_compile(config, topology, tmp_path):
     report = json.loads(table.read_text())
     # The kernels are there, and their FLOPs are known; with so few blocks the encoders show.
     assert "tpu_custom_call" not in report["cost"]["opaque"]
-    assert 1.05 < report["cost"]["flops"] / report["model_flops"] < 2.2
+    least, most = executed
+    assert least < report["cost"]["flops"] / report["model_flops"] < most
     assert report["memory"]["peak"] < report["capacity"]
 
 

@@ -82,8 +82,9 @@ def config(recipe, tmp_path_factory) -> Config:
 def making(config: Config, folder: Path, data=None, **changes) -> Config:
     """With samples, of two steps, unless told otherwise."""
     settings = {"samples": 1.0, "num_steps": 2, "path": str(folder)} | changes
-    data = dataclasses.replace(config.data, latents=LatentsConfig(**settings), **(data or {}))
-    return dataclasses.replace(config, data=data)
+    dropout = {"caption_dropout": 0.0, "context_dropout": 0.0} if settings["samples"] else {}
+    data = dropout | {"latents": LatentsConfig(**settings)} | (data or {})
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
 
 
 def run(networks: dict, config: Config, devices: int = 1) -> LatentStore:
@@ -271,11 +272,39 @@ def test_another_store_in_the_folder_is_refused(networks, config, tmp_path, comp
             run(networks, making(config, folder, samples=0.0))
 
 
+def test_every_process_refuses_files_that_nothing_tells_of(config, tmp_path, monkeypatch):
+    """One that did not would wait for the others."""
+    stray = latents.chunk_path(tmp_path, "train", 0, 1)
+    stray.write_bytes(b"")
+    plan = Loader(config.data, seed=0).plan
+    settings = latents.Settings(data="", split="train", geometry={}, networks={})
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with pytest.raises(ValueError, match="has files latents-train-.* and no latents-train.job"):
+        encoding.begin(tmp_path, settings, plan, batch_size=4)
+
+
 @pytest.mark.parametrize("field", ["num_steps", "guidance", "cfg_scale", "seed"])
 def test_other_samples_in_the_folder_are_refused(networks, config, made, field):
     change = {field: 3.0 if field in ("guidance", "cfg_scale") else 3}
     with pytest.raises(ValueError, match=f"another {field}: choose another data.latents.path"):
         run(networks, making(config, made.path, **change))
+
+
+def test_samples_by_the_same_networks_used_in_another_way_are_refused(networks, config, made):
+    longer = {"text": dataclasses.replace(DATA.text, max_tokens=9)}
+    with pytest.raises(ValueError, match="another text: choose"):
+        run(networks, making(config, made.path, longer))
+    objective = dataclasses.replace(config.objective, pooled="zeros")
+    with pytest.raises(ValueError, match="another pooled: choose"):
+        run(networks, making(dataclasses.replace(config, objective=objective), made.path))
+    for name, setting in (
+        ("autoencoder", "dtype"), ("text_encoder", "dtype"), ("teacher", "timestep_dtype"),
+    ):  # fmt: skip
+        other = jax.tree.map(lambda x: x, networks[name])
+        changed = "bfloat16" if getattr(other.config, setting) == "float32" else "float32"
+        other.config = dataclasses.replace(other.config, **{setting: changed})
+        with pytest.raises(ValueError, match=f"another {name}.{setting}: choose"):
+            run(networks | {name: other}, making(config, made.path))
 
 
 def test_configs_that_cannot_make_a_store_are_refused(config, recipe):
@@ -285,8 +314,8 @@ def test_configs_that_cannot_make_a_store_are_refused(config, recipe):
     with pytest.raises(ValueError, match="flow_matching has no frozen teacher to make samples"):
         encoding.encode(making(flow, Path("nowhere")))
     pixels = dataclasses.replace(config, objective=AutoencoderObjectiveConfig())
-    with pytest.raises(ValueError, match="autoencoder has no frozen autoencoder to make latents"):
-        encoding.encode(making(pixels, Path("nowhere"), samples=0.0))
+    with pytest.raises(ValueError, match="objective autoencoder looks at pixels: leave data"):
+        making(pixels, Path("nowhere"), samples=0.0)
 
 
 def broken_set(folder: Path, monkeypatch, number: int) -> str:
@@ -396,9 +425,8 @@ def test_the_whole_path_of_distillation(world_folder, recipe, tmp_path):
     networks = {"transformer": mine.transformer, "text_encoder": mine.text_encoder}
     objective = LaddConfig(**networks, pooled="mean", init_from=NetworksInit(**places))
     samples = LatentsConfig(path=str(tmp_path / "samples"), samples=1.0, num_steps=2, cfg_scale=2.0)
-    student = dataclasses.replace(
-        first, objective=objective, data=dataclasses.replace(data, latents=samples)
-    )
+    synthetic = dataclasses.replace(data, caption_dropout=0.0, latents=samples)
+    student = dataclasses.replace(first, objective=objective, data=synthetic)
     encoding.encode(student)
     assert LatentStore(tmp_path / "samples", "train").meta.settings.sampling["cfg_scale"] == 2.0
     train(student, tmp_path / "student")

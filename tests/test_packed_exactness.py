@@ -12,7 +12,7 @@ from flax import nnx
 from kontext_jax import flow, geometry
 from kontext_jax.data.packing import PackingConfig, size_key
 from kontext_jax.data.pipeline import DataConfig, assemble
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
@@ -105,8 +105,7 @@ def setup(random_network) -> Setup:
 
 @jax.jit
 def encoded(models, autoencoder, batch: Batch) -> Tokens:
-    text, pooled = CONFIG.encode_text(models["model"], batch)
-    return to_tokens(batch, encode_images(autoencoder, batch), text, pooled)
+    return CONFIG.tokens(models["model"], batch, encode_images(autoencoder, batch))
 
 
 @jax.jit

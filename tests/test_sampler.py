@@ -29,6 +29,28 @@ def tokens() -> Tokens:
     )
 
 
+def packed(examples: dict[int, tuple[int, int]]) -> Tokens:
+    """One row of examples by their ids, each so many tokens of a target and of its context."""
+    counts = [sum(sizes) for sizes in examples.values()]
+    latents = [
+        np.random.default_rng(number).standard_normal((count, 4), np.float32)
+        for number, count in zip(examples, counts, strict=True)
+    ]
+    offsets = np.concatenate([np.arange(count) for count in counts])
+    num_target = np.repeat([target for target, _ in examples.values()], counts)
+    return Tokens(
+        latents=jnp.asarray(np.concatenate(latents))[None],
+        positions=jnp.zeros((1, len(offsets), 3), jnp.int32),
+        segments=jnp.asarray(np.repeat(1 + np.arange(len(counts)), counts))[None],
+        is_target=jnp.asarray(offsets < num_target)[None],
+        offsets=jnp.asarray(offsets)[None],
+        text=jnp.zeros((1, 2, 4)),
+        text_segments=jnp.zeros((1, 2), jnp.int32),
+        pooled=jnp.zeros((1, len(counts), 4)),
+        example_ids=jnp.array([list(examples)]),
+    )
+
+
 def fake(velocity):
     """A transformer that is a formula; ``t`` comes one to an example."""
 
@@ -69,6 +91,41 @@ def test_euler_equals_a_loop_on_each_example_s_own_schedule(tokens):
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             x = x + (t_next - t) * np.sin(x) * t
         np.testing.assert_allclose(out[0, mine], x, atol=1e-5)
+
+
+def test_consistency_makes_an_image_and_noises_it_anew():
+    """What the network sees in each of four steps, if it knows the image."""
+    tokens = packed({3: (300, 20), 8: (200, 0)})
+    image = jax.random.normal(jax.random.key(1), tokens.latents.shape)
+    target, seen = np.asarray(tokens.is_target), []
+
+    def knows(x, t, text):
+        seen.append((x, t))
+        return (x - image) / t
+
+    config = SamplerConfig(num_steps=4, method="consistency")
+    with jax.disable_jit():  # so that all steps are seen
+        out = sample(fake(knows), tokens, KEY, config, TimeConfig(shift="none"))
+    np.testing.assert_allclose(out[target], image[target], atol=1e-5)
+    np.testing.assert_array_equal(out[~target], tokens.latents[~target])
+    noises = []
+    for (x, t), expected in zip(seen, np.linspace(1, 0, 5)[:-1], strict=True):
+        np.testing.assert_allclose(t, np.full_like(t, expected), rtol=1e-6)
+        np.testing.assert_array_equal(x[~target], tokens.latents[~target])
+        noises.append(np.ravel(((x - (1 - t) * image) / t)[target]))
+    np.testing.assert_array_equal(noises[0], np.ravel(noise_of(tokens)[target]))
+    np.testing.assert_allclose(np.mean(noises, axis=1), 0, atol=0.1)
+    np.testing.assert_allclose(np.std(noises, axis=1), 1, atol=0.1)
+    np.testing.assert_allclose(np.corrcoef(noises), np.eye(4), atol=0.1)
+
+
+def test_consistency_does_not_depend_on_the_others_of_a_row():
+    curved, time = fake(lambda x, t, text: jnp.sin(x) * t), TimeConfig(base_tokens=2, max_tokens=9)
+    config = SamplerConfig(num_steps=3, method="consistency")
+    examples = {3: (4, 2), 8: (3, 0)}
+    together = sample(curved, packed(examples), KEY, config, time)[0]
+    alone = [sample(curved, packed({i: n}), KEY, config, time)[0] for i, n in examples.items()]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-6)
 
 
 def test_classifier_free_guidance_moves_away_from_the_negative(tokens):

@@ -1,7 +1,8 @@
 """One step: exact updates with a toy of two players, and accumulation on packed rows."""
 
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ class Chase:
 
     players = ("leader", "follower")
     generator = "leader"
-    optim = every = MappingProxyType({})
+    optim = MappingProxyType({})
+    every: Mapping[str, int] = MappingProxyType({})
+    handed_on: Mapping[str, Any] = MappingProxyType({})
 
     def init(self, key):
         return {"leader": {"kernel": jnp.zeros((2, 1))}, "follower": {"bias": jnp.ones(2)}}
@@ -39,7 +42,20 @@ class Chase:
         target, weight = inputs["target"], inputs["weight"]
         leader, follower = models["leader"]["kernel"][:, 0], models["follower"]["bias"]
         gap = leader - target if player == "leader" else follower - leader
-        return weight * 0.5 * jnp.sum(jnp.square(gap)), Sums(weight, {"gap": weight * jnp.sum(gap)})
+        sums = Sums(weight, {"gap": weight * jnp.sum(gap)}, dict(self.handed_on))
+        return weight * 0.5 * jnp.sum(jnp.square(gap)), sums
+
+
+class Seldom(Chase):
+    """The leader runs in every second step."""
+
+    every = MappingProxyType({"leader": 2})
+
+
+class Telling(Seldom):
+    """And hands something on, which others could not count on."""
+
+    handed_on = MappingProxyType({"word": jnp.ones(())})
 
 
 class Chased(NamedTuple):
@@ -48,11 +64,11 @@ class Chased(NamedTuple):
     batch: object
 
 
-def start(recipe, optimizer, **config) -> Chased:
+def start(recipe, optimizer, objective=Chase, **config) -> Chased:
     optimizers = dict.fromkeys(Chase.players, optimizer)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state = init_state(Chase(), optimizers, mesh, seed=0)
-    step = jax.jit(make_train_step(Chase(), optimizers, OptimConfig(**config), seed=0))
+    state = init_state(objective(), optimizers, mesh, seed=0)
+    step = jax.jit(make_train_step(objective(), optimizers, OptimConfig(**config), seed=0))
     return Chased(state, step, recipe.rows([1, 3]))
 
 
@@ -97,6 +113,23 @@ def test_a_bad_batch_changes_nothing_but_the_counters(recipe, bad):
     assert (state.step, state.skipped, state.skipped_in_a_row) == (4, 2, 0)
     assert np.isfinite(metrics["leader/loss"])
     assert np.any(state.params["leader"]["kernel"] != good.params["leader"]["kernel"])
+
+
+def test_a_player_that_is_bad_whenever_it_is_due_is_bad_in_a_row(recipe):
+    """The steps between, in which it is not due, are good and count for nothing."""
+    state, step, batch = start(recipe, optax.sgd(0.5), Seldom)
+    counted = []
+    for _ in range(5):
+        state, metrics = step(state, target(np.nan), batch)
+        counted.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+    assert counted == [(1, 1), (0, 1), (1, 2), (0, 2), (1, 3)]
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (5, 3, 3)
+
+
+def test_who_hands_on_must_be_due_in_every_step(recipe):
+    state, step, batch = start(recipe, optax.sgd(0.5), Telling)
+    with pytest.raises(ValueError, match="leader hands on, and is not due in every step"):
+        step(state, target(1.0), batch)
 
 
 def test_unreadable_records_are_counted(recipe):

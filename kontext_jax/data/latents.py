@@ -25,7 +25,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Shaped, UInt32
 
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
+from kontext_jax.data.text import TextConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.types import Latents
 
@@ -95,13 +96,17 @@ class Settings:
       split: its name.
       geometry: which sizes the images were brought to.
       networks: what tells each network that was used from others, by name (`places.identity_of`).
-      sampling: `LatentsConfig.sampling` and what else decides the samples; None without samples.
+      usage: how they were used, by names such as "teacher.dtype" (`places.usage_of`); empty in a
+        store from before this was told.
+      sampling: `LatentsConfig.sampling`, `TextConfig.lengths` and the teacher's schedule; None
+        without samples.
     """
 
     data: str
     split: str
     geometry: dict[str, Any]
     networks: dict[str, list]
+    usage: dict[str, str] = field(default_factory=dict)
     sampling: dict[str, Any] | None = None
 
     def changes(self, other: "Settings") -> list[str]:
@@ -109,7 +114,9 @@ class Settings:
         found = []
         for name, mine in vars(self).items():
             theirs = getattr(other, name)
-            if isinstance(mine, dict) and isinstance(theirs, dict) and name != "geometry":
+            if name == "usage":  # a network that only one of them has is told of already
+                found += [key for key in mine if theirs.get(key, mine[key]) != mine[key]]
+            elif isinstance(mine, dict) and isinstance(theirs, dict) and name != "geometry":
                 found += [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
             elif mine != theirs:
                 found.append(name)
@@ -253,9 +260,15 @@ class LatentStore:
 
 
 def open_store(
-    config: LatentsConfig, source: TripleSource, geometry: GeometryConfig
+    config: LatentsConfig, source: TripleSource, geometry: GeometryConfig, text: TextConfig
 ) -> LatentStore:
     """The store of a data set, if it is what the settings ask for.
+
+    Args:
+      config: where it is, and what is read of it.
+      source: the data set.
+      geometry: of the rows.
+      text: how the run reads prompts; the teacher must have read those of its samples so too.
 
     Raises:
       FileNotFoundError: it is missing or incomplete.
@@ -275,7 +288,7 @@ def open_store(
             f"them with {COMMAND} and another data.latents.path."
         )
     if config.samples:
-        wanted = config.sampling()
+        wanted = config.sampling() | {"text": text.lengths()}
         changed += [name for name in wanted if wanted[name] != made.sampling.get(name)]
     if changed:
         raise ValueError(
@@ -286,20 +299,24 @@ def open_store(
     return store
 
 
-def check_networks(meta: Meta, config: LatentsConfig, networks: Mapping[str, list]) -> None:
+def check_networks(
+    meta: Meta, config: LatentsConfig, networks: Mapping[str, list], usage: Mapping[str, str]
+) -> None:
     """Refuses a run whose networks are not those that its latents were made with.
 
     Args:
       meta: of the store.
       config: how the run reads it; where it reads no samples, only the autoencoder matters.
       networks: identity of the run's networks, by name; what the run does not have is not asked.
+      usage: how the run uses them (`places.usage_of`); the same holds.
 
     Raises:
-      ValueError: one of them is another.
+      ValueError: one of them is another, or used in another way.
     """
-    made = meta.settings.networks
-    names = made if config.samples else ("autoencoder",)
-    changed = [name for name in names if name in networks and networks[name] != made[name]]
+    made = meta.settings.networks | meta.settings.usage
+    names = [name for name in made if config.samples or name.startswith("autoencoder")]
+    now = {**networks, **usage}
+    changed = [name for name in names if name in now and now[name] != made[name]]
     if changed:
         raise ValueError(
             f"The latents in {config.path} were made with another {' and '.join(changed)} than "

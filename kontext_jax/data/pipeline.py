@@ -51,7 +51,8 @@ class DataConfig:
       batch_size: rows a step, over all devices.
       caption_dropout: probability that an example is shown without its prompt.
       context_dropout: probability that an example is shown without its contexts. Both are what
-        classifier-free guidance needs; they are drawn independently.
+        classifier-free guidance needs; they are drawn independently. With ``latents.samples``
+        neither may be: a teacher's sample was made with its prompt and its contexts.
       num_workers: reading processes; 0 reads in threads of this one.
       prefetch: batches read ahead, a thread each, where ``num_workers`` is 0.
       max_skipped: share of unreadable records, of those seen, at which a run stops.
@@ -71,6 +72,14 @@ class DataConfig:
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self):
+        for name in ("caption_dropout", "context_dropout"):
+            if self.latents.samples and getattr(self, name):
+                raise ValueError(
+                    f"data.{name} is {getattr(self, name):g}, but a teacher's samples were made "
+                    "with their prompts and contexts: set it, or data.latents.samples, to 0."
+                )
 
 
 class RowAssembler(Sequence):
@@ -384,7 +393,7 @@ class Loader:
         self.plan = plan_of(self.source, config, seed)
         self.latents = None
         if config.latents.path:
-            self.latents = open_store(config.latents, self.source, config.geometry)
+            self.latents = open_store(config.latents, self.source, config.geometry, config.text)
         self._config = config
         self._identity = {
             "data": self.source.fingerprint,
@@ -400,17 +409,18 @@ class Loader:
             return None
         return [self._config.latents.samples, self.latents.meta.fingerprint()]
 
-    def check_networks(self, networks: Mapping[str, list]) -> None:
+    def check_networks(self, networks: Mapping[str, list], usage: Mapping[str, str]) -> None:
         """Refuses a run whose networks are not those that its latents were made with.
 
         Args:
           networks: identity of what the run uses, by name (`places.identity_of`).
+          usage: how it uses them (`places.usage_of`).
 
         Raises:
-          ValueError: one of them is another.
+          ValueError: one of them is another, or used in another way.
         """
         if self.latents is not None:
-            check_networks(self.latents.meta, self._config.latents, networks)
+            check_networks(self.latents.meta, self._config.latents, networks, usage)
 
     def __iter__(self) -> "Loader":
         return self

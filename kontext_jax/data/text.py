@@ -34,6 +34,10 @@ class TextConfig:
         """CLIP ids of a prompt: Q of the shape legend."""
         return self.clip_max_tokens if self.clip_tokenizer else 0
 
+    def lengths(self) -> dict[str, int | bool]:
+        """The settings that decide how much of a prompt a network reads."""
+        return {name: getattr(self, name) for name in ("max_tokens", "clip_max_tokens", "pad")}
+
 
 class Tokenizer:
     """Token ids of prompts, and how many there will be, known before the prompt is read."""

@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kontext_jax import flow
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, unpack_latents
 from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.discriminator import HeadsConfig, MapHeads
@@ -142,7 +142,7 @@ class Add:
         if batch.latents is not None:
             raise ValueError("ADD looks at pixels: leave data.latents.path empty.")
         latents = encode_images(frozen["autoencoder"], batch)
-        tokens = to_tokens(batch, latents, *self.config.encode_text(frozen, batch))
+        tokens = self.config.tokens(frozen, batch, latents)
         targets = targets_by_size(batch, frozen["autoencoder"].config.downsample)
         real = self._look(frozen, [t.pixels for t in targets])
         pooled = [tokens.pooled.astype(jnp.float32)] * len(targets)

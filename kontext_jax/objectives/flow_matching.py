@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax import flow
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.flops import training_flops
 from kontext_jax.models import lora
 from kontext_jax.models.flux import Flux
@@ -119,10 +119,8 @@ class FlowMatching:
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Sums]:
         """Sums over examples of the mean square error of their target tokens' velocity."""
-        batch = inputs["batch"]
         networks = networks_of(models["model"], frozen)
-        text, pooled = self.config.encode_text(networks, batch)
-        tokens = to_tokens(batch, inputs["latents"], text, pooled)
+        tokens = self.config.tokens(networks, inputs["batch"], inputs["latents"])
         losses, t, present = per_example_loss(
             networks["transformer"], tokens, self.config.time, self.config.guidance, key
         )

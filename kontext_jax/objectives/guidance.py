@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax import flow
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.flops import forward_flops, training_flops
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.objectives import Sums
@@ -86,11 +86,10 @@ class Guidance:
 
     def prepare(self, frozen: dict, batch: Batch) -> dict[str, Tokens]:
         latents = encode_images(frozen.get("autoencoder"), batch)
-
-        def tokens_of(batch):
-            return to_tokens(batch, latents, *self.config.encode_text(frozen, batch))
-
-        return {"tokens": tokens_of(batch), "negative": tokens_of(unprompted(batch))}
+        return {
+            "tokens": self.config.tokens(frozen, batch, latents),
+            "negative": self.config.tokens(frozen, unprompted(batch), latents),
+        }
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
         """Of the student's training and the teacher's two passes."""

@@ -32,7 +32,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax import flow
-from kontext_jax.encoders import encode_images, to_tokens
+from kontext_jax.encoders import encode_images
 from kontext_jax.flops import forward_flops, training_flops
 from kontext_jax.models.discriminator import BlockHeads, HeadsConfig
 from kontext_jax.models.flux import Flux
@@ -118,7 +118,7 @@ class Ladd:
 
     def prepare(self, frozen: dict, batch: Batch) -> dict[str, Tokens]:
         latents = encode_images(frozen.get("autoencoder"), batch)
-        return {"tokens": to_tokens(batch, latents, *self.config.encode_text(frozen, batch))}
+        return {"tokens": self.config.tokens(frozen, batch, latents)}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
         """Of student and teacher; those of the heads are 1 % at FLUX's sizes and left out.

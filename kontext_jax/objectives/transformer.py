@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kontext_jax import flow
-from kontext_jax.encoders import encode_clip, encode_text
+from kontext_jax.encoders import encode_clip, encode_text, to_tokens
 from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, pool
@@ -90,6 +90,12 @@ class NetworksConfig:
         if self.pooled == "mean":
             return text, pool(text, batch.text_segments, num_examples)
         return text, jnp.zeros((len(text), num_examples, self.transformer.vec_in_dim), text.dtype)
+
+    def tokens(
+        self, networks: dict[str, Network], batch: Batch, latents: Float[Array, "B S C"]
+    ) -> Tokens:
+        """The batch as the transformer takes it: its prompts encoded, beside its clean latents."""
+        return to_tokens(batch, latents, *self.encode_text(networks, batch))
 
     def frozen_encoders(self) -> tuple[str, ...]:
         """The encoders of the prompts, where none is trained."""

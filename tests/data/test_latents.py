@@ -28,6 +28,7 @@ from kontext_jax.types import Latents, Triple, unprompted
 GEOMETRY = GeometryConfig(sizes=((16, 16), (32, 16)), pixels_per_token=8)
 NUM, CHANNELS = 30, 4
 NETWORKS = {"autoencoder": ["ab12", 1.5, 0.25], "teacher": ["cd34"]}
+USAGE = {"autoencoder.dtype": "float32", "teacher.dtype": "bfloat16", "pooled": "clip"}
 UNREADABLE = 11
 
 
@@ -67,7 +68,10 @@ def fill(folder: Path, config: DataConfig, sample: bool = False, **changes) -> D
             "split": config.split,
             "geometry": latents.plain(config.geometry),
             "networks": NETWORKS,
-            "sampling": LatentsConfig().sampling() if sample else None,
+            "usage": USAGE,
+            "sampling": LatentsConfig().sampling() | {"text": config.text.lengths()}
+            if sample
+            else None,
         }
         | changes
     )
@@ -99,13 +103,19 @@ def pixels(tmp_path_factory) -> DataConfig:
 
 
 @pytest.fixture(scope="module")
+def undropped(pixels) -> DataConfig:
+    """With all prompts and contexts, as samples need it."""
+    return dataclasses.replace(pixels, caption_dropout=0.0, context_dropout=0.0)
+
+
+@pytest.fixture(scope="module")
 def plain(pixels, tmp_path_factory) -> DataConfig:
     return fill(tmp_path_factory.mktemp("plain") / "a" / "b", pixels)
 
 
 @pytest.fixture(scope="module")
-def sampled(pixels, tmp_path_factory) -> DataConfig:
-    return fill(tmp_path_factory.mktemp("sampled") / "store", pixels, sample=True)
+def sampled(undropped, tmp_path_factory) -> DataConfig:
+    return fill(tmp_path_factory.mktemp("sampled") / "store", undropped, sample=True)
 
 
 def batches(config: DataConfig, number: int) -> list:
@@ -235,7 +245,7 @@ def test_the_teacher_s_share_of_the_targets(sampled):
     assert not any(shares[0.0].values()) and all(shares[1.0].values())
 
 
-def test_samples_change_no_other_draw(sampled):
+def test_samples_change_nothing_but_the_latents(sampled):
     mixed = batches(reading(sampled, Path(sampled.latents.path), samples=0.5), 12)
     for ours, theirs in zip(mixed, batches(sampled, 12), strict=True):
         same = jax.tree.map(np.array_equal, ours, theirs)
@@ -284,15 +294,15 @@ def test_the_plan_does_not_know_of_latents(pixels, plain):
 
 
 @pytest.mark.parametrize("change", ["pixels", "share", "store"])
-def test_a_position_among_other_latents_is_refused(pixels, sampled, tmp_path, change):
+def test_a_position_among_other_latents_is_refused(undropped, sampled, tmp_path, change):
     loader = Loader(sampled, seed=0)
     state = json.loads(json.dumps(loader.state()))
     again = Loader(sampled, seed=0)
     again.restore(state)
     other = {
-        "pixels": pixels,
+        "pixels": undropped,
         "share": reading(sampled, Path(sampled.latents.path), samples=0.5),
-        "store": fill(tmp_path / "other", pixels, networks={"autoencoder": ["other"]}),
+        "store": fill(tmp_path / "other", undropped, networks={"autoencoder": ["other"]}),
     }[change]
     other = Loader(other, seed=0)
     with pytest.raises(ValueError, match="is for another latents than this run reads"):
@@ -340,29 +350,37 @@ def test_latents_of_other_data_are_refused(pixels, plain, tmp_path):
     assert 'no latents of "validation"' in refusal(dataclasses.replace(other, split="validation"))
 
 
-def test_other_settings_are_refused(plain, sampled):
+def test_other_settings_are_refused(plain, undropped, sampled):
     other = dataclasses.replace(GEOMETRY, position_scheme="index")
     said = refusal(dataclasses.replace(plain, geometry=other))
     assert "were made with another geometry: take the settings they were made with" in said
-    assert "data.latents.samples is 0.5, but" in refusal(plain, samples=0.5)
+    without = reading(undropped, Path(plain.latents.path))
+    assert "data.latents.samples is 0.5, but" in refusal(without, samples=0.5)
     said = refusal(sampled, samples=0.1, num_steps=7, seed=3)
     assert "were made with another num_steps and seed: take" in said
-    loader = Loader(reading(sampled, Path(sampled.latents.path), num_steps=7), seed=0)
-    loader.close()  # it reads no samples
+    longer = dataclasses.replace(sampled, text=TextConfig(max_tokens=9))
+    assert "were made with another text: take" in refusal(longer, samples=0.1)
+    for config in (sampled, longer):  # which read no samples
+        Loader(reading(config, Path(sampled.latents.path), num_steps=7), seed=0).close()
 
 
 def test_other_networks_are_refused(sampled):
     meta = LatentStore(sampled.latents.path, "train").meta
     some = dataclasses.replace(sampled.latents, samples=0.5)
-    check_networks(meta, some, NETWORKS | {"transformer": ["other"]})
-    check_networks(meta, some, {"autoencoder": ["ab12", 1.5, 0.25]})
-    check_networks(meta, sampled.latents, NETWORKS | {"teacher": ["other"]})
+    check_networks(meta, some, NETWORKS | {"transformer": ["other"]}, USAGE | {"clip.dtype": "x"})
+    check_networks(meta, some, {"autoencoder": ["ab12", 1.5, 0.25]}, {})
+    other = {"teacher.dtype": "float32", "pooled": "mean"}
+    check_networks(meta, sampled.latents, NETWORKS | {"teacher": ["other"]}, USAGE | other)
     with pytest.raises(ValueError, match="made with another teacher than this run has"):
-        check_networks(meta, some, NETWORKS | {"teacher": ["other"]})
+        check_networks(meta, some, NETWORKS | {"teacher": ["other"]}, USAGE)
+    with pytest.raises(ValueError, match="made with another teacher.dtype and pooled than this"):
+        check_networks(meta, some, NETWORKS, USAGE | other)
     loader = Loader(sampled, seed=0)
-    loader.check_networks(NETWORKS)
+    loader.check_networks(NETWORKS, USAGE)
     with pytest.raises(ValueError, match="made with another autoencoder than this run has: use"):
-        loader.check_networks({"autoencoder": ["ab12", 1.5, 0.2]})
+        loader.check_networks({"autoencoder": ["ab12", 1.5, 0.2]}, USAGE)
+    with pytest.raises(ValueError, match="made with another autoencoder.dtype than this run has"):
+        loader.check_networks(NETWORKS, {"autoencoder.dtype": "bfloat16"})
     loader.close()
 
 
@@ -434,3 +452,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_settings_are_checked(change, words):
     with pytest.raises(ValueError, match=words):
         LatentsConfig(**({"path": "a", "samples": 0.5} | change))
+
+
+@pytest.mark.parametrize("name", ["caption_dropout", "context_dropout"])
+def test_a_sample_is_not_shown_without_what_it_was_made_for(undropped, sampled, name):
+    latents = dataclasses.replace(sampled.latents, samples=0.5)
+    dataclasses.replace(undropped, latents=latents)
+    with pytest.raises(ValueError, match=f"data.{name} is 0.1, but .* set it, or .* to 0"):
+        dataclasses.replace(undropped, latents=latents, **{name: 0.1})

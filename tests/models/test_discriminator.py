@@ -204,6 +204,17 @@ def test_heads_read_no_token_of_a_context(networks):
     assert np.any(taps.read(head, x)[~target] != taps.read(head, changed)[~target])
 
 
+def test_logits_of_bfloat16_heads_are_float32_and_not_rounded(random_network):
+    config = dataclasses.replace(HEADS, dtype="bfloat16")
+    heads = random_network(lambda: BlockHeads(config, CONFIG, rngs=nnx.Rngs(0)))
+    tokens = tokens_of([1, 2])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 70, 16)), jnp.float32)
+    head = jax.tree.map(lambda p: p[0], heads.single)
+    logits = heads.taps(tokens, times(0.5, 0.5)).read(head, x)
+    assert logits.dtype == jnp.float32
+    assert np.mean(logits.astype(jnp.bfloat16).astype(jnp.float32) != logits) > 0.9
+
+
 @pytest.mark.parametrize("what", ["t", "pooled"])
 def test_heads_know_the_noise_level_and_the_prompt(networks, what):
     _, heads = networks

@@ -15,9 +15,8 @@ import numpy as np
 from flax import nnx
 
 from kontext_jax import flow
-from kontext_jax.encoders import to_tokens
 from kontext_jax.models.flux import FluxConfig
-from kontext_jax.models.t5 import T5Config
+from kontext_jax.models.t5 import T5Config, T5Encoder
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from kontext_jax.objectives.ladd import Ladd
 from kontext_jax.optim import OptimConfig
@@ -44,7 +43,7 @@ NETWORKS = dict(
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "3"})
 
 
-class Classes(nnx.Module):
+class Classes(T5Encoder):
     """The text encoder: a vector for no class, and for each of the two."""
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -150,8 +149,7 @@ def draw(transformer, labels, seed, sampler: SamplerConfig):
     config = FlowMatchingConfig(**NETWORKS)
 
     def tokens_of(batch):
-        text = config.encode_text({"text_encoder": CLASSES}, batch)
-        return to_tokens(batch, batch.latents, *text)
+        return config.tokens({"text_encoder": CLASSES}, batch, batch.latents)
 
     batch = batch_of(points, 0)
     negative = None

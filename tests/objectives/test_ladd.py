@@ -10,13 +10,14 @@ import pytest
 
 from kontext_jax import flow
 from kontext_jax.flops import forward_flops
+from kontext_jax.models.discriminator import BlockHeads
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.objectives.ladd import LaddConfig, plain, with_slope
 from kontext_jax.objectives.student import StudentTimes
 from kontext_jax.objectives.transformer import lengths_of, target_membership
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig, sample
-from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.train_state import (
     abstract_state,
     init_state,
@@ -93,28 +94,30 @@ def test_the_student_sees_noise_alone_at_1_and_a_quarter_of_it_at_a_quarter(make
     assert abs(np.std(noise) - 1) < 0.1
 
 
-def test_one_step_of_the_untrained_student_is_the_teachers_own_image(ladd, target):
-    """And a student that starts from the teacher's parameters is the teacher, bit by bit."""
-    teacher = ladd.frozen["teacher"]
-    config = dataclasses.replace(ladd.objective.config, student_times=at(1.0))
-    made, _ = jax.jit(type(ladd.objective)(config).make)(teacher, ladd.tokens, keys_of(ladd), AFTER)
-    one_step = SamplerConfig(num_steps=1, method="consistency")
-    # The first noise of `make` and of `sample` have keys of their own.
-    noise_keys = flow.split_keys(keys_of(ladd), 2)[1]
-    tokens = ladd.tokens
-    noise = flow.token_noise(noise_keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
-    start = jnp.where(tokens.is_target[..., None], noise, tokens.latents)
-    velocity = jax.jit(type(teacher).__call__)(
-        teacher, start, tokens.text, tokens.pooled, jnp.ones(tokens.example_ids.shape),
-        positions=tokens.positions, segments=tokens.segments, text_segments=tokens.text_segments,
-    )  # fmt: skip
-    np.testing.assert_allclose(made[target], (start - velocity)[target], atol=1e-5)
-    time = flow.TimeConfig(shift="none")
-    out = [
-        sample(teacher, tokens, KEY, dataclasses.replace(one_step, method=method), time)[target]
-        for method in ("consistency", "euler")
-    ]
-    np.testing.assert_allclose(*out, atol=1e-5)
+def test_one_step_of_the_untrained_student_is_the_teachers_own_image(make_ladd, target):
+    """In training and by both samplers, each from its own first noise."""
+    ladd = make_ladd(student_times=at(1.0))
+    teacher, tokens = ladd.frozen["teacher"], ladd.tokens
+
+    @jax.jit
+    def image(noise_keys):
+        channels = tokens.latents.shape[-1]
+        noise = flow.token_noise(noise_keys, tokens.segments, tokens.offsets, channels)
+        start = jnp.where(tokens.is_target[..., None], noise, tokens.latents)
+        return start - teacher(
+            start, tokens.text, tokens.pooled, jnp.ones(tokens.example_ids.shape),
+            positions=tokens.positions, segments=tokens.segments,
+            text_segments=tokens.text_segments,
+        )  # fmt: skip
+
+    made, _ = jax.jit(ladd.objective.make)(teacher, tokens, keys_of(ladd), AFTER)
+    expected = image(flow.split_keys(keys_of(ladd), 2)[1])
+    np.testing.assert_allclose(made[target], expected[target], atol=1e-5)
+    expected = image(keys_of(ladd))
+    for method in ("consistency", "euler"):
+        sampler = SamplerConfig(num_steps=1, method=method)
+        out = sample(teacher, tokens, KEY, sampler, ladd.objective.config.time)
+        np.testing.assert_allclose(out[target], expected[target], atol=1e-5)
 
 
 def test_times_are_drawn_by_the_two_phases():
@@ -137,8 +140,17 @@ def test_levels_are_logit_normal_around_one():
 
 
 @pytest.mark.parametrize("player", ["student", "discriminator"])
-def test_the_teacher_sees_images_noised_to_the_level_that_it_is_told(ladd, target, player):
+def test_images_are_noised_to_the_level_that_teacher_and_heads_are_told(
+    ladd, target, player, monkeypatch
+):
     """Catches a level that is turned round, an image that is not noised, and noise as real."""
+    heads_told, taps = [], BlockHeads.taps
+
+    def recording(self, tokens, t, *args, **kwargs):
+        heads_told.append(flow.at_tokens(t, tokens.segments))
+        return taps(self, tokens, t, *args, **kwargs)
+
+    monkeypatch.setattr(BlockHeads, "taps", recording)
     teacher = Formula(lambda x, t: jnp.zeros_like(x), ladd.objective.config.transformer)
     made = jnp.full_like(ladd.tokens.latents, 3.0)
     judge = getattr(ladd.objective, "student_loss" if player == "student" else "heads_loss")
@@ -153,6 +165,8 @@ def test_the_teacher_sees_images_noised_to_the_level_that_it_is_told(ladd, targe
         noises.append(noise)
         np.testing.assert_array_equal(seen[~target], ladd.tokens.latents[~target])
     assert len(noises) == 1 or np.all(noises[0] != noises[1])
+    for (_, told), level in zip(teacher.seen, heads_told, strict=True):
+        np.testing.assert_array_equal(level, told)
     assert len(np.unique(teacher.seen[0][1][target])) == 3  # a level an example
 
 
@@ -219,6 +233,21 @@ def test_losses_are_means_over_logits_and_not_of_means(make_ladd, target, advers
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
+def assert_gradient(loss, params, rtol: float):
+    """Returns the gradient, which is the loss's slope along it, by central differences."""
+    value, grads = jax.jit(loss), jax.jit(jax.grad(loss))(params)
+    norm = float(jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))))
+    assert norm > 1e-2
+    step = 1e-2 / norm
+
+    def moved(sign):
+        return jax.tree.map(lambda p, g: p + sign * step * g, params, grads)
+
+    slope = float(value(moved(1)) - value(moved(-1))) / (2 * step)
+    np.testing.assert_allclose(slope, norm**2, rtol=rtol)
+    return grads
+
+
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_the_students_gradient_goes_through_the_teacher(ladd, remat):
     """Against central differences along the gradient."""
@@ -232,19 +261,21 @@ def test_the_students_gradient_goes_through_the_teacher(ladd, remat):
         inputs = {"tokens": ladd.tokens}
         return ladd.objective.loss("student", models, frozen, inputs, KEY, AFTER)[0]
 
-    value = jax.jit(loss)
-    grads = jax.jit(jax.grad(loss))(student)
-    norm = float(jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(grads))))
-    assert norm > 1e-2
-    step = 1e-2 / norm
-
-    def moved(sign):
-        return jax.tree.map(lambda p, g: p + sign * step * g, student, grads)
-
-    slope = float(value(moved(1)) - value(moved(-1))) / (2 * step)
-    np.testing.assert_allclose(slope, norm**2, rtol=5e-3)
+    grads = assert_gradient(loss, student, rtol=5e-3)
     for leaf in jax.tree.leaves(grads["transformer"].single_blocks):
         assert np.any(leaf != 0)
+
+
+def test_the_heads_gradient_is_that_of_their_loss(make_ladd):
+    """R1's too, which is a gradient of a gradient; against central differences."""
+    ladd = make_ladd(r1_weight=0.5)
+    made = jnp.cos(9 * ladd.tokens.latents)
+
+    def loss(heads):
+        teacher = ladd.frozen["teacher"]
+        return ladd.objective.heads_loss(heads, teacher, ladd.tokens, made, keys_of(ladd))[0]
+
+    assert_gradient(loss, ladd.params["discriminator"], rtol=5e-3)
 
 
 def test_r1_of_a_linear_head_is_its_weights_square():
@@ -291,7 +322,7 @@ def test_distillation_is_towards_the_teachers_own_image_without_gradient(make_la
 
 
 @pytest.mark.parametrize("student_every", [1, 3])
-def test_players_are_due_in_turn_and_the_students_images_are_reused(make_ladd, student_every):
+def test_players_are_due_in_turn(make_ladd, student_every):
     """The heads move in each step, the student in every third; its metrics are NaN in between."""
     config = OptimConfig(learning_rate=1e-3, warmup_steps=0, ema_decay=0.5)
     ladd = make_ladd(student_every=student_every, heads_optim=config)
@@ -325,6 +356,38 @@ def test_the_heads_judge_the_images_that_the_student_was_taught_by(ladd):
     np.testing.assert_allclose(sums.handed_on["made"], made, atol=1e-6)
 
 
+def test_the_heads_ask_the_student_only_for_images_that_are_not_handed_on(ladd, target):
+    config, tokens = ladd.objective.config.transformer, ladd.tokens
+    student = Formula(lambda x, t: x, config)
+    models = ladd.params | {"student": {"transformer": student}}
+    given = jnp.full_like(tokens.latents, 3.0)
+    for handed_on, number, mean in (({"made": given}, 0, 3.0), ({}, 1, 0.0)):
+        teacher = Formula(lambda x, t: jnp.zeros_like(x), config)
+        frozen, inputs = ladd.frozen | {"teacher": teacher}, {"tokens": tokens} | handed_on
+        ladd.objective.loss("discriminator", models, frozen, inputs, KEY, AFTER)
+        assert len(student.seen) == number
+        seen, s = teacher.seen[1]
+        np.testing.assert_allclose(np.mean((seen / (1 - s))[target]), mean, atol=0.5)
+
+
+def test_microbatches_make_the_same_step(ladd, recipe, assert_same_in_microbatches):
+    """Each gets what was handed on of its own rows."""
+    batch = recipe.rows([1, 2, 0, 3])
+    assert_same_in_microbatches(ladd.objective, ladd.params, ladd.frozen, batch)
+
+
+def test_a_loss_moves_its_own_player_alone(make_ladd, make_descent):
+    """Though the student's depends on the heads and theirs, here, on the student."""
+    ladd = make_ladd(student_every=2)
+    step = make_descent(ladd.objective)
+    for still, moved in (("student", "discriminator"), ("discriminator", "student")):
+        params, _ = step(ladd.params, ladd.frozen, ladd.batch, {still: 0.0, moved: 0.1})
+        same = jax.tree.map(np.array_equal, params, ladd.params)
+        assert all(jax.tree.leaves(same[still]))
+        assert not all(jax.tree.leaves(same[moved]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4}]
 )
@@ -343,10 +406,11 @@ def test_a_step_is_the_same_on_any_mesh(make_ladd, recipe, sizes):
             "discriminator": {"discriminator": initial["discriminator"]},
         }
         state = init_state(ladd.objective, optimizers, mesh, 0, networks)
+        frozen = jax.device_put(ladd.frozen, shardings_of(ladd.frozen, mesh))
         step = jit_train_step(ladd.objective, optimizers, config, 0, shardings)
         with jax.set_mesh(mesh):
-            for _ in range(2):
-                state, metrics = step(state, ladd.frozen, batch)
+            for _ in range(3):
+                state, metrics = step(state, frozen, batch)
         return jax.device_get((state.params, metrics))
 
     params, metrics = run(make_mesh(MeshConfig(), jax.devices()[:1]))
