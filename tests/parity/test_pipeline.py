@@ -26,7 +26,7 @@ from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sampler import sample as integrate
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.types import Tokens
+from kontext_jax.types import Tokens, unprompted
 from kontext_jax.weights.export import write_diffusers
 from kontext_jax.weights.networks import NETWORKS
 
@@ -139,10 +139,11 @@ def make_here(
     data = sample._room_for(example, model.data)
     generator = Generator([example], data, model.objective, sampler, mesh, SEED)
 
-    ((first, *_),) = (batches,) = generator._batches
+    (first,) = generator._batches
+    batches = [first] if first.negative is None else [first, unprompted(first)]
     is_target, key = first.is_target[0], jax.random.key(SEED)
     with jax.set_mesh(mesh):
-        latents = np.asarray(generator._latents(model.networks, batches, key))
+        latents = np.asarray(generator._latents(model.networks, first, key))
     keys = flow.example_keys(key, jnp.asarray(first.example_ids))
     noise = flow.token_noise(
         keys, jnp.asarray(first.segments), jnp.asarray(first.offsets), latents.shape[-1]
