@@ -165,6 +165,8 @@ def _value(value, hint):
         hint = by_kind[value["kind"]]
     if dataclasses.is_dataclass(hint):
         return from_dict(value, hint)
+    if hasattr(hint, "_fields"):  # a named tuple
+        return hint(*value)
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
         return tuple(_value(v, typing.get_args(hint)[0]) for v in value)
     return _tuples(value)

@@ -1,9 +1,9 @@
 """Scores a run on held-out edits: ``python -m kontext_jax.evaluate --config=... --workdir=DIR``.
 
-Samples an image for every example, has the data set's own checker read it back, and compares with
-two baselines: copying the context, and the same networks untrained. Other runs and samplers, the
-*cells* (``cells.py``), can be set beside each other on the same examples. Writes ``results.jsonl``
-(one line a picture), ``summary.json`` and ``report.html``.
+Samples an image for every example, has the data set's own checker, if there is one, read it back,
+and compares with two baselines: copying the context, and the same networks untrained. Other runs
+and samplers, the *cells* (``cells.py``), can be set beside each other on the same examples. Writes
+``results.jsonl`` (one line a picture), ``summary.json`` and ``report.html``.
 """
 
 import functools
@@ -26,7 +26,7 @@ from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator, Image
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.report import cell_table, write_report
+from kontext_jax.report import METRICS, cell_table, headline, write_report
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.scores import score, spread, summarise
 from kontext_jax.sharding import MeshConfig, make_mesh
@@ -86,7 +86,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
       What ``summary.json`` holds.
 
     Raises:
-      FileNotFoundError, ValueError: a run or its data is missing, or has no checker.
+      FileNotFoundError, ValueError: a run or its data is missing.
     """
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
@@ -95,10 +95,6 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
     data = run.config.data
     source = TripleSource(data.path, config.split)
     triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
-    if "after" not in json.loads(triples[0].details):
-        raise ValueError(
-            f"{data.path} has no checker to score pictures with; data of --source=world has."
-        )
     cell_runs = load_cells(config.cells, run, load)  # before anything that takes long
     examples = prepare_all(triples, data)
     images, sampling = _methods(config, run, triples, examples, mesh)
@@ -161,8 +157,10 @@ def _cell_rows(triples: Sequence[Triple], played: Played, number: int) -> list[S
     rows = []
     for i in spread(triples, number):
         triple, pictures = triples[i], [images[i] for images in played.images.values()]
-        edited = sum(results[i]["edited"] for results in played.results.values())
-        note = f"{triple.category.replace('_', ' ')}: edited by {edited} of {len(pictures)}"
+        verdicts = [results[i]["edited"] for results in played.results.values()]
+        note = triple.category.replace("_", " ")
+        if None not in verdicts:
+            note += f": edited by {sum(verdicts)} of {len(verdicts)}"
         rows.append(SheetRow(triple.contexts, triple.prompt, pictures, triple.target, note))
     return rows
 
@@ -188,12 +186,14 @@ def parse_seconds(items: Sequence[str]) -> dict[str, float]:
 
 
 def print_tables(summary: dict) -> None:
-    """Prints the success of each category, the baselines beside it; then the cells, if any."""
+    """Prints each category's headline, the baselines beside it; then the cells, if any."""
     methods = summary["methods"]
-    print(f"{'edit success':16}" + "".join(f"{name:>12}" for name in methods) + f"{'examples':>10}")
+    metric = headline(methods)
+    title, show = METRICS[metric]
+    print(f"{title.lower():22}" + "".join(f"{name:>12}" for name in methods) + f"{'examples':>10}")
     for category, count in methods["model"]["count"].items():
-        rates = [methods[name]["edit_success"][category] for name in methods]
-        print(f"{category:16}" + "".join(f"{rate:12.1%}" for rate in rates) + f"{count:10}")
+        values = [methods[name][metric][category] for name in methods]
+        print(f"{category:22}" + "".join(f"{show(x):>12}" for x in values) + f"{count:10}")
     if "cells" not in summary:
         return
     rows = cell_table(summary["cells"])

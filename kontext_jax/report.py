@@ -42,17 +42,25 @@ def write_report(
       curves: title -> workdir of the runs whose losses are drawn.
       cell_rows: examples with a result of each cell, where the summary has cells.
     """
-    success = summary["methods"]["model"]["edit_success"]["all"]
+    methods, number = summary["methods"], summary["num_examples"]
+    best = {metric: methods["model"][metric]["all"] for metric in METRICS}
+    if headline(methods) == "l1":
+        title = f"{number} held-out examples, {best['l1']:.3f} from the truth"
+        how = "No checker reads these pictures; the error is the mean over pixels, of 0 to 1."
+        metrics = ["l1"]
+    else:
+        title = f"{best['edit_success']:.1%} of {number} held-out edits carried out"
+        how = (
+            "A checker reads every picture back and says whether the instruction was carried out, "
+            "and whether the rest was kept."
+        )
+        metrics = ["edit_success", "preservation"]
     seconds = {k: v for k, v in summary["seconds"].items() if not k.startswith("of_it")}
     parts = [
-        f"<h1>{success:.1%} of {summary['num_examples']} held-out edits carried out</h1>",
+        f"<h1>{title}</h1>",
         f"<p>Checkpoint <code>{html.escape(summary['checkpoint'])}</code>, "
-        f"{summary['num_steps']} sampling steps. A checker reads every picture back and says "
-        "whether the instruction was carried out, and whether the rest was kept.</p>",
-        "<h2>Edit success</h2>",
-        _table(summary["methods"], "edit_success"),
-        "<h2>Preservation of the rest</h2>",
-        _table(summary["methods"], "preservation"),
+        f"{summary['num_steps']} sampling steps. {how}</p>",
+        *(part for metric in metrics for part in _table(methods, metric)),
         "<h2>Held-out examples</h2>",
         "<p>The first of each category in turn, not chosen by their results.</p>",
         _picture(_sheet(examples)),
@@ -71,22 +79,41 @@ def write_report(
     path.write_text(page)
 
 
-def _table(methods: Mapping[str, Mapping], metric: str) -> str:
+def headline(methods: Mapping[str, Mapping]) -> str:
+    """What says best how good a model is: edit success; the error where no checker judges."""
+    return "l1" if methods["model"]["edit_success"]["all"] is None else "edit_success"
+
+
+def _table(methods: Mapping[str, Mapping], metric: str) -> list[str]:
+    title, show = METRICS[metric]
     head = "".join(f"<th>{TITLES.get(name, name)}</th>" for name in methods)
     rows = []
     for category, count in methods["model"]["count"].items():
         cells = []
         for name in methods:
-            rate = methods[name][metric][category]
+            value = methods[name][metric][category]
             css = "" if name == "model" else " class=baseline"
-            cells.append(f"<td{css}>{_percent(rate)}</td>")
+            cells.append(f"<td{css}>{show(value)}</td>")
         label = category.replace("_", " ")
         rows.append(f"<tr><td>{label}</td>{''.join(cells)}<td>{count}</td></tr>")
-    return f"<table class=total><tr><th></th>{head}<th>examples</th></tr>{''.join(rows)}</table>"
+    head = f"<tr><th></th>{head}<th>examples</th></tr>"
+    return [f"<h2>{title}</h2>", f"<table class=total>{head}{''.join(rows)}</table>"]
 
 
 def _percent(rate: float | None) -> str:
     return "–" if rate is None else f"{rate:.1%}"
+
+
+def _error(value: float) -> str:
+    return f"{value:.3f}"
+
+
+METRICS = {
+    "edit_success": ("Edit success", _percent),
+    "preservation": ("Preservation of the rest", _percent),
+    "l1": ("Mean absolute error", _error),
+}
+"""The title of each, and how it is written."""
 
 
 def cell_table(cells: Mapping) -> list[list[str]]:
@@ -100,7 +127,7 @@ def cell_table(cells: Mapping) -> list[list[str]]:
     columns = {
         "edited": lambda cell: _percent(cell["edit_success"]["all"]),
         "rest kept": lambda cell: _percent(cell["preservation"]["all"]),
-        "l1": lambda cell: f"{cell['l1']['all']:.3f}",
+        "l1": lambda cell: _error(cell["l1"]["all"]),
         "fd_efflite0": lambda cell: f"{cell['fd_efflite0']:.1f}",
         "to reconstructions": lambda cell: f"{cell['fd_efflite0_reconstructed']:.1f}",
         "seconds per image": lambda cell: f"{cell['seconds_per_image']:.3g}",
@@ -165,10 +192,12 @@ def _sheet(examples: Sequence[tuple[Triple, np.ndarray, Mapping]]) -> np.ndarray
 
 
 def _verdict(result: Mapping) -> str:
-    words = ["edited" if result["edited"] else "NOT EDITED"]
+    words = []
+    if result["edited"] is not None:
+        words.append("edited" if result["edited"] else "NOT EDITED")
     if result["preserved"] is not None:
         words.append("rest kept" if result["preserved"] else "REST CHANGED")
-    return f"{result['category'].replace('_', ' ')}: {', '.join(words)}"
+    return ": ".join(filter(None, (result["category"].replace("_", " "), ", ".join(words))))
 
 
 def _picture(image: np.ndarray) -> str:

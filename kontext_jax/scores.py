@@ -1,5 +1,6 @@
 """What pictures are worth: the checker's verdict on each, rates of many, features of all."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -25,11 +26,13 @@ compare with these."""
 def score(triples: Sequence[Triple], images: Sequence[Image]) -> list[dict]:
     """One result a picture: the checker's verdict, and the mean absolute error to the truth.
 
-    The error is a share of the range of pixels, 0 to 1.
+    The error is a share of the range of pixels, 0 to 1. Data without a checker (all but the world)
+    have no verdict: ``edited`` and ``preserved`` are None.
     """
     rows = []
     for triple, image in zip(triples, images, strict=True):
-        verdict = world.check(image, triple.details)
+        checked = "after" in json.loads(triple.details)
+        verdict = world.check(image, triple.details) if checked else world.Verdict(None, None)
         error = np.abs(image.astype(np.float64) - triple.target).mean() / 255
         rows.append(
             {
@@ -44,7 +47,7 @@ def score(triples: Sequence[Triple], images: Sequence[Image]) -> list[dict]:
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, dict[str, float | None]]:
-    """Rates by category and over all: success, preservation (None: nothing to preserve), error."""
+    """Rates by category and over all: success, preservation, error; None if nothing is judged."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for row in rows:
         groups[row["category"]].append(row)

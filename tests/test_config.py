@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+import configs.distillation
 import configs.emoji
+import configs.eval_distillation
 import configs.eval_quickstart
 import configs.finetune
 import configs.flow_256
@@ -19,6 +21,7 @@ from kontext_jax.sampler import SamplerConfig
 GOLDEN = Path(__file__).parent / "golden"
 MODULES = (
     configs.quickstart,
+    configs.distillation,
     configs.emoji,
     configs.finetune,
     configs.flow_256,
@@ -56,7 +59,7 @@ def test_golden_configs(name, variant, make):
 
 def test_every_config_has_a_snapshot_and_is_tested():
     files = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")}
-    assert files == {name for name, _, _ in RUNS} | {"eval_quickstart"}
+    assert files == {name for name, _, _ in RUNS} | {"eval_quickstart", "eval_distillation"}
     assert {path.stem for path in GOLDEN.glob("*.txt")} == {f"{n}-{v}" for n, v, _ in RUNS}
 
 

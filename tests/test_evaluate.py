@@ -30,6 +30,7 @@ from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.config import Config, to_dict
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluate import EvalConfig, evaluate, print_tables
 from kontext_jax.evaluator import Generator
 from kontext_jax.geometry import GeometryConfig
@@ -234,6 +235,26 @@ def test_without_cells_there_is_no_word_of_them(runs, tmp_path):
     assert "cells" not in evaluate(config, tmp_path, {})
     assert "Fewer steps" not in (tmp_path / "report.html").read_text()
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 9
+
+
+def test_without_a_checker_the_error_is_the_headline(runs, tmp_path, monkeypatch, capsys):
+    """As of any data but the world's."""
+
+    class Bare(TripleSource):
+        def __getitem__(self, index):
+            return super().__getitem__(index)._replace(details="{}")
+
+    monkeypatch.setattr(evaluate_module, "TripleSource", Bare)
+    config = runs.config
+    config.num_examples, config.cells = 3, config.cells[1:2]
+    summary = evaluate(config, tmp_path, {})
+    model, (cell,) = summary["methods"]["model"], summary["cells"]["scores"].values()
+    assert model["edit_success"]["all"] is model["preservation"]["all"] is None
+    assert cell["l1"]["all"] == model["l1"]["all"] > 0 and cell["fd_efflite0"] >= 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Mean absolute error" in page and "Edit success" not in page
+    print_tables(summary)
+    assert capsys.readouterr().out.startswith("mean absolute error")
 
 
 def test_compiling_is_not_timed(monkeypatch):

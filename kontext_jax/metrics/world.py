@@ -69,9 +69,11 @@ class Verdict(NamedTuple):
         some value that can be read.
       preserved: every other factor is as it should be, and untouched pixels have not drifted; None
         for text-to-image, where nothing is there to be preserved.
+
+    Of data that no checker reads, both are None.
     """
 
-    edited: bool
+    edited: bool | None
     preserved: bool | None
 
 

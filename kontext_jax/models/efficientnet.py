@@ -76,7 +76,6 @@ class EfficientNetConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        self.stages = tuple(Stage(*stage) for stage in self.stages)  # which JSON has as lists
         check_taps(self.taps, sum(stage.num_blocks for stage in self.stages))
 
     @classmethod

@@ -1,0 +1,36 @@
+"""Fewer steps, side by side: the teacher, its untrained student, LADD's and ADD's, of one seed.
+
+python -m kontext_jax.evaluate --config=configs/eval_distillation.py:SEED \\
+    --workdir=runs/distillation/eval-SEED
+
+The seed is the students' and of the noise that pictures are sampled from.
+"""
+
+from configs.eval_quickstart import TEACHER, consistency, guided
+from kontext_jax.cells import Cell
+from kontext_jax.evaluate import EvalConfig
+
+
+def get_config(seed: str = "0") -> EvalConfig:
+    def students(name: str, checkpoint: str, steps: tuple[int, ...], shift: str = ""):
+        return tuple(
+            Cell(name=f"{name} {n}", checkpoint=checkpoint, sampler=consistency(n), shift=shift)
+            for n in steps
+        )
+
+    teachers = (
+        Cell(name=f"teacher {n}", checkpoint=TEACHER, sampler=guided(n)) for n in (50, 8, 4, 2, 1)
+    )
+    return EvalConfig(
+        checkpoint=TEACHER,
+        num_examples=384,
+        sampler=guided(12),
+        cells=(
+            *teachers,
+            *students("untrained", TEACHER, (4, 2, 1), shift="none"),
+            *students("LADD", f"runs/distillation/ladd-{seed}", (4, 2, 1)),
+            *students("ADD", f"runs/distillation/add-{seed}", (4, 1)),
+        ),
+        sheet_rows=12,
+        seed=int(seed),
+    )
