@@ -2,7 +2,7 @@
 
 Both students start as the same teacher and train on the same prompts and contexts, as many steps of
 as many examples. LADD's targets are the teacher's samples of 50 steps with classifier-free guidance
-3. ADD's are the images of the data set, as its paper has it: what guidance adds, it does not see.
+2. ADD's are the images of the data set, as its paper has it: what guidance adds, it does not see.
 """
 
 import dataclasses

@@ -6,30 +6,43 @@
     python -m kontext_jax.train --config=configs/emoji.py:autoencoder \\
         --workdir=runs/emoji/autoencoder
     python -m kontext_jax.train --config=configs/emoji.py:flow --workdir=runs/emoji/flow
+    python -m kontext_jax.data.build --source=emoji --input=icons --output=data/emoji_prompts \\
+        --sizes=32,40,48 --seed=1 --num_train=1536
+    python -m kontext_jax.encode --config=configs/emoji.py:ladd
+    python -m kontext_jax.train --config=configs/emoji.py:ladd --workdir=runs/emoji/ladd
+    python -m kontext_jax.evaluate --config=configs/eval_emoji.py --workdir=runs/emoji
 
 The variants `autoencoder` and `flow` are for two CPU cores and take about 20 minutes together;
-`--config.num_steps=2200` lets `flow` go on for as long again.
-`autoencoder_gpu` and `flow_gpu` are the same at 64 to 96 pixels, wider and deeper, for one GPU;
-build their data with --sizes=64,80,96 --num_train=200000.
+`--config.num_steps=2200` lets `flow` go on for as long again. `ladd` distils it.
+`autoencoder_gpu`, `flow_gpu` and `ladd_gpu` are the same at 64 to 96 pixels, wider and deeper, for
+one GPU; build their data with --sizes=64,80,96 --num_train=200000 (the prompts: 20000).
 """
+
+import dataclasses
 
 from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
+from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
+from kontext_jax.objectives.ladd import LaddConfig
+from kontext_jax.objectives.student import StudentTimes
+from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 
 SMALL = (32, 40, 48)
 LARGE = (64, 80, 96)
+CFG_SCALE = 1.5
 
 
 def data(sides: tuple[int, ...], image_tokens: int, batch_size: int) -> DataConfig:
@@ -78,9 +91,55 @@ def flow() -> Config:
         ),
         checkpoint=CheckpointConfig(every=150, keep=1),
         sheets=SheetConfig(
-            every=450, num_examples=24, sampler=SamplerConfig(num_steps=20, cfg_scale=1.5)
+            every=450, num_examples=24, sampler=SamplerConfig(num_steps=20, cfg_scale=CFG_SCALE)
         ),
         num_steps=900,
+        log_every=25,
+    )
+
+
+def ladd() -> Config:
+    teacher = flow()
+    return Config(
+        objective=LaddConfig(
+            transformer=teacher.objective.transformer,
+            text_encoder=teacher.objective.text_encoder,
+            pooled=teacher.objective.pooled,
+            init_from=NetworksInit(
+                transformer="runs/emoji/flow",
+                text_encoder="runs/emoji/flow",
+                autoencoder="runs/emoji/autoencoder",
+            ),
+            student_times=StudentTimes(warmup_steps=20),
+            renoise=TimeConfig(mean=-1.0, std=1.0, shift="none"),
+            student_every=3,
+            heads=HeadsConfig(width=64, dtype="float32"),
+            heads_optim=OptimConfig(learning_rate=1e-3, b1=0.0, warmup_steps=0, weight_decay=0.0),
+        ),
+        data=dataclasses.replace(
+            teacher.data,
+            path="data/emoji_prompts",
+            caption_dropout=0.0,
+            latents=LatentsConfig(
+                path="runs/emoji/bank", samples=1.0, num_steps=20, cfg_scale=CFG_SCALE
+            ),
+        ),
+        optim=OptimConfig(
+            learning_rate=3e-4,
+            schedule="cosine",
+            warmup_steps=50,
+            b1=0.0,
+            b2=0.99,
+            weight_decay=0.0,
+            ema_decay=0.98,
+        ),
+        checkpoint=CheckpointConfig(every=300, keep=1),
+        sheets=SheetConfig(
+            every=600,
+            num_examples=24,
+            sampler=SamplerConfig(num_steps=2, method="consistency"),
+        ),
+        num_steps=600,
         log_every=25,
     )
 
@@ -125,11 +184,32 @@ def flow_gpu() -> Config:
     return config
 
 
+def ladd_gpu() -> Config:
+    config, teacher = ladd(), flow_gpu()
+    config.objective.transformer = teacher.objective.transformer
+    config.objective.text_encoder = teacher.objective.text_encoder
+    config.objective.heads = HeadsConfig(width=128)
+    config.objective.heads_optim.learning_rate = 2e-4
+    config.objective.student_times = StudentTimes()
+    config.data = dataclasses.replace(
+        config.data, packing=teacher.data.packing, geometry=teacher.data.geometry, batch_size=64
+    )
+    config.data.latents.num_steps = 50
+    config.optim = OptimConfig(
+        learning_rate=5e-5, warmup_steps=200, b1=0.0, b2=0.99, weight_decay=0.0, ema_decay=0.999
+    )
+    config.checkpoint.every = config.sheets.every = 2000
+    config.num_steps = 20_000
+    return config
+
+
 VARIANTS = {
     "autoencoder": autoencoder,
     "flow": flow,
+    "ladd": ladd,
     "autoencoder_gpu": autoencoder_gpu,
     "flow_gpu": flow_gpu,
+    "ladd_gpu": ladd_gpu,
 }
 
 

@@ -15,7 +15,7 @@ TEACHER, STUDENT = "runs/quickstart/flow", "runs/quickstart/ladd"
 
 
 def guided(num_steps: int) -> SamplerConfig:
-    return SamplerConfig(num_steps=num_steps, cfg_scale=3.0)
+    return SamplerConfig(num_steps=num_steps, cfg_scale=2.0)
 
 
 def consistency(num_steps: int) -> SamplerConfig:

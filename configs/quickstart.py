@@ -88,7 +88,7 @@ def flow() -> Config:
             ema_decay=0.995,
         ),
         checkpoint=CheckpointConfig(every=800, keep=1),
-        sheets=SheetConfig(every=800, sampler=SamplerConfig(num_steps=12, cfg_scale=3.0)),
+        sheets=SheetConfig(every=800, sampler=SamplerConfig(num_steps=12, cfg_scale=2.0)),
         num_steps=1600,
         log_every=50,
     )
@@ -103,7 +103,7 @@ def ladd() -> Config:
             init_from=NetworksInit(transformer=FLOW, text_encoder=FLOW, autoencoder=AUTOENCODER),
             student_times=StudentTimes(warmup_steps=50),
             # Small pictures keep less signal at a level than large ones.
-            renoise=TimeConfig(mean=0.0, std=1.0, shift="none"),
+            renoise=TimeConfig(mean=-1.0, std=1.0, shift="none"),
             heads=HeadsConfig(width=64, dtype="float32"),
             heads_optim=OptimConfig(learning_rate=1e-3, b1=0.0, warmup_steps=0, weight_decay=0.0),
         ),
@@ -111,12 +111,12 @@ def ladd() -> Config:
             data(batch_size=16),
             path=PROMPTS,
             caption_dropout=0.0,
-            latents=LatentsConfig(path=BANK, samples=1.0, num_steps=12, cfg_scale=3.0),
+            latents=LatentsConfig(path=BANK, samples=1.0, num_steps=12, cfg_scale=2.0),
         ),
         optim=OptimConfig(
-            learning_rate=3e-4,
+            learning_rate=2e-4,
             schedule="cosine",
-            warmup_steps=50,
+            warmup_steps=200,  # the student waits until its heads have learned to see
             b1=0.0,
             b2=0.99,
             weight_decay=0.0,

@@ -45,6 +45,6 @@ cat <<'END'
 
 Now try an edit of your own:
   source .venv/bin/activate
-  python -m kontext_jax.sample --checkpoint=runs/quickstart/flow --cfg_scale=3 \
+  python -m kontext_jax.sample --checkpoint=runs/quickstart/flow --cfg_scale=2 \
     --prompt="a red star on the left, on sand" --output=runs/quickstart/mine.png
 END

@@ -7,6 +7,7 @@ import pytest
 import configs.distillation
 import configs.emoji
 import configs.eval_distillation
+import configs.eval_emoji
 import configs.eval_quickstart
 import configs.finetune
 import configs.flow_256
@@ -28,6 +29,11 @@ MODULES = (
     configs.kontext_1024,
     configs.ladd_1024,
 )
+EVALUATIONS = {
+    "eval_distillation": configs.eval_distillation,
+    "eval_emoji": configs.eval_emoji,
+    "eval_quickstart": configs.eval_quickstart,
+}
 RUNS = [
     (module.__name__.removeprefix("configs."), variant, make)
     for module in MODULES
@@ -59,7 +65,7 @@ def test_golden_configs(name, variant, make):
 
 def test_every_config_has_a_snapshot_and_is_tested():
     files = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")}
-    assert files == {name for name, _, _ in RUNS} | {"eval_quickstart", "eval_distillation"}
+    assert files == {name for name, _, _ in RUNS} | set(EVALUATIONS)
     assert {path.stem for path in GOLDEN.glob("*.txt")} == {f"{n}-{v}" for n, v, _ in RUNS}
 
 
@@ -70,8 +76,9 @@ def test_configs_survive_json(name, variant, make):
     assert fingerprint(from_dict(to_dict(config))) == fingerprint(config)
 
 
-def test_dataclasses_in_tuples_survive_json():
-    config = configs.eval_quickstart.get_config()
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_survive_json(name):
+    config = EVALUATIONS[name].get_config()
     assert from_dict(to_dict(config), EvalConfig) == config
     values = to_dict(config)
     values["cells"][1]["sampler"]["steps"] = 4
