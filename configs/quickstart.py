@@ -104,6 +104,8 @@ def ladd() -> Config:
             student_times=StudentTimes(warmup_steps=50),
             # Small pictures keep less signal at a level than large ones.
             renoise=TimeConfig(mean=-1.0, std=1.0, shift="none"),
+            # A student that moves before its heads see anything learns noise, and stays ahead of them.
+            student_every=3,
             heads=HeadsConfig(width=64, dtype="float32"),
             heads_optim=OptimConfig(learning_rate=1e-3, b1=0.0, warmup_steps=0, weight_decay=0.0),
         ),
@@ -116,11 +118,11 @@ def ladd() -> Config:
         optim=OptimConfig(
             learning_rate=2e-4,
             schedule="cosine",
-            warmup_steps=200,  # the student waits until its heads have learned to see
+            warmup_steps=150,
             b1=0.0,
             b2=0.99,
             weight_decay=0.0,
-            ema_decay=0.99,
+            ema_decay=0.98,
         ),
         checkpoint=CheckpointConfig(every=600, keep=1),
         sheets=SheetConfig(every=600, sampler=SamplerConfig(num_steps=2, method="consistency")),
