@@ -104,7 +104,7 @@ def ladd() -> Config:
             student_times=StudentTimes(warmup_steps=50),
             # Small pictures keep less signal at a level than large ones.
             renoise=TimeConfig(mean=-1.0, std=1.0, shift="none"),
-            # A student that moves before its heads see anything learns noise, and stays ahead of them.
+            # A student that moves before its heads see anything learns noise, and stays ahead.
             student_every=3,
             heads=HeadsConfig(width=64, dtype="float32"),
             heads_optim=OptimConfig(learning_rate=1e-3, b1=0.0, warmup_steps=0, weight_decay=0.0),
