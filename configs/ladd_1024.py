@@ -4,7 +4,7 @@
     python -m kontext_jax.encode  --config=configs/ladd_1024.py --distributed
     python -m kontext_jax.compile --config=configs/ladd_1024.py --topology=v5p:4x4x4
     python -m kontext_jax.train   --config=configs/ladd_1024.py --workdir=runs/ladd --distributed
-    python -m kontext_jax.sample  --checkpoint=runs/ladd --num_steps=4 --method=consistency ...
+    python -m kontext_jax.sample  --checkpoint=runs/ladd ...
 
 Student, teacher and encoders are ``models/FLUX.1-Kontext-dev``, a local copy of the diffusers
 pipeline. The second command samples the teacher once for every prompt and context of the data set;

@@ -1,8 +1,8 @@
 """Makes or edits one image.
 
 python -m kontext_jax.sample --checkpoint=DIR --prompt="make it night" --context=a.png \\
-    --output=out.png [--num_steps=28 --guidance=2.5 --cfg_scale=1 --size=WxH --seed=0 --params=ema]
-    [--init=b.png --strength=0.6] [--method=consistency]
+    --output=out.png [--num_steps=28 --method=euler --guidance=2.5 --cfg_scale=1 --params=ema]
+    [--init=b.png --strength=0.6] [--size=WxH --seed=0]
 
 A PNG carries along how it was made: the model, the prompt, every setting, and hashes of the images
 given, but no file names. ``provenance.read_provenance`` reads it back.
@@ -34,6 +34,8 @@ from kontext_jax.geometry import (
     resize,
     size_of,
 )
+from kontext_jax.objectives.transformer import NetworksConfig
+from kontext_jax.places import is_run, load_config
 from kontext_jax.provenance import format_of, write_image
 from kontext_jax.runs import load_model
 from kontext_jax.sampler import METHODS, SamplerConfig
@@ -51,9 +53,11 @@ def define_flags() -> None:
     flags.DEFINE_string("init", None, "image to start from, in place of noise; with --strength")
     flags.DEFINE_float("strength", 1.0, "share of the steps to run; with --init, below 1")
     flags.DEFINE_string("output", None, "image file to write")
-    flags.DEFINE_integer("num_steps", 28, "evaluations of the transformer", lower_bound=1)
+    flags.DEFINE_integer(
+        "num_steps", None, "evaluations of the transformer; 28, or a student's 4", lower_bound=1
+    )
     flags.DEFINE_enum(
-        "method", "euler", METHODS, "euler steps, or consistency: how LADD's students are sampled"
+        "method", None, METHODS, "euler steps, or consistency, the default for students"
     )
     flags.DEFINE_float("guidance", 2.5, "for transformers with a guidance input")
     flags.DEFINE_float("cfg_scale", 1.0, "classifier-free scale; 1 is off")
@@ -177,6 +181,12 @@ def _room_for(example: Example, data: DataConfig) -> DataConfig:
     return dataclasses.replace(data, packing=packing, batch_size=1)
 
 
+def default_sampler(checkpoint: str) -> SamplerConfig:
+    """How the model there is sampled unless one says otherwise; a run of a student knows best."""
+    objective = load_config(checkpoint).objective if is_run(checkpoint) else None
+    return objective.sampler if isinstance(objective, NetworksConfig) else SamplerConfig()
+
+
 def parse_size(text: str) -> Size:
     """(width, height) of "WxH".
 
@@ -197,13 +207,14 @@ def main() -> None:
     options = flags.FLAGS
     output = Path(options.output)
     format_of(output)  # refuses a bad name before anything is sampled
+    default = default_sampler(options.checkpoint)
     image, record = generate(
         options.checkpoint,
         options.prompt,
         [load_image(path) for path in options.context],
         SamplerConfig(
-            num_steps=options.num_steps,
-            method=options.method,
+            num_steps=options.num_steps or default.num_steps,
+            method=options.method or default.method,
             guidance=options.guidance,
             cfg_scale=options.cfg_scale,
             strength=options.strength,

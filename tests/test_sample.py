@@ -7,10 +7,13 @@ import pytest
 from PIL import Image
 
 from kontext_jax import sample
+from kontext_jax.config import Config
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.geometry import GeometryConfig, resize
+from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import networks_of
+from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.provenance import read_provenance
 from kontext_jax.runs import Model
 from kontext_jax.sampler import SamplerConfig
@@ -26,7 +29,7 @@ OPTIONS = {
     "init": None,
     "strength": 1.0,
     "num_steps": 2,
-    "method": "euler",
+    "method": None,
     "guidance": 2.5,
     "cfg_scale": 1.0,
     "size": None,
@@ -85,6 +88,23 @@ def test_an_image_tells_all_about_its_making_but_no_names(command, tmp_path):
     }
     told = json.dumps(read_provenance(output))
     assert not any(name in told for name in ("secret", "the/run", tmp_path.name, str(tmp_path)))
+
+
+def test_a_student_is_sampled_in_its_few_steps_unless_one_says_otherwise(
+    command, tmp_path, monkeypatch
+):
+    """The command reads the run's config for this, and nothing else of it."""
+    monkeypatch.setattr(sample, "is_run", lambda place: place == "the/run")
+    of = {"ladd": LaddConfig(guidance=2.5), "autoencoder": AutoencoderObjectiveConfig()}
+    for kind, wanted in {"ladd": (4, "consistency"), "autoencoder": (28, "euler")}.items():
+        monkeypatch.setattr(sample, "load_config", lambda _, k=kind: Config(objective=of[k]))
+        found = sample.default_sampler("the/run")
+        assert (found.num_steps, found.method) == wanted
+    monkeypatch.setattr(sample, "load_config", lambda _: Config(objective=of["ladd"]))
+    output = tmp_path / "a.png"
+    command(num_steps=1, output=str(output))
+    record = read_provenance(output)
+    assert (record["num_steps"], record["method"]) == (1, "consistency")
 
 
 def test_a_record_can_be_left_out(command, tmp_path):

@@ -37,7 +37,7 @@ from kontext_jax.models.features import Features
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
 from kontext_jax.objectives.ladd import plain, with_slope
-from kontext_jax.objectives.student import StudentTimes, make_images, noise_like
+from kontext_jax.objectives.student import FEW_STEPS, StudentTimes, make_images, noise_like
 from kontext_jax.objectives.transformer import (
     NetworksConfig,
     NetworksInit,
@@ -46,6 +46,7 @@ from kontext_jax.objectives.transformer import (
     target_membership,
 )
 from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Batch
 
 FEATURES = {"dino": Dino, "efficientnet": EfficientNet}
@@ -99,6 +100,10 @@ class AddConfig(NetworksConfig):
         check_heads_optim(self.heads_optim)
         if self.features not in FEATURES:
             raise ValueError(f"features {self.features!r} is not one of {', '.join(FEATURES)}.")
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return FEW_STEPS
 
 
 class Targets(NamedTuple):

@@ -37,7 +37,7 @@ from kontext_jax.flops import forward_flops, training_flops
 from kontext_jax.models.discriminator import BlockHeads, HeadsConfig
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
-from kontext_jax.objectives.student import StudentTimes, make_images, noise_like
+from kontext_jax.objectives.student import FEW_STEPS, StudentTimes, make_images, noise_like
 from kontext_jax.objectives.transformer import (
     NetworksConfig,
     NetworksInit,
@@ -48,6 +48,7 @@ from kontext_jax.objectives.transformer import (
     target_membership,
 )
 from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Batch, Tokens
 
 ADVERSARIAL = ("hinge", "non_saturating")
@@ -94,6 +95,10 @@ class LaddConfig(NetworksConfig):
             )
         if self.student_every < 1:
             raise ValueError(f"student_every {self.student_every} must be at least 1.")
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return FEW_STEPS
 
 
 class Ladd:

@@ -13,7 +13,11 @@ from jaxtyping import Array, Float, Int, Key
 from kontext_jax import flow
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives.transformer import inputs_at
+from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Tokens
+
+FEW_STEPS = SamplerConfig(num_steps=4, method="consistency")
+"""How a student is sampled unless one says otherwise."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)

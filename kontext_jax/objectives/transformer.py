@@ -14,6 +14,7 @@ from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, pool
 from kontext_jax.objectives import Network
 from kontext_jax.optim import OptimConfig
+from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Batch, Tokens
 
 POOLED = ("clip", "mean", "zeros")
@@ -73,6 +74,11 @@ class NetworksConfig:
                     f"transformer.{name} is {getattr(self.transformer, name)}, but the vectors it "
                     f"takes have {channels} channels ({source})."
                 )
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """How these networks are sampled unless one says otherwise."""
+        return SamplerConfig()
 
     @property
     def teacher(self) -> FluxConfig:
