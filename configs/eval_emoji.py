@@ -29,5 +29,5 @@ def get_config() -> EvalConfig:
             *(student("untrained", TEACHER, n, shift="none") for n in (4, 2, 1)),
             *(student("LADD", STUDENT, n) for n in (4, 2, 1)),
         ),
-        sheet_rows=24,
+        curves=(("flow matching", TEACHER),),
     )

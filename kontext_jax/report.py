@@ -65,7 +65,7 @@ def write_report(
         "<p>The first of each category in turn, not chosen by their results.</p>",
         _picture(_sheet(examples)),
         *(_cells(summary["cells"], cell_rows) if "cells" in summary else []),
-        "<h2>Training</h2>",
+        *(["<h2>Training</h2>"] if curves else []),
         *(_curve(title, Path(run)) for title, run in curves.items()),
         "<h2>Time</h2>",
         _times(seconds),
@@ -120,10 +120,11 @@ def cell_table(cells: Mapping) -> list[list[str]]:
     """What the cells come to over all categories, a row each, under a row of headings.
 
     Args:
-      cells: the summary's part about them. Without distances there is no column for these.
+      cells: the summary's part about them. Without a checker's verdicts, or without distances,
+        there are no columns for these.
     """
     scores = cells["scores"]
-    first = next(iter(scores.values()))["seconds_per_image"]
+    slowest = next(iter(scores.values()))
     columns = {
         "edited": lambda cell: _percent(cell["edit_success"]["all"]),
         "rest kept": lambda cell: _percent(cell["preservation"]["all"]),
@@ -131,8 +132,12 @@ def cell_table(cells: Mapping) -> list[list[str]]:
         "fd_efflite0": lambda cell: f"{cell['fd_efflite0']:.1f}",
         "to reconstructions": lambda cell: f"{cell['fd_efflite0_reconstructed']:.1f}",
         "seconds per image": lambda cell: f"{cell['seconds_per_image']:.3g}",
-        "times faster": lambda cell: f"{first / cell['seconds_per_image']:.1f}",
+        "times faster": lambda cell: (
+            f"{slowest['seconds_per_image'] / cell['seconds_per_image']:.1f}"
+        ),
     }
+    if slowest["edit_success"]["all"] is None:
+        del columns["edited"], columns["rest kept"]
     if "left_out" in cells["fd_efflite0"]:
         del columns["fd_efflite0"], columns["to reconstructions"]
     rows = [[name, *(show(cell) for show in columns.values())] for name, cell in scores.items()]
