@@ -38,6 +38,7 @@ def add() -> Config:
         pooled=teacher.pooled,
         init_from=AddInit(**dataclasses.asdict(teacher.init_from)),
         features="efficientnet",
+        reconstruct_real=True,
         efficientnet=EfficientNetConfig.lite0(input_size=64),
         heads=teacher.heads,
         heads_optim=teacher.heads_optim,

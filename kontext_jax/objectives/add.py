@@ -74,6 +74,8 @@ class AddConfig(NetworksConfig):
       student_times: see `StudentTimes`; the paper draws its four evenly.
       teacher_levels: how the levels s are drawn.
       features: "dino" or "efficientnet".
+      reconstruct_real: whether the heads see the true images as the autoencoder gives them back.
+        Then what it loses, which no student can mend, tells no image from another.
       heads, heads_optim: the discriminator, and how it is trained.
       r1_weight, distillation_weight: see the module's docstring.
     """
@@ -88,6 +90,7 @@ class AddConfig(NetworksConfig):
         default_factory=lambda: flow.TimeConfig(distribution="uniform", shift="none")
     )
     features: str = "dino"
+    reconstruct_real: bool = False
     dino: DinoConfig = field(default_factory=DinoConfig)
     efficientnet: EfficientNetConfig = field(default_factory=EfficientNetConfig)
     heads: HeadsConfig = field(default_factory=HeadsConfig)
@@ -149,7 +152,11 @@ class Add:
         latents = encode_images(frozen["autoencoder"], batch)
         tokens = self.config.tokens(frozen, batch, latents)
         targets = targets_by_size(batch, frozen["autoencoder"].config.downsample)
-        real = self._look(frozen, [t.pixels for t in targets])
+        if self.config.reconstruct_real:
+            images = [decode(frozen["autoencoder"], t, latents) for t in targets]
+        else:
+            images = [t.pixels for t in targets]
+        real = self._look(frozen, images)
         pooled = [tokens.pooled.astype(jnp.float32)] * len(targets)
         return {
             "tokens": tokens,

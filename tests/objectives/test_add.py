@@ -1,5 +1,7 @@
 """ADD's terms against their formulas, and which pixels it compares."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,6 +143,17 @@ def test_heads_that_say_nothing_have_a_loss_of_two(make_add):
     params = params | {"discriminator": silent}
     loss, sums, _ = run((objective, params, frozen, batch), "discriminator")
     np.testing.assert_allclose([loss, sums.weight], [3 * 3 * 2, 3], rtol=1e-6)  # three maps
+
+
+def test_true_images_can_be_seen_as_the_autoencoder_gives_them_back(make_add):
+    """Then a student that makes the true latents cannot be told from them."""
+    objective, _, frozen, batch = make_add(reconstruct_real=True)
+    inputs = jax.jit(objective.prepare)(frozen, batch)
+    images = jax.jit(objective._decode)(frozen, inputs, inputs["tokens"].latents)
+    seen = jax.jit(objective._look)(frozen, images)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), seen, inputs["real"])
+    pixels = jax.jit(make_add()[0].prepare)(frozen, batch)["real"]
+    assert not np.allclose(pixels.pooled, seen.pooled, atol=1e-2)
 
 
 def test_the_heads_loss_is_its_formula(make_add):
