@@ -1,4 +1,4 @@
-"""The cells of several evaluations in one table: mean and, in brackets, least and most.
+"""The cells of several evaluations in one table: means and, in brackets, the least and the most.
 
 python launch/distillation_table.py runs/distillation/eval-{0,1,2}/summary.json
 """
@@ -9,18 +9,13 @@ import sys
 from pathlib import Path
 
 COLUMNS = {
-    "edits carried out": lambda cell: 100 * cell["edit_success"]["all"],
-    "the rest kept": lambda cell: 100 * cell["preservation"]["all"],
-    "FD": lambda cell: cell["fd_efflite0"],
-    "FD to reconstructions": lambda cell: cell["fd_efflite0_reconstructed"],
-    "seconds an image": lambda cell: cell["seconds_per_image"],
+    "carried out, %": (lambda cell: 100 * cell["edit_success"]["all"], 1),
+    "the rest kept, %": (lambda cell: 100 * cell["preservation"]["all"], 1),
+    "FD": (lambda cell: cell["fd_efflite0"], 0),
+    "FD to reconstructions": (lambda cell: cell["fd_efflite0_reconstructed"], 0),
+    "seconds an image": (lambda cell: cell["seconds_per_image"], 4),
 }
-
-
-def entry(values: list[float]) -> str:
-    digits = max(0, 3 - len(f"{max(values):.0f}")) if max(values) >= 1 else 4
-    mean, *ends = (f"{x:.{digits}f}" for x in (statistics.mean(values), min(values), max(values)))
-    return f"{mean} ({ends[0]}–{ends[1]})" if len(values) > 1 else mean
+"""The value of a cell, and its digits behind the point."""
 
 
 def table(summaries: list[dict]) -> str:
@@ -28,13 +23,18 @@ def table(summaries: list[dict]) -> str:
     scores = [summary["cells"]["scores"] for summary in summaries]
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in scores[0]:
-        cells = [column([of[name] for of in scores]) for column in map(_of_all, COLUMNS.values())]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        entries = [
+            _entry([value(of[name]) for of in scores], digits) for value, digits in COLUMNS.values()
+        ]
+        lines.append(f"| {name} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
-def _of_all(column):
-    return lambda cells: entry([column(cell) for cell in cells])
+def _entry(values: list[float], digits: int) -> str:
+    mean, least, most = (
+        f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values))
+    )
+    return mean if least == most else f"{mean} ({least}–{most})"
 
 
 if __name__ == "__main__":

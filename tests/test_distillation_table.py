@@ -1,0 +1,30 @@
+"""The table of several evaluations, by its command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_cells_have_mean_least_and_most(tmp_path):
+    paths = []
+    for number, success in enumerate((0.5, 0.75)):
+        cell = {
+            "edit_success": {"all": success, "local": 0.0},
+            "preservation": {"all": 0.9},
+            "fd_efflite0": 400.0,
+            "fd_efflite0_reconstructed": 50.0 + 10 * number,
+            "seconds_per_image": 0.25,
+        }
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_text(json.dumps({"cells": {"scores": {"teacher 4": cell}}}))
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/distillation_table.py", *paths],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    row = "| teacher 4 | 62.5 (50.0–75.0) | 90.0 | 400 | 55 (50–60) | 0.2500 |"
+    assert done.stdout.splitlines()[-1] == row
