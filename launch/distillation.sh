@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From fifty steps to four, measured: LADD and ADD from the quickstart's teacher, three seeds each.
-# Needs what launch/quickstart.sh leaves in runs/quickstart. Two CPU cores take an hour and a half.
+# Needs what launch/quickstart.sh leaves in runs/quickstart. Two CPU cores take about an hour.
 # Stopped and started again, it goes on where it was; delete runs/distillation to start anew.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
