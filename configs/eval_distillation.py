@@ -6,18 +6,12 @@ python -m kontext_jax.evaluate --config=configs/eval_distillation.py:SEED \\
 The seed is the students' and of the noise that pictures are sampled from.
 """
 
-from configs.eval_quickstart import TEACHER, consistency, guided
+from configs.eval_quickstart import TEACHER, guided, students
 from kontext_jax.cells import Cell
 from kontext_jax.evaluate import EvalConfig
 
 
 def get_config(seed: str = "0") -> EvalConfig:
-    def students(name: str, checkpoint: str, steps: tuple[int, ...], shift: str = ""):
-        return tuple(
-            Cell(name=f"{name} {n}", checkpoint=checkpoint, sampler=consistency(n), shift=shift)
-            for n in steps
-        )
-
     teachers = (
         Cell(name=f"teacher {n}", checkpoint=TEACHER, sampler=guided(n)) for n in (50, 8, 4, 2, 1)
     )

@@ -22,6 +22,15 @@ def consistency(num_steps: int) -> SamplerConfig:
     return SamplerConfig(num_steps=num_steps, method="consistency")
 
 
+def students(
+    name: str, checkpoint: str, steps: tuple[int, ...], shift: str = ""
+) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(name=f"{name} {n}", checkpoint=checkpoint, sampler=consistency(n), shift=shift)
+        for n in steps
+    )
+
+
 def get_config() -> EvalConfig:
     return EvalConfig(
         checkpoint=TEACHER,
@@ -30,11 +39,8 @@ def get_config() -> EvalConfig:
         cells=(
             Cell(name="teacher 50", checkpoint=TEACHER, sampler=guided(50)),
             Cell(name="teacher 4", checkpoint=TEACHER, sampler=guided(4)),
-            Cell(name="untrained 4", checkpoint=TEACHER, sampler=consistency(4), shift="none"),
-            Cell(name="untrained 1", checkpoint=TEACHER, sampler=consistency(1), shift="none"),
-            Cell(name="student 4", checkpoint=STUDENT, sampler=consistency(4)),
-            Cell(name="student 2", checkpoint=STUDENT, sampler=consistency(2)),
-            Cell(name="student 1", checkpoint=STUDENT, sampler=consistency(1)),
+            *students("untrained", TEACHER, (4, 1), shift="none"),
+            *students("student", STUDENT, (4, 2, 1)),
         ),
         num_cell_examples=192,  # a minute or two, nearly all of it for the 50 steps
         curves=(

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from kontext_jax.config import Config, to_dict
+from kontext_jax.config import to_dict
 from kontext_jax.evaluator import Generator, Image, reconstruct
 from kontext_jax.flow import SHIFTS
 from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.objectives import Network
-from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import PARAMS, load_generator, load_meta
-from kontext_jax.runs import load_frozen, sampling_needs
-from kontext_jax.sampler import SamplerConfig
+from kontext_jax.places import PARAMS
+from kontext_jax.runs import Run
+from kontext_jax.sampler import SamplerConfig, check_blind
 from kontext_jax.scores import FD_INPUT, efflite0_features, score, summarise
 from kontext_jax.types import Example, Triple
 
@@ -60,31 +59,7 @@ class Cell:
             raise ValueError(
                 f"cell {self.name!r}: shift {self.shift!r} is not one of {', '.join(SHIFTS)}."
             )
-        if self.sampler.strength < 1:
-            raise ValueError(
-                f"cell {self.name!r}: sampler.strength below 1 would start from the truth; set 1."
-            )
-
-
-class Run(NamedTuple):
-    """A run that makes pictures, on a mesh.
-
-    Attributes:
-      checkpoint: its workdir.
-      config: it was trained with.
-      trained: the networks of its generator, by name.
-      frozen: the others that sampling needs.
-    """
-
-    checkpoint: str
-    config: Config
-    trained: dict[str, Network]
-    frozen: dict[str, Network]
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """All that a `Generator` takes."""
-        return networks_of(self.trained, self.frozen)
+        check_blind(self.sampler, f"cell {self.name!r}: sampler")
 
 
 class Played(NamedTuple):
@@ -99,19 +74,6 @@ class Played(NamedTuple):
     images: dict[str, list[Image]]
     results: dict[str, list[dict]]
     summary: dict[str, Any]
-
-
-def load_run(checkpoint: str, params: str, mesh: Mesh) -> Run:
-    """A run's networks as its latest checkpoint has them.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint, or not what the run was made with.
-      ValueError: the run trained nothing that makes pictures, or its frozen networks are others
-        now.
-    """
-    trained, config = load_generator(checkpoint, mesh, params)
-    frozen = load_frozen(config, mesh, load_meta(checkpoint)["frozen"], sampling_needs(config))
-    return Run(checkpoint, config, trained, frozen)
 
 
 def load_cells(cells: Sequence[Cell], main: Run, load: Callable[[str, str], Run]) -> dict[str, Run]:

@@ -168,7 +168,8 @@ def full_row(data: DataConfig, channels: int = 0) -> Batch:
     return row
 
 
-def _row_of(config: Config) -> Batch:
+def row_of(config: Config) -> Batch:
+    """A full row of what the run reads, pixels or latents; see `full_row`."""
     channels = config.objective.transformer.in_channels if config.data.latents.path else 0
     return full_row(config.data, channels)
 
@@ -225,7 +226,7 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     optimizers = make_optimizers(objective, config.optim, config.num_steps)
     state, shardings = abstract_state(objective, optimizers, mesh)
     frozen = abstract_frozen(config)
-    row = _row_of(config)
+    row = row_of(config)
     rows = config.data.batch_size
     check_batch(rows, config.optim.accumulate_steps, mesh)
     batch = jax.tree.map(
@@ -309,7 +310,7 @@ def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
         num_devices=mesh.size,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         rows=config.data.batch_size,
-        examples=config.data.batch_size * int(np.sum(_row_of(config).example_ids >= 0)),
+        examples=config.data.batch_size * int(np.sum(row_of(config).example_ids >= 0)),
         parameters={
             name: sum(leaf.size for leaf in jax.tree.leaves(network))
             for name, network in (trained | step.frozen).items()

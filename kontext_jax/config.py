@@ -18,8 +18,9 @@ from kontext_jax.objectives.autoencoder import AutoencoderObjective, Autoencoder
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from kontext_jax.objectives.guidance import Guidance, GuidanceConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
+from kontext_jax.objectives.student import StudentConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sampler import SamplerConfig, check_blind
 from kontext_jax.sharding import MeshConfig
 
 ObjectiveConfig = (
@@ -48,8 +49,7 @@ class SheetConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self):
-        if self.sampler.strength < 1:
-            raise ValueError("sheets.sampler.strength below 1 would start from the truth; set 1.")
+        check_blind(self.sampler, "sheets.sampler")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -96,7 +96,7 @@ class Config:
     def _check_guidance(self) -> None:
         """A student knows one value of the guidance input: that of its training."""
         objective, latents = self.objective, self.data.latents
-        if objective.kind not in ("ladd", "add") or not objective.transformer.guidance_embed:
+        if not isinstance(objective, StudentConfig) or not objective.transformer.guidance_embed:
             return
         used = {"sheets.sampler.guidance": self.sheets.sampler.guidance}
         if latents.samples:

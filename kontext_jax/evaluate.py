@@ -20,14 +20,15 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kontext_jax import cli
-from kontext_jax.cells import Cell, Played, Run, load_cells, load_run, play
+from kontext_jax.cells import Cell, Played, load_cells, play
 from kontext_jax.config import fingerprint, validated
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluator import Generator, Image
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.report import METRICS, cell_table, headline, write_report
-from kontext_jax.sampler import SamplerConfig
+from kontext_jax.runs import Run, load_run
+from kontext_jax.sampler import SamplerConfig, check_blind
 from kontext_jax.scores import score, spread, summarise
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.sheets import SheetRow
@@ -66,8 +67,7 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self):
-        if self.sampler.strength < 1:
-            raise ValueError("sampler.strength below 1 would start from the truth; set 1.")
+        check_blind(self.sampler, "sampler")
         names = [cell.name for cell in self.cells]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -43,13 +43,14 @@ def write_report(
       cell_rows: examples with a result of each cell, where the summary has cells.
     """
     methods, number = summary["methods"], summary["num_examples"]
-    best = {metric: methods["model"][metric]["all"] for metric in METRICS}
-    if headline(methods) == "l1":
-        title = f"{number} held-out examples, {best['l1']:.3f} from the truth"
+    metric = headline(methods)
+    value = METRICS[metric][1](methods["model"][metric]["all"])
+    if metric == "l1":
+        title = f"{number} held-out examples, {value} from the truth"
         how = "No checker reads these pictures; the error is the mean over pixels, of 0 to 1."
         metrics = ["l1"]
     else:
-        title = f"{best['edit_success']:.1%} of {number} held-out edits carried out"
+        title = f"{value} of {number} held-out edits carried out"
         how = (
             "A checker reads every picture back and says whether the instruction was carried out, "
             "and whether the rest was kept."

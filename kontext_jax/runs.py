@@ -39,6 +39,27 @@ from kontext_jax.weights.pipeline import TOKENIZERS
 from kontext_jax.weights.reading import Reader
 
 
+class Run(NamedTuple):
+    """A run that makes pictures, on a mesh.
+
+    Attributes:
+      checkpoint: its workdir.
+      config: it was trained with.
+      trained: the networks of its generator, by name.
+      frozen: the others that sampling needs.
+    """
+
+    checkpoint: str
+    config: Config
+    trained: dict[str, Network]
+    frozen: dict[str, Network]
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """All that a `Generator` takes."""
+        return networks_of(self.trained, self.frozen)
+
+
 class Model(NamedTuple):
     """All that sampling needs.
 
@@ -52,6 +73,19 @@ class Model(NamedTuple):
     data: DataConfig
     networks: dict[str, Network]
     identity: dict[str, Any]
+
+
+def load_run(checkpoint: str | Path, params: str, mesh: Mesh, dtype: str = "") -> Run:
+    """A run's networks as its latest checkpoint has them; computed in ``dtype`` if given.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint, or not what the run was made with.
+      ValueError: the run trained nothing that makes pictures, or its frozen networks are others
+        now.
+    """
+    trained, config = load_generator(checkpoint, mesh, params, dtype)
+    frozen = load_frozen(config, mesh, load_meta(checkpoint)["frozen"], sampling_needs(config))
+    return Run(str(checkpoint), config, trained, frozen)
 
 
 def load_model(
@@ -71,9 +105,9 @@ def load_model(
       ValueError: it is something else, incomplete, or not what it says.
     """
     if is_run(place):
-        model, config = load_generator(place, mesh, params, dtype)
-        frozen = load_frozen(config, mesh, load_meta(place)["frozen"], sampling_needs(config))
-        networks, objective, data = frozen | model, config.objective, config.data
+        run = load_run(place, params, mesh, dtype)
+        networks = run.frozen | run.trained
+        objective, data = run.config.objective, run.config.data
     else:
         readers = open_networks(place, params)
         objective, data = _settings(Path(place), readers)

@@ -60,6 +60,20 @@ class SamplerConfig:
         return int(self.num_steps - self.num_steps * self.strength)
 
 
+def check_blind(sampler: SamplerConfig, name: str) -> None:
+    """Refuses to start from the truth where pictures are judged by it.
+
+    Args:
+      sampler: how they are to be made.
+      name: of the setting, for the message.
+
+    Raises:
+      ValueError: it starts from the targets.
+    """
+    if sampler.strength < 1:
+        raise ValueError(f"{name}.strength below 1 would start from the truth; set 1.")
+
+
 def sample(
     transformer: Flux,
     tokens: Tokens,

@@ -9,6 +9,7 @@ costs does not depend on them. Time is the median of steps taken in turns; memor
 compiled step needs at its fullest, of this device.
 """
 
+import dataclasses
 import statistics
 import time
 
@@ -19,7 +20,7 @@ from absl import flags
 from flax import nnx
 
 from kontext_jax import cli
-from kontext_jax.compile import full_row
+from kontext_jax.compile import row_of
 from kontext_jax.config import Config
 from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
@@ -65,7 +66,7 @@ def configs(size: int, rows: int) -> dict[str, Config]:
     return {
         "LADD": Config(
             objective=LaddConfig(**networks, heads=heads),
-            data=DataConfig(**(vars(data) | {"latents": latents})),
+            data=dataclasses.replace(data, latents=latents),
         ),
         "ADD": Config(objective=pixels, data=data),
     }
@@ -79,18 +80,12 @@ def frozen_of(config: Config) -> dict:
         "text_encoder": (T5Encoder, config.objective.text_encoder),
         "dino": (Dino, getattr(config.objective, "dino", None)),
     }
-    names = [name for name in config.make_objective().frozen() if name in used_by(config)]
+    unused = {"autoencoder"} if config.data.latents.path else set()
     return {
         name: nnx.eval_shape(lambda n=name: kinds[n][0](kinds[n][1], rngs=nnx.Rngs(0)))
-        for name in names
+        for name in config.make_objective().frozen()
+        if name not in unused
     }
-
-
-def used_by(config: Config) -> set[str]:
-    """Latents need no autoencoder."""
-    return {"teacher", "text_encoder", "dino"} | (
-        set() if config.data.latents.path else {"autoencoder"}
-    )
 
 
 def filled(tree):
@@ -109,10 +104,8 @@ class Recipe:
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         optimizers = make_optimizers(objective, config.optim, config.num_steps)
         _, shardings = abstract_state(objective, optimizers, mesh)
-        channels = config.objective.transformer.in_channels if config.data.latents.path else 0
-        row = full_row(config.data, channels)
         rows = config.data.batch_size
-        self._batch = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * rows), row)
+        self._batch = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * rows), row_of(config))
         self._state = init_state(objective, optimizers, mesh, seed=0)
         self._frozen = filled(frozen_of(config))
         step = jit_train_step(objective, optimizers, config.optim, 0, shardings)

@@ -25,7 +25,7 @@ from kontext_jax import cells as cells_module
 from kontext_jax import evaluate as evaluate_module
 from kontext_jax import runs as runs_module
 from kontext_jax import scores
-from kontext_jax.cells import Cell, load_cells, load_run
+from kontext_jax.cells import Cell, load_cells
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.config import Config, to_dict
 from kontext_jax.data.packing import PackingConfig
@@ -39,6 +39,7 @@ from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.objectives.flow_matching import FlowInit
 from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.objectives.transformer import NetworksInit
+from kontext_jax.runs import load_run
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train_state import TrainState

@@ -31,22 +31,18 @@ from kontext_jax import flow
 from kontext_jax.encoders import encode_images
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, unpack_latents
 from kontext_jax.models.dino import Dino, DinoConfig
-from kontext_jax.models.discriminator import HeadsConfig, MapHeads
+from kontext_jax.models.discriminator import MapHeads
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.models.features import Features
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
 from kontext_jax.objectives.ladd import plain, with_slope
-from kontext_jax.objectives.student import FEW_STEPS, StudentTimes, make_images, noise_like
+from kontext_jax.objectives.student import StudentConfig, StudentTimes, make_images, noise_like
 from kontext_jax.objectives.transformer import (
-    NetworksConfig,
     NetworksInit,
-    check_heads_optim,
     inputs_at,
     target_membership,
 )
-from kontext_jax.optim import OptimConfig
-from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Batch
 
 FEATURES = {"dino": Dino, "efficientnet": EfficientNet}
@@ -65,24 +61,21 @@ class AddInit(NetworksInit):
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class AddConfig(NetworksConfig):
+class AddConfig(StudentConfig):
     """The student, its teacher, and what looks at its images. The data must be pixels.
 
     Attributes:
       init_from: where the networks come from; the teacher is ``init_from.transformer``.
-      time: the shift of the student's schedule; none, for its times are as it was trained.
       student_times: see `StudentTimes`; the paper draws its four evenly.
       teacher_levels: how the levels s are drawn.
       features: "dino" or "efficientnet".
       reconstruct_real: whether the heads see the true images as the autoencoder gives them back.
         Then what it loses, which no student can mend, tells no image from another.
-      heads, heads_optim: the discriminator, and how it is trained.
       r1_weight, distillation_weight: see the module's docstring.
     """
 
     kind: str = "add"
     init_from: AddInit = field(default_factory=AddInit)
-    time: flow.TimeConfig = field(default_factory=lambda: flow.TimeConfig(shift="none"))
     student_times: StudentTimes = field(
         default_factory=lambda: StudentTimes(probabilities=(0.25,) * 4, warmup_steps=0)
     )
@@ -93,20 +86,13 @@ class AddConfig(NetworksConfig):
     reconstruct_real: bool = False
     dino: DinoConfig = field(default_factory=DinoConfig)
     efficientnet: EfficientNetConfig = field(default_factory=EfficientNetConfig)
-    heads: HeadsConfig = field(default_factory=HeadsConfig)
-    heads_optim: OptimConfig = field(default_factory=lambda: OptimConfig(b1=0.0))
     r1_weight: float = 1e-5
     distillation_weight: float = 2.5
 
     def __post_init__(self):
         super().__post_init__()
-        check_heads_optim(self.heads_optim)
         if self.features not in FEATURES:
             raise ValueError(f"features {self.features!r} is not one of {', '.join(FEATURES)}.")
-
-    @property
-    def sampler(self) -> SamplerConfig:
-        return FEW_STEPS
 
 
 class Targets(NamedTuple):

@@ -34,37 +34,29 @@ from jaxtyping import Array, Float, Int, Key
 from kontext_jax import flow
 from kontext_jax.encoders import encode_images
 from kontext_jax.flops import forward_flops, training_flops
-from kontext_jax.models.discriminator import BlockHeads, HeadsConfig
+from kontext_jax.models.discriminator import BlockHeads
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
-from kontext_jax.objectives.student import FEW_STEPS, StudentTimes, make_images, noise_like
+from kontext_jax.objectives.student import StudentConfig, make_images, noise_like
 from kontext_jax.objectives.transformer import (
-    NetworksConfig,
     NetworksInit,
-    check_heads_optim,
     inputs_at,
     lengths_of,
     per_example,
     target_membership,
 )
-from kontext_jax.optim import OptimConfig
-from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Batch, Tokens
 
 ADVERSARIAL = ("hinge", "non_saturating")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class LaddConfig(NetworksConfig):
+class LaddConfig(StudentConfig):
     """The student, its teacher and the heads. Student and teacher start from one checkpoint.
 
     Attributes:
       init_from: where the networks come from; the teacher is ``init_from.transformer``.
-      time: the shift of the student's schedule; none, for its times are as it was trained.
-      student_times: see `StudentTimes`.
       renoise: how the levels s are drawn.
-      heads: the discriminator.
-      heads_optim: how it is trained.
       adversarial: "hinge", equations (2) and (3), or "non_saturating", softplus in their place.
       r1_weight: of the heads' squared gradient by the real image's features; 0 is off.
       distillation_weight: of the mean square between x' and what the teacher makes of its noised
@@ -74,13 +66,9 @@ class LaddConfig(NetworksConfig):
 
     kind: str = "ladd"
     init_from: NetworksInit = field(default_factory=NetworksInit)
-    time: flow.TimeConfig = field(default_factory=lambda: flow.TimeConfig(shift="none"))
-    student_times: StudentTimes = field(default_factory=StudentTimes)
     renoise: flow.TimeConfig = field(
         default_factory=lambda: flow.TimeConfig(mean=1.0, std=1.0, shift="none")
     )
-    heads: HeadsConfig = field(default_factory=HeadsConfig)
-    heads_optim: OptimConfig = field(default_factory=lambda: OptimConfig(b1=0.0))
     adversarial: str = "hinge"
     r1_weight: float = 0.0
     distillation_weight: float = 0.0
@@ -88,17 +76,12 @@ class LaddConfig(NetworksConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_heads_optim(self.heads_optim)
         if self.adversarial not in ADVERSARIAL:
             raise ValueError(
                 f"adversarial {self.adversarial!r} is not one of {', '.join(ADVERSARIAL)}."
             )
         if self.student_every < 1:
             raise ValueError(f"student_every {self.student_every} must be at least 1.")
-
-    @property
-    def sampler(self) -> SamplerConfig:
-        return FEW_STEPS
 
 
 class Ladd:

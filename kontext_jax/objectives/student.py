@@ -4,20 +4,19 @@ From a latent x, noised to time t by (1), and the student's velocity there, (3) 
 its image x' = x_t - t v(x_t, t).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax import flow
+from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.models.flux import Flux
-from kontext_jax.objectives.transformer import inputs_at
+from kontext_jax.objectives.transformer import NetworksConfig, inputs_at
+from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Tokens
-
-FEW_STEPS = SamplerConfig(num_steps=4, method="consistency")
-"""How a student is sampled unless one says otherwise."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -52,6 +51,34 @@ class StudentTimes:
         )
         draw = jax.vmap(jax.vmap(lambda key: jax.random.categorical(key, jnp.log(chances))))
         return jnp.array(self.values, jnp.float32)[draw(keys)]
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class StudentConfig(NetworksConfig):
+    """A student of few steps, and the heads that judge its images.
+
+    Attributes:
+      time: the shift of the student's schedule; none, for its times are as it was trained.
+      student_times: see `StudentTimes`.
+      heads: the discriminator.
+      heads_optim: how it is trained.
+    """
+
+    time: flow.TimeConfig = field(default_factory=lambda: flow.TimeConfig(shift="none"))
+    student_times: StudentTimes = field(default_factory=StudentTimes)
+    heads: HeadsConfig = field(default_factory=HeadsConfig)
+    heads_optim: OptimConfig = field(default_factory=lambda: OptimConfig(b1=0.0))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.heads_optim.accumulate_steps != 1:
+            raise ValueError(
+                "heads_optim.accumulate_steps has no effect: set optim.accumulate_steps."
+            )
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        return SamplerConfig(num_steps=4, method="consistency")
 
 
 def make_images(

@@ -13,7 +13,6 @@ from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, pool
 from kontext_jax.objectives import Network
-from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.types import Batch, Tokens
 
@@ -106,16 +105,6 @@ class NetworksConfig:
     def frozen_encoders(self) -> tuple[str, ...]:
         """The encoders of the prompts, where none is trained."""
         return ("text_encoder", "clip") if self.pooled == "clip" else ("text_encoder",)
-
-
-def check_heads_optim(config: OptimConfig) -> None:
-    """Refuses what only the run as a whole can do.
-
-    Raises:
-      ValueError: the heads are to have microbatches of their own.
-    """
-    if config.accumulate_steps != 1:
-        raise ValueError("heads_optim.accumulate_steps has no effect: set optim.accumulate_steps.")
 
 
 def target_membership(tokens: Tokens) -> tuple[Float[Array, "B S N"], Float[Array, "B N"]]:
