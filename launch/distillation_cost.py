@@ -57,6 +57,7 @@ def configs(size: int, rows: int) -> dict[str, Config]:
     tokens = (size // 16) ** 2
     data = DataConfig(
         batch_size=rows,
+        caption_dropout=0.0,
         geometry=GeometryConfig(sizes=((size, size),)),
         packing=PackingConfig(image_tokens=2 * tokens, text_tokens=64, max_examples=1),
         text=TextConfig(max_tokens=64),

@@ -1,0 +1,25 @@
+"""The comparison's command, on images that are as small as can be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_it_compares_the_two():
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/distillation_cost.py", "--size=32", "--rows=1"]
+        + ["--rounds=1"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    ladd, add, ratio = done.stdout.splitlines()
+    assert ladd.startswith("LADD ") and add.startswith("ADD ")
+    assert float(ratio.removeprefix("ADD / LADD: ").split()[0]) > 0
