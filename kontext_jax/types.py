@@ -45,6 +45,42 @@ class Triple(NamedTuple):
     details: str = "{}"
 
 
+class Task(NamedTuple):
+    """One picture that an evaluation asks for, and what it is judged by.
+
+    Attributes:
+      id: stable and unique within its set.
+      contexts: images to start from, as they are stored; empty for text-to-image.
+      prompt: the instruction or caption.
+      category: one of ``CATEGORIES``.
+      size: (width, height) of the picture that is asked for; a model makes the nearest it can.
+      truth: the right picture, where one is known.
+      group: tasks of one group share an image or a session, and are not independent: intervals of
+        confidence draw groups.
+      turn: 1, or the place of the task in a session of several turns.
+      follows: id of the task of the turn before, whose *made* picture then takes the place of
+        ``contexts[0]``; what is stored there is the session's first image, to compare with. Empty
+        where the stored context is used.
+      source_caption, target_caption: what the first context and the right picture show.
+      words: what the picture should have written on it.
+      details: JSON of what the data set's own checker reads.
+    """
+
+    id: str
+    contexts: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+    prompt: str
+    category: str
+    size: tuple[int, int]
+    truth: UInt8[np.ndarray, "_ _ 3"] | None = None
+    group: str = ""
+    turn: int = 1
+    follows: str = ""
+    source_caption: str = ""
+    target_caption: str = ""
+    words: str = ""
+    details: str = "{}"
+
+
 class Latents(NamedTuple):
     """What an autoencoder makes of an image of ``size``, (width, height) in pixels: its tokens."""
 
