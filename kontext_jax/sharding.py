@@ -21,12 +21,13 @@ parameters are.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -222,6 +223,46 @@ def platform() -> str:
 def num_batch_shards(mesh: Mesh) -> int:
     """Over how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def over_batches(
+    function: Callable[[Hashable, jax.Array], jax.Array],
+    arrays: Sequence[np.ndarray],
+    keys: Sequence[Hashable],
+    batch_sizes: Mapping[Hashable, int],
+    mesh: Mesh,
+) -> list[np.ndarray]:
+    """``function(key, batch)`` of arrays of any shapes, those of a key together; in their order.
+
+    Every batch of a key has the same size, so that each key compiles once: the last one is filled
+    up with copies, whose results are dropped. Batches are split over the mesh.
+
+    Args:
+      function: compiled; the first axis of its result is that of the batch.
+      arrays: on the host, the same on every process.
+      keys: of each array; those of one key have one shape.
+      batch_sizes: by key; rounded up to what divides over the mesh.
+      mesh: in use while the function runs.
+
+    Returns:
+      A result for each array, on every process.
+    """
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    shards = num_batch_shards(mesh)
+    results: dict[int, np.ndarray] = {}
+    with jax.set_mesh(mesh):
+        for key, members in groups.items():
+            size = -(-batch_sizes[key] // shards) * shards
+            for start in range(0, len(members), size):
+                part = members[start : start + size]
+                filled = part + part[-1:] * (size - len(part))
+                batch = np.stack([arrays[i] for i in filled])
+                out = function(key, jax.device_put(batch, batch_sharding(mesh)))
+                out = multihost_utils.process_allgather(out, tiled=True)
+                results.update(zip(part, np.asarray(out), strict=False))
+    return [results[i] for i in range(len(arrays))]
 
 
 def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:

@@ -80,11 +80,11 @@ class ClipConfig:
 
 
 class ClipAttention(nnx.Module):
-    """Causal self-attention. Initialised as OpenAI's ``initialize_parameters`` does."""
+    """Self-attention, causal in text. Initialised as OpenAI's ``initialize_parameters`` does."""
 
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, causal: bool = True):
         size = config.hidden_size
-        self.num_heads = config.num_heads
+        self.num_heads, self.causal = config.num_heads, causal
         make = functools.partial(Linear, size, size, rngs=rngs, dtype=jnp.dtype(config.dtype))
         read = initializers.normal(size**-0.5)
         self.q = make(("embed", "heads"), init=read)
@@ -98,7 +98,7 @@ class ClipAttention(nnx.Module):
             for project in (self.q, self.k, self.v)
         )
         # Pads come after the end-of-text token that is read, so that they need no mask.
-        out = attention(q, k, v, jnp.ones(x.shape[:2], jnp.int32), causal=True)
+        out = attention(q, k, v, jnp.ones(x.shape[:2], jnp.int32), causal=self.causal)
         return self.out_proj(out.reshape(*x.shape[:-1], -1))
 
 
@@ -120,9 +120,9 @@ class ClipMLP(nnx.Module):
 class ClipBlock(nnx.Module):
     """Attention and MLP, each behind a LayerNorm and added to its input."""
 
-    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, causal: bool = True):
         self.norm1 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs, epsilon=EPSILON)
-        self.attention = ClipAttention(config, rngs=rngs)
+        self.attention = ClipAttention(config, rngs=rngs, causal=causal)
         self.norm2 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs, epsilon=EPSILON)
         self.mlp = ClipMLP(config, rngs=rngs)
 

@@ -5,19 +5,18 @@ gives `Features`. It brings them to its own size and scale itself, differentiabl
 trains through it or measures with it has nothing to prepare.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, UInt8
 
 from kontext_jax.models.autoencoder import to_pixels
-from kontext_jax.sharding import batch_sharding, num_batch_shards
+from kontext_jax.sharding import over_batches
 
 
 class Features(NamedTuple):
@@ -85,23 +84,10 @@ def pooled_features(
     """
     if not images:
         raise ValueError("There are no images to compute features of.")
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, image in enumerate(images):
-        groups[image.shape].append(i)
-    vectors: dict[int, np.ndarray] = {}
-    shards = num_batch_shards(mesh)
-    with jax.set_mesh(mesh):
-        for members in groups.values():
-            # Equal chunks, the last one filled up with copies of an image.
-            chunk = -(-min(batch_size, len(members)) // shards) * shards
-            for start in range(0, len(members), chunk):
-                part = members[start : start + chunk]
-                filled = part + part[-1:] * (chunk - len(part))
-                batch = np.stack([images[i] for i in filled])
-                out = _pooled(network, jax.device_put(batch, batch_sharding(mesh)))
-                out = multihost_utils.process_allgather(out, tiled=True)
-                vectors.update(zip(part, np.asarray(out), strict=False))
-    return np.stack([vectors[i] for i in range(len(images))])
+    shapes = [image.shape for image in images]
+    sizes = {shape: min(batch_size, number) for shape, number in Counter(shapes).items()}
+    found = over_batches(lambda _, batch: _pooled(network, batch), images, shapes, sizes, mesh)
+    return np.stack(found)
 
 
 @jax.jit

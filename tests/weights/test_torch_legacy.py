@@ -1,4 +1,4 @@
-"""Old files of PyTorch's: tensors come out, and nothing that a file asks for is done."""
+"""PyTorch's files of before 1.6: tensors come out, and nothing that a file asks for is done."""
 
 import os
 import pickle
@@ -23,7 +23,7 @@ def refusal(path) -> str:
         read_tensors(path)
     start, end = (
         f"{path} is not read: ",
-        ". Give a dict of tensors that torch.save wrote before 1.6.",
+        ". Give a dict of tensors that torch.save wrote.",
     )
     sentence = str(error.value)
     assert sentence.startswith(start) and sentence.endswith(end)
@@ -46,6 +46,23 @@ def test_tensors_share_storages_in_any_order(tmp_path):
     tensors = read_tensors(legacy.save(tmp_path / "file.pth", {"0": numbers}, made))
     np.testing.assert_array_equal(tensors["whole"], numbers.reshape(3, 4))
     np.testing.assert_array_equal(tensors["turned"], numbers.reshape(3, 4)[1:].T)
+
+
+def test_the_calls_and_names_of_the_oldest_files_are_read(tmp_path):
+    """Of torchvision's VGG16 (``_rebuild_tensor``), and of Python 2 (names as bytes)."""
+    numbers = np.arange(6, dtype=np.float32)
+    stored = legacy.storage("0", numbers)
+    shape, strides = (legacy.group(*map(legacy.number, x)) for x in ((2, 3), (3, 1)))
+    view = legacy.group(stored, legacy.number(0), shape, strides)
+    tensor = b"ctorch._utils\n_rebuild_tensor\n" + view + b"R"
+    parameter = b"ctorch._utils\n_rebuild_parameter\n" + legacy.group(tensor, b"\x89", b"N") + b"R"
+    names = b"U\x01a", b"T\x01\x00\x00\x00b"
+    pairs = [b"](" + x + y + b"e" for x, y in zip(names, (tensor, parameter), strict=True)]
+    made = b"ccollections\nOrderedDict\n](" + b"".join(pairs) + b"e\x85R"
+    tensors = read_tensors(legacy.save(tmp_path / "file.pth", {"0": numbers}, made))
+    assert list(tensors) == ["a", "b"]
+    for array in tensors.values():
+        np.testing.assert_array_equal(array, numbers.reshape(2, 3))
 
 
 class Malicious:
@@ -109,7 +126,7 @@ STORED = legacy.storage("0", NUMBERS)
         (legacy.tensor(legacy.storage("0", NUMBERS[1:]), (5,), (1,)), "its storage 0 is of anoth"),
         (legacy.tensor(legacy.storage("1", NUMBERS), (6,), (1,)), "it is cut off or mixed up"),
         (legacy.tensor(legacy.storage("0", NUMBERS, b")"), (6,), (1,)), "one of its storages is a"),
-        (legacy.number(3), "it holds more than tensors"),
+        (legacy.number(3), "it holds more than tensors and their names"),
     ],
 )
 def test_tensors_that_do_not_fit_their_storages_are_refused(tmp_path, value, why):
@@ -132,8 +149,6 @@ def test_files_of_other_kinds_are_refused(tmp_path):
     path = tmp_path / "file.pth"
     path.write_bytes(legacy.pickled(legacy.number(3)))
     assert refusal(path) == "it does not start as such files do"
-    path.write_bytes(b"PK\x03\x04 what torch.save writes from 1.6 on")
-    assert refusal(path) == "it is cut off or mixed up"
     legacy.save(path, TENSORS, little_endian=b"\x89")
     assert refusal(path) == "its numbers are big-endian"
     with pytest.raises(FileNotFoundError):

@@ -1,0 +1,96 @@
+"""Tasks from triples, and tasks that ask for no change.
+
+The public benchmarks have modules of their own: `kontext_bench` and `magic_brush`.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+from kontext_jax.data.sources import TripleSource
+from kontext_jax.types import Task
+
+
+def triples(path: os.PathLike | str, split: str, num: int = 0) -> list[Task]:
+    """The triples of a data set as tasks whose right picture is known; each is a group of its own.
+
+    Args:
+      path: the data set's folder.
+      split: the name of the split.
+      num: the first so many; 0 for all.
+
+    Raises:
+      CorruptRecordError: a record cannot be read.
+      FileNotFoundError: there is no data set at `path`, or not all of its files.
+      ValueError: the data set has no such split, or `num` is below 0.
+    """
+    if num < 0:
+        raise ValueError(f"num must be 0, for all, or the number of triples, not {num}.")
+    source = TripleSource(path, split)
+    tasks = []
+    for index in range(min(num or len(source), len(source))):
+        triple = source[index]
+        height, width, _ = triple.target.shape
+        tasks.append(
+            Task(
+                id=triple.id,
+                contexts=triple.contexts,
+                prompt=triple.prompt,
+                category=triple.category,
+                size=(width, height),
+                truth=triple.target,
+                group=triple.id,
+                details=triple.details,
+            )
+        )
+    return tasks
+
+
+def identity_probe(tasks: Sequence[Task], prompt: str, turns: int = 1) -> list[Task]:
+    """Asks for no change of each different first context: what comes back should be that picture.
+
+    Over several turns each starts from the picture made in the turn before, and the truth stays the
+    stored one: how far they drift apart is what repeated editing costs.
+
+    Args:
+      tasks: whose first contexts are taken; those of equal pixels once, with the group and the
+        caption of the first task that has them.
+      prompt: the instruction to change nothing.
+      turns: how often it is given.
+
+    Raises:
+      ValueError: no task has a context, or `turns` is below 1.
+    """
+    if turns < 1:
+        raise ValueError(f"turns must be 1 or more, not {turns}.")
+    arrays: dict[int, Task] = {}  # tasks may share arrays: no need to read them over and over
+    for task in tasks:
+        if task.contexts:
+            arrays.setdefault(id(task.contexts[0]), task)
+    distinct: dict[tuple, Task] = {}
+    for task in arrays.values():
+        image = task.contexts[0]
+        distinct.setdefault((image.shape, hashlib.sha256(image.tobytes()).digest()), task)
+    if not distinct:
+        raise ValueError("A probe of identity needs tasks with a context, and there is none.")
+    probes = []
+    for task in distinct.values():
+        image = task.contexts[0]
+        height, width, _ = image.shape
+        for turn in range(1, turns + 1):
+            probes.append(
+                Task(
+                    id=f"{task.id}/same/{turn}",
+                    contexts=(image,),
+                    prompt=prompt,
+                    category="local",
+                    size=(width, height),
+                    truth=image,
+                    group=task.group,
+                    turn=turn,
+                    follows=f"{task.id}/same/{turn - 1}" if turn > 1 else "",
+                    source_caption=task.source_caption,
+                    target_caption=task.source_caption,
+                )
+            )
+    return probes

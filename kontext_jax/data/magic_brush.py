@@ -1,0 +1,232 @@
+"""MagicBrush, read from a local copy: edits of photographs in sessions of up to a few turns.
+
+Zhang et al., arXiv 2306.10012; github.com/OSU-NLP-Group/MagicBrush. There are two layouts. Files
+are what the authors' archives of the dev and test splits hold, and how test is published::
+
+    edit_sessions.json               {"<id>": [{"input": "<id>-input.png", "output":
+                                      "<id>-output1.png", "instruction": "..."}, ...], ...}
+    global_descriptions.json         {"<id>": {"<id>-input.png": "caption", ...}, ...}
+    images/<id>/<id>-input.png       and <id>-output1.png, <id>-output2.png, ...
+
+The captions may be missing. Tables are how train and dev are published, at
+huggingface.co/datasets/osunlp/MagicBrush: ``data/dev-00000-of-00004.parquet`` and so on, with the
+columns ``img_id``, ``turn_index`` (from 1), ``source_img``, ``instruction``, ``target_img``, and no
+captions. Masks are in both, and are not read: an instruction is all that the model is given.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from kontext_jax.data.folder import load_image
+from kontext_jax.types import Task
+
+SPLITS = ("dev", "test")
+SESSIONS, CAPTIONS = "edit_sessions.json", "global_descriptions.json"
+
+_COLUMNS = {
+    "img_id": str,
+    "turn_index": int,
+    "source_img": dict,
+    "instruction": str,
+    "target_img": dict,
+}
+
+
+class _Turn(NamedTuple):
+    """One edit of the session ``session``; ``number`` counts from 1."""
+
+    session: str
+    number: int
+    source: UInt8[np.ndarray, "_ _ 3"]
+    target: UInt8[np.ndarray, "_ _ 3"]
+    instruction: str
+    source_caption: str = ""
+    target_caption: str = ""
+
+
+def magic_brush(
+    folder: os.PathLike | str, split: str = "test", sessions: bool = False
+) -> list[Task]:
+    """The benchmark's tasks, session by session; a session is one group.
+
+    All pictures are decoded, each once: about 3 MB apiece, 5 GB for the whole of test.
+
+    Args:
+      folder: the one with ``test/edit_sessions.json`` or ``data/test-*.parquet``, as the split may
+        be; or the one with ``edit_sessions.json``, unless it is called as the other split.
+      split: "dev" or "test".
+      sessions: whether each turn starts from the picture made in the turn before (the paper's
+        multi-turn setting). If not, it starts from the picture stored for it, by itself.
+
+    Raises:
+      FileNotFoundError: the split, or a file of it, is not in `folder`.
+      ValueError: there is no such split or no edit in it, or what is stored is wrong: the message
+        names the file, and the session or row of it.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'The splits of MagicBrush are {" and ".join(SPLITS)}, not "{split}".')
+    of_session: dict[str, list[_Turn]] = {}
+    for turn in _turns(pathlib.Path(folder), split):
+        of_session.setdefault(turn.session, []).append(turn)
+    if not of_session:
+        raise ValueError(f"The split {split} of MagicBrush in {folder} has no edits.")
+    return [task for turns in of_session.values() for task in _tasks(turns, sessions)]
+
+
+def _tasks(turns: list[_Turn], chained: bool) -> Iterator[Task]:
+    turns = sorted(turns, key=lambda turn: turn.number)
+    numbers = [turn.number for turn in turns]
+    if numbers != list(range(1, len(turns) + 1)):
+        raise ValueError(
+            f"The session {turns[0].session} of MagicBrush has the turns"
+            f" {', '.join(map(str, numbers))}, which should count from 1: download it anew."
+        )
+    for turn in turns:
+        start = turns[0] if chained else turn
+        height, width, _ = turn.target.shape
+        yield Task(
+            id=f"{turn.session}/{turn.number}",
+            contexts=(start.source,),
+            prompt=turn.instruction,
+            category="local",
+            size=(width, height),
+            truth=turn.target,
+            group=turn.session,
+            turn=turn.number if chained else 1,
+            follows=f"{turn.session}/{turn.number - 1}" if chained and turn.number > 1 else "",
+            source_caption=start.source_caption,
+            target_caption=turn.target_caption,
+        )
+
+
+def _turns(folder: pathlib.Path, split: str) -> Iterator[_Turn]:
+    others = set(SPLITS) - {split}
+    tables = sorted((folder / "data").glob(f"{split}-*.parquet"))
+    if (folder / split / SESSIONS).is_file():
+        return _from_files(folder / split)
+    if tables:
+        return _from_tables(tables)
+    if (folder / SESSIONS).is_file() and folder.resolve().name not in others:
+        return _from_files(folder)
+    raise FileNotFoundError(
+        f"There is no {split} split of MagicBrush in {folder}: neither {split}/{SESSIONS} nor"
+        f" data/{split}-*.parquet is there."
+    )
+
+
+def _from_files(folder: pathlib.Path) -> Iterator[_Turn]:
+    load = functools.cache(load_image)  # most pictures are the output of one turn, input of another
+    captions = _captions(folder / CAPTIONS)
+    for session, edits in _object(folder / SESSIONS).items():
+        where = f'{folder / SESSIONS}, session "{session}"'
+        if not isinstance(edits, list):
+            raise ValueError(f"{where}: this is not a list of edits.")
+        for place, edit in enumerate(edits, 1):
+            _check(edit, f"{where}, edit {place}")
+            images = [folder / "images" / session / edit[key] for key in ("input", "output")]
+            named = re.search(r"-output(\d+)\.", edit["output"])
+            yield _Turn(
+                session=session,
+                number=int(named[1]) if named else place,
+                source=load(images[0]),
+                target=load(images[1]),
+                instruction=edit["instruction"],
+                source_caption=captions.get(edit["input"], ""),
+                target_caption=captions.get(edit["output"], ""),
+            )
+
+
+def _check(edit: Any, where: str) -> None:
+    if not isinstance(edit, dict):
+        raise ValueError(f'{where}: this is not an object such as {{"input": ..., ...}}.')
+    for key in ("input", "output", "instruction"):
+        if key not in edit:
+            raise ValueError(f'{where}: the key "{key}" is missing.')
+        if not isinstance(edit[key], str):
+            raise ValueError(f'{where}: "{key}" must be a str, not {edit[key]!r}.')
+
+
+def _captions(path: pathlib.Path) -> dict[str, str]:
+    """The captions of all files, whose names begin with their session's; none without `path`."""
+    found = {}
+    for session, captions in (_object(path) if path.is_file() else {}).items():
+        if not isinstance(captions, dict) or not all(isinstance(c, str) for c in captions.values()):
+            raise ValueError(f'{path}, session "{session}": this is not an object of captions.')
+        found |= captions
+    return found
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: this is not JSON in UTF-8: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: this is not an object of sessions.")
+    return fields
+
+
+def _from_tables(tables: list[pathlib.Path]) -> Iterator[_Turn]:
+    expected = re.search(r"-of-(\d+)", tables[0].name)
+    if expected and len(tables) != int(expected[1]):
+        raise FileNotFoundError(
+            f"{tables[0]} is one of {int(expected[1])} files, and {len(tables)} are there:"
+            " download the split anew."
+        )
+    images: dict[bytes, np.ndarray] = {}  # as in `_from_files`, most come twice
+    for table in tables:
+        for number, row in enumerate(_rows(table), 1):
+            where = f"{table}, row {number}"
+            for column, kind in _COLUMNS.items():
+                if not isinstance(row[column], kind):
+                    raise ValueError(f'{where}: "{column}" must be a {kind.__name__}.')
+            yield _Turn(
+                session=row["img_id"],
+                number=row["turn_index"],
+                source=_decode(row["source_img"], images, where),
+                target=_decode(row["target_img"], images, where),
+                instruction=row["instruction"],
+            )
+
+
+def _rows(table: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Reads a table bit by bit: its pictures are gigabytes."""
+    import pyarrow.parquet  # TFDS brings it; nothing but these tables needs it
+
+    try:
+        with pyarrow.parquet.ParquetFile(table) as file:
+            missing = _COLUMNS.keys() - file.schema_arrow.names
+            if missing:
+                raise ValueError(f"{table} lacks the columns {', '.join(sorted(missing))}.")
+            for batch in file.iter_batches(16, columns=list(_COLUMNS)):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{table} cannot be read: {error}.") from error
+
+
+def _decode(
+    stored: dict[str, Any], images: dict[bytes, np.ndarray], where: str
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Decodes the bytes of an image, or takes the picture that `images` has of them."""
+    data = stored.get("bytes")
+    if not data:
+        raise ValueError(f"{where}: an image has no bytes.")
+    digest = hashlib.sha256(data).digest()
+    if digest not in images:
+        try:
+            with Image.open(io.BytesIO(data)) as opened:
+                images[digest] = np.array(opened.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on bad bytes
+            raise ValueError(f"{where}: an image cannot be decoded: {error}.") from error
+    return images[digest]

@@ -1,0 +1,118 @@
+"""The weights of FID's network: names, norms folded, and what is said of files that do not fit."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from kontext_jax.models.inception import Inception, InceptionConfig
+from kontext_jax.names import named_leaves
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.inception import URL, load_inception
+from tests.weights import legacy
+
+TINY = InceptionConfig.tiny()
+
+A = "1x1 5x5_1 5x5_2 3x3dbl_1 3x3dbl_2 3x3dbl_3 _pool"
+B = "3x3 3x3dbl_1 3x3dbl_2 3x3dbl_3"
+C = "1x1 7x7_1 7x7_2 7x7_3 7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5 _pool"
+D = "3x3_1 3x3_2 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"
+E = "1x1 3x3_1 3x3_2a 3x3_2b 3x3dbl_1 3x3dbl_2 3x3dbl_3a 3x3dbl_3b _pool"
+BLOCKS = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C, "7a": D}
+BLOCKS |= {"7b": E, "7c": E}
+
+STEM = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
+CONVOLUTIONS = {f"Conv2d_{name}": f"conv2d_{name}" for name in STEM}  # ours, by PyTorch's names
+CONVOLUTIONS |= {
+    f"Mixed_{block}.branch{branch}": f"mixed_{block}/branch{branch}"
+    for block, branches in BLOCKS.items()
+    for branch in branches.split()
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig())
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """Of a file with the widths of TINY."""
+    params = named_leaves(nnx.eval_shape(lambda: Inception(TINY, rngs=nnx.Rngs(0))))
+    rng, made = np.random.default_rng(0), {}
+    for name, ours in CONVOLUTIONS.items():
+        height, width, inputs, outputs = params[f"{ours}/kernel"].shape
+        shape = (outputs, inputs, height, width)
+        made[f"{name}.conv.weight"] = rng.standard_normal(shape, np.float32)
+        for kind in ("weight", "bias", "running_mean"):
+            made[f"{name}.bn.{kind}"] = rng.standard_normal(outputs, np.float32)
+        made[f"{name}.bn.running_var"] = rng.uniform(0, 2, outputs).astype(np.float32)
+        made[f"{name}.bn.num_batches_tracked"] = np.array(3, np.int64)
+    made["fc.weight"] = rng.standard_normal((1008, 128), np.float32)
+    return made | {"fc.bias": rng.standard_normal(1008, np.float32)}
+
+
+def test_norms_are_folded_into_the_convolutions_before_them(tmp_path, tensors, mesh):
+    network = load_inception(legacy.save(tmp_path / "file.pth", tensors), mesh, TINY)
+    params = named_leaves(network)
+    assert len(CONVOLUTIONS) == 94
+    assert params.keys() == {
+        f"{ours}/{kind}" for ours in CONVOLUTIONS.values() for kind in ("kernel", "bias")
+    }
+    for name, ours in CONVOLUTIONS.items():
+        weight, gamma, beta, mean, variance = (
+            tensors[f"{name}.{kind}"].astype(np.float64)
+            for kind in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+        )
+        patch = np.random.default_rng(1).standard_normal(weight.shape[1:])
+        seen = np.einsum("ihw,oihw->o", patch, weight)
+        expected = gamma * (seen - mean) / np.sqrt(variance + 1e-3) + beta
+        kernel, bias = (np.asarray(params[f"{ours}/{kind}"]) for kind in ("kernel", "bias"))
+        assert kernel.dtype == bias.dtype == np.float32
+        found = np.einsum("ihw,hwio->o", patch, kernel.astype(np.float64)) + bias
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4, err_msg=name)
+
+
+def test_safetensors_with_the_same_names_are_the_same_network(tmp_path, tensors, mesh):
+    """With or without the norms' counts, which nothing reads."""
+    expected = load_inception(legacy.save(tmp_path / "file.pth", tensors), mesh, TINY)
+    uncounted = {name: x for name, x in tensors.items() if "num_batches" not in name}
+    for stored in (tensors, uncounted):
+        save_file(stored, tmp_path / "file.safetensors")
+        found = load_inception(tmp_path / "file.safetensors", mesh, TINY)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, mesh):
+    path, changed = tmp_path / "file.pth", dict(tensors)
+    del changed["Mixed_7c.branch_pool.bn.bias"], changed["fc.bias"]
+    changed["AuxLogits.fc.weight"] = np.zeros(1, np.float32)
+    changed["Mixed_5b.branch1x1.conv.weight"] = np.zeros((4, 12, 3, 3), np.float32)
+    changed["fc.weight"] = np.zeros((1000, 128), np.float32)
+    with pytest.raises(WeightsError) as error:
+        load_inception(legacy.save(path, changed), mesh, TINY)
+    said = (
+        "Mixed_7c.branch_pool.bn.bias is missing; fc.bias is missing; "
+        "AuxLogits.fc.weight is not wanted; "
+        "Mixed_5b.branch1x1.conv.weight is (4, 12, 3, 3), not (4, 12, 1, 1); "
+        "fc.weight is (1000, 128), not (1008, 128)."
+    )
+    assert str(error.value) == f"{path} does not fit FID's network: {said}"
+
+
+def test_other_files_are_refused(tmp_path, mesh):
+    for name in ("file.pth", "file.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 what torch.save writes from 1.6 on")
+        with pytest.raises(WeightsError, match=re.escape(name)):
+            load_inception(tmp_path / name, mesh)
+
+
+def test_without_the_file_one_sentence_says_where_to_get_it(tmp_path, mesh):
+    path = tmp_path / "none.pth"
+    assert URL.startswith("https://github.com/mseitzer/pytorch-fid/releases/download/")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{path} is no file; ") + f".*{URL}"):
+        load_inception(path, mesh)
