@@ -142,9 +142,23 @@ def per_example_loss(
     keys = flow.example_keys(key, tokens.example_ids)
     time_keys, noise_keys = flow.split_keys(keys, 2)
     t = flow.sample_times(time_keys, counts.astype(jnp.int32), time)
+    square = square_error(transformer, tokens, t, noise_keys, guidance)
+    present = (counts > 0).astype(jnp.float32)
+    return per_example(square, member, counts), t * present, present
+
+
+def square_error(
+    transformer: Flux,
+    tokens: Tokens,
+    t: Float[Array, "B N"],
+    noise_keys: Key[Array, "B N"],
+    guidance: float,
+) -> Float[Array, "B S"]:
+    """Of each token's velocity, a mean over channels, at given times and with given noise.
+
+    It means something for tokens of targets alone: `per_example` leaves the others out.
+    """
     noise = flow.token_noise(noise_keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
     noisy = flow.interpolate(tokens.latents, noise, flow.at_tokens(t, tokens.segments))
     velocity = transformer(**inputs_at(transformer, tokens, noisy, t, guidance))
-    square = jnp.mean(jnp.square(velocity - flow.velocity(tokens.latents, noise)), axis=-1)
-    present = (counts > 0).astype(jnp.float32)
-    return per_example(square, member, counts), t * present, present
+    return jnp.mean(jnp.square(velocity - flow.velocity(tokens.latents, noise)), axis=-1)
