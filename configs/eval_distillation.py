@@ -6,25 +6,22 @@ python -m kontext_jax.evaluate --config=configs/eval_distillation.py:SEED \\
 The seed is the students' and of the noise that pictures are sampled from.
 """
 
-from configs.eval_quickstart import TEACHER, guided, students
+from configs.eval_quickstart import DATA, TEACHER, students, teacher
 from kontext_jax.cells import Cell
+from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
 
 
 def get_config(seed: str = "0") -> EvalConfig:
-    teachers = (
-        Cell(name=f"teacher {n}", checkpoint=TEACHER, sampler=guided(n)) for n in (50, 8, 4, 2, 1)
-    )
     return EvalConfig(
-        checkpoint=TEACHER,
-        num_examples=384,
-        sampler=guided(12),
         cells=(
-            *teachers,
+            *(teacher(n) for n in (50, 8, 4, 2, 1)),
             *students("untrained", TEACHER, (4, 2, 1), shift="none"),
             *students("LADD", f"runs/distillation/ladd-{seed}", (4, 2, 1)),
             *students("ADD", f"runs/distillation/add-{seed}", (4, 1)),
+            Cell(name="truth, reconstructed", checkpoint=TEACHER, baseline="reconstruction"),
         ),
+        sets=(SetConfig(name="edits", path=DATA, num_examples=384),),
         sheet_rows=12,
         seed=int(seed),
     )

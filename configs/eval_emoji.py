@@ -6,10 +6,11 @@ python -m kontext_jax.evaluate --config=configs/eval_emoji.py --workdir=runs/emo
 from configs.emoji import CFG_SCALE
 from configs.eval_quickstart import students
 from kontext_jax.cells import Cell
+from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.sampler import SamplerConfig
 
-TEACHER, STUDENT = "runs/emoji/flow", "runs/emoji/ladd"
+TEACHER, STUDENT, DATA = "runs/emoji/flow", "runs/emoji/ladd", "data/emoji"
 
 
 def get_config() -> EvalConfig:
@@ -17,14 +18,14 @@ def get_config() -> EvalConfig:
         sampler = SamplerConfig(num_steps=num_steps, cfg_scale=CFG_SCALE)
         return Cell(name=f"teacher {num_steps}", checkpoint=TEACHER, sampler=sampler)
 
+    edits = SetConfig(name="icons", path=DATA, num_examples=256)
     return EvalConfig(
-        checkpoint=TEACHER,
-        num_examples=256,
-        sampler=SamplerConfig(num_steps=20, cfg_scale=CFG_SCALE),
         cells=(
             *(teacher(n) for n in (50, 8, 4, 2, 1)),
             *students("untrained", TEACHER, (4, 2, 1), shift="none"),
             *students("LADD", STUDENT, (4, 2, 1)),
         ),
-        curves=(("flow matching", TEACHER),),
+        sets=(edits,),
+        loss_sets=(edits,),
+        curves=(("flow matching", TEACHER), ("LADD", STUDENT)),
     )

@@ -4,14 +4,20 @@ python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=run
 
 The cells ask how few steps will do: the teacher with many and with few, the student of
 ``configs/quickstart.py:ladd``, and, to see what its training is worth, the teacher's own networks
-in the student's place.
+in the student's place. Some of them also edit their own pictures, turn after turn, and are asked
+for what is done already, which shows what an edit moves that it should leave alone.
 """
 
+import dataclasses
+from collections.abc import Iterable
+
 from kontext_jax.cells import Cell
+from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.sampler import SamplerConfig
 
 TEACHER, STUDENT = "runs/quickstart/flow", "runs/quickstart/ladd"
+DATA = "runs/quickstart/world"
 
 
 def guided(num_steps: int) -> SamplerConfig:
@@ -31,20 +37,38 @@ def students(
     )
 
 
+def teacher(num_steps: int) -> Cell:
+    return Cell(name=f"teacher {num_steps}", checkpoint=TEACHER, sampler=guided(num_steps))
+
+
+def edits_only(cells: Iterable[Cell]) -> list[Cell]:
+    return [dataclasses.replace(cell, sets=("edits",)) for cell in cells]
+
+
 def get_config() -> EvalConfig:
+    new = Cell(name="new networks", checkpoint=TEACHER, baseline="untrained", sampler=guided(12))
+    truth = Cell(name="truth, reconstructed", checkpoint=TEACHER, baseline="reconstruction")
+    edits = SetConfig(name="edits", path=DATA, num_examples=384)
     return EvalConfig(
-        checkpoint=TEACHER,
-        num_examples=384,
-        sampler=guided(12),
         cells=(
-            Cell(name="teacher 50", checkpoint=TEACHER, sampler=guided(50)),
-            Cell(name="teacher 4", checkpoint=TEACHER, sampler=guided(4)),
-            *students("untrained", TEACHER, (4, 1), shift="none"),
-            *students("student", STUDENT, (4, 2, 1)),
+            teacher(12),
+            *edits_only([teacher(50), teacher(4)]),
+            *edits_only(students("untrained", TEACHER, (4, 1), shift="none")),
+            *edits_only([new, truth]),
+            *students("student", STUDENT, (4,)),
+            *edits_only(students("student", STUDENT, (2,))),
+            *students("student", STUDENT, (1,)),
+            Cell(name="copy", baseline="copy"),
         ),
-        num_cell_examples=192,  # a minute or two, nearly all of it for the 50 steps
+        sets=(
+            edits,
+            SetConfig(name="four turns", kind="world", num_examples=32, turns=4),
+            SetConfig(name="done already", kind="world", num_examples=64, probe="done"),
+        ),
+        loss_sets=(edits,),
         curves=(
             ("autoencoder", "runs/quickstart/autoencoder"),
-            ("flow matching", "runs/quickstart/flow"),
+            ("flow matching", TEACHER),
+            ("student", STUDENT),
         ),
     )

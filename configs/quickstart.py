@@ -19,7 +19,7 @@ these samples to make them in four steps, two or one.
 import dataclasses
 
 from kontext_jax.checkpoint import CheckpointConfig
-from kontext_jax.config import Config, SheetConfig, pick
+from kontext_jax.config import Config, SheetConfig, ValidationConfig, pick
 from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
@@ -89,6 +89,9 @@ def flow() -> Config:
         ),
         checkpoint=CheckpointConfig(every=800, keep=1),
         sheets=SheetConfig(every=800, sampler=SamplerConfig(num_steps=12, cfg_scale=2.0)),
+        validation=ValidationConfig(
+            every=400, num_pictures=48, sampler=SamplerConfig(num_steps=12, cfg_scale=2.0)
+        ),
         num_steps=1600,
         log_every=50,
     )

@@ -32,7 +32,11 @@ class CheckpointConfig:
 class Checkpointer:
     """Reads and writes ``workdir/checkpoints``; writes go on while training does."""
 
-    def __init__(self, workdir: Path, config: CheckpointConfig | None = None):
+    def __init__(
+        self, workdir: Path, config: CheckpointConfig | None = None, step: int | None = None
+    ):
+        """Opens the checkpoints; to read, that of ``step`` if given, else the latest."""
+        self._step = step
         keep = config.keep if config else None
         self.folder = Path(workdir).absolute() / "checkpoints"
         items = {name: ocp.PyTreeCheckpointHandler() for name in TREES}
@@ -46,6 +50,10 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """The last complete checkpoint, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, data: Mapping, meta: Mapping) -> None:
         """Starts to save; the next save, or `close`, waits for the end.
@@ -68,12 +76,12 @@ class Checkpointer:
         )
 
     def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict]:
-        """(train state, loader's state) of the latest checkpoint, laid out as ``shardings`` say.
+        """(train state, loader's state) of the checkpoint, laid out as ``shardings`` say.
 
         Raises:
           ValueError: the checkpoint's arrays are not those of ``abstract``.
         """
-        step = self._require_step()
+        step = self.step()
         trees = {
             name: self._restore_tree(step, name, getattr(abstract, name), getattr(shardings, name))
             for name in TREES
@@ -91,14 +99,14 @@ class Checkpointer:
     def restore_network(self, player: str, abstract, shardings, params: str = "ema"):
         """One player's network, from its averaged ("ema") or its own ("params") parameters."""
         restored = self._restore_tree(
-            self._require_step(), params, {player: abstract}, {player: shardings}
+            self.step(), params, {player: abstract}, {player: shardings}
         )
         return restored[player]
 
     def meta(self) -> dict[str, Any]:
-        """Config and metrics of the latest checkpoint."""
+        """Config and metrics of the checkpoint."""
         read = self._manager.restore(
-            self._require_step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            self.step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )
         return read.meta
 
@@ -106,11 +114,19 @@ class Checkpointer:
         """Waits until everything is written."""
         self._manager.close()
 
-    def _require_step(self) -> int:
-        step = self.latest_step()
-        if step is None:
+    def step(self) -> int:
+        """Of the checkpoint that is read.
+
+        Raises:
+          FileNotFoundError: there is none, or not that of the step that was asked for.
+        """
+        steps = self.steps()
+        if not steps:
             raise FileNotFoundError(f"There is no checkpoint in {self.folder}.")
-        return step
+        if self._step is not None and self._step not in steps:
+            kept = ", ".join(map(str, steps))
+            raise FileNotFoundError(f"{self.folder} has steps {kept}, and no {self._step}.")
+        return steps[-1] if self._step is None else self._step
 
     def _restore_tree(self, step: int, item: str, abstract, shardings):
         wanted = by_name(

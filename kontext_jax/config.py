@@ -12,6 +12,7 @@ from typing import Any
 
 from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.losses import LossConfig
 from kontext_jax.objectives import Objective
 from kontext_jax.objectives.add import Add, AddConfig
 from kontext_jax.objectives.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
@@ -53,6 +54,30 @@ class SheetConfig:
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
+class ValidationConfig:
+    """Numbers of held-out examples during training, see `validation`.
+
+    Attributes:
+      every: steps from one time to the next; 0 for never.
+      num_examples: the first so many of ``split``; 0 for all.
+      split: of the run's data.
+      loss: the times and the noise of the held-out loss.
+      num_pictures: of the examples, the first so many have a picture made and judged.
+      sampler: how that is made.
+    """
+
+    every: int = 0
+    num_examples: int = 256
+    split: str = "validation"
+    loss: LossConfig = field(default_factory=LossConfig)
+    num_pictures: int = 64
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self):
+        check_blind(self.sampler, "validation.sampler")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
 class Config:
     """One run.
 
@@ -72,6 +97,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sheets: SheetConfig = field(default_factory=SheetConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     seed: int = 0
     num_steps: int = 10_000
     log_every: int = 50
@@ -99,6 +125,8 @@ class Config:
         if not isinstance(objective, StudentConfig) or not objective.transformer.guidance_embed:
             return
         used = {"sheets.sampler.guidance": self.sheets.sampler.guidance}
+        if self.validation.every:
+            used["validation.sampler.guidance"] = self.validation.sampler.guidance
         if latents.samples:
             used["data.latents.guidance"] = latents.guidance
         for name, value in used.items():

@@ -1,84 +1,118 @@
-"""Scores a run on held-out edits: ``python -m kontext_jax.evaluate --config=... --workdir=DIR``.
+"""Evaluates in sweeps: ``python -m kontext_jax.evaluate --config=configs/eval_X.py --workdir=DIR``.
 
-Samples an image for every example, has the data set's own checker, if there is one, read it back,
-and compares with two baselines: copying the context, and the same networks untrained. Other runs
-and samplers, the *cells* (``cells.py``), can be set beside each other on the same examples. Writes
-``results.jsonl`` (one line a picture), ``summary.json`` and ``report.html``.
+Every *cell* (a checkpoint, its averaged or raw parameters, and a way to sample) makes a picture for
+every task of every *set*, and judges say what they are worth. Sampling and networks of judges are
+split over all devices; other judges' work, over processes. Started again after a stop, it makes the
+pictures that are missing, and comes to the same results.
+
+Writes ``cells/SET/CELL/`` (``results.py``), ``losses/``, ``summary.json``, ``summary.csv`` and
+``report.html``.
 """
 
-import functools
+import csv
+import dataclasses
+import io
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kontext_jax import cli
-from kontext_jax.cells import Cell, Played, load_cells, play
-from kontext_jax.config import fingerprint, validated
+from kontext_jax.cells import Cell, check_names, folder_name, resolve
+from kontext_jax.config import to_dict, validated
 from kontext_jax.data.pipeline import prepare_all
-from kontext_jax.data.sources import TripleSource
-from kontext_jax.evaluator import Generator, Image
+from kontext_jax.data.sets import SetConfig, examples_of, load_tasks
+from kontext_jax.evaluator import Generator, reconstruct
+from kontext_jax.flops import num_chips
+from kontext_jax.geometry import fit, resize
+from kontext_jax.judges import Judge, JudgesConfig, Lineup, identity, judge, make_judges
+from kontext_jax.losses import (
+    MLPERF,
+    LossConfig,
+    check_mlperf,
+    held_out_loss,
+    summarise_losses,
+)
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.report import METRICS, cell_table, headline, write_report
-from kontext_jax.runs import Run, load_run
-from kontext_jax.sampler import SamplerConfig, check_blind
-from kontext_jax.scores import score, spread, summarise
+from kontext_jax.places import identity_of, is_run, load_config, split_step
+from kontext_jax.report import table, write_report
+from kontext_jax.results import CellFolder, Picture, fingerprint_of_tasks
+from kontext_jax.runs import Model, load_model
+from kontext_jax.scores import ALL, METRICS, summarise
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.sheets import SheetRow
-from kontext_jax.types import Example, Triple
+from kontext_jax.types import Task, Triple
+
+TIMED = (
+    "Seconds per image are wall time of all batches, by the number of their images. They include "
+    "encoding contexts and prompts, all sampling steps, decoding, and the way to the devices and "
+    "back; not compiling, which is done before, nor loading networks, preparing the examples and "
+    "writing pictures."
+)
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class EvalConfig:
-    """What to score, and on what.
+    """A sweep: every cell on every set.
 
     Attributes:
-      checkpoint: workdir of the run: its data set gives the examples, and the report's headline is
-        about it.
-      params: "ema" or "params", the averaged or the raw parameters.
-      split: of the data set that the run was trained on.
-      num_examples: the first so many; 0 for all.
-      cells: other runs and samplers to compare, the slowest first: the others' speed is told
-        as a multiple of its.
-      num_cell_examples: of the examples, the first so many for each cell; 0 for all.
-      sheet_rows: examples shown in the report; of the cells, which have a row to themselves, half
-        as many.
-      curves: title -> workdir of the runs whose losses the report draws.
+      cells: see `cells.Cell` and `cells.grid`; the report's headline is about the first one.
+      sets: see `data.sets.SetConfig`.
+      judges: who looks at the pictures, beside pixels, the world's checker and drift.
+      loss_sets: on whose truths the held-out loss of each checkpoint is measured.
+      loss: how; `losses.MLPERF` is MLPerf Training's way, and wants its number of examples.
+      batch_size: rows sampled at once, over all devices; 0 for as many as each run trains on.
       seed: of the initial noise.
+      sheet_rows: examples shown in the report.
+      curves: title -> workdir of the runs whose training losses the report draws.
     """
 
-    checkpoint: str = ""
-    params: str = "ema"
-    split: str = "validation"
-    num_examples: int = 0
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     cells: tuple[Cell, ...] = ()
-    num_cell_examples: int = 0
+    sets: tuple[SetConfig, ...] = ()
+    judges: JudgesConfig = field(default_factory=JudgesConfig)
+    loss_sets: tuple[SetConfig, ...] = ()
+    loss: LossConfig = field(default_factory=LossConfig)
+    batch_size: int = 0
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
     sheet_rows: int = 24
     curves: tuple[tuple[str, str], ...] = ()
-    seed: int = 0
 
     def __post_init__(self):
-        check_blind(self.sampler, "sampler")
-        names = [cell.name for cell in self.cells]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"cells need names of their own; {twice[0]!r} is there twice.")
+        check_names([cell.name for cell in self.cells], "cell")
+        names = [each.name for each in self.sets]
+        check_names(names, "set")
+        check_names([each.name for each in self.loss_sets], "loss set")
+        for cell in self.cells:
+            unknown = sorted(set(cell.sets) - set(names))
+            if unknown:
+                raise ValueError(f"cell {cell.name!r} is for {unknown[0]!r}, which is no set.")
+        if not self.cells or not (self.sets or self.loss_sets):
+            raise ValueError("a sweep needs one cell and one set, or more.")
 
 
-def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> dict:
-    """Scores the run and the cells, and writes all files.
+class Set(NamedTuple):
+    """The tasks of a set, in the order of their turns, and what tells them from others."""
+
+    name: str
+    tasks: list[Task]
+    fingerprint: str
+
+
+def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) -> dict:
+    """Makes and judges what is missing, and writes all files.
 
     Args:
-      config: what to score.
+      config: the sweep.
       workdir: where the files go.
       seconds: what earlier stages took, for the report.
 
@@ -86,90 +120,293 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: dict[str, float]) -> di
       What ``summary.json`` holds.
 
     Raises:
-      FileNotFoundError, ValueError: a run or its data is missing.
+      FileNotFoundError, ValueError: a run, data or network is missing, or other than it was.
     """
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
-    load = functools.cache(functools.partial(load_run, mesh=mesh))
-    run = load(config.checkpoint, config.params)
-    data = run.config.data
-    source = TripleSource(data.path, config.split)
-    triples = [source[i] for i in range(min(config.num_examples or len(source), len(source)))]
-    cell_runs = load_cells(config.cells, run, load)  # before anything that takes long
-    examples = prepare_all(triples, data)
-    images, sampling = _methods(config, run, triples, examples, mesh)
-    results = {name: score(triples, made) for name, made in images.items()}
-    summary = {
-        "checkpoint": config.checkpoint,
-        "config": fingerprint(run.config),
-        "num_examples": len(triples),
-        "num_steps": config.sampler.num_steps,
-        "methods": {name: summarise(rows) for name, rows in results.items()},
+    cells = resolve(config.cells)  # first, for it may fail soon
+    sets = [_load_set(each) for each in config.sets]
+    loss_sets = [_load_set(each) for each in config.loss_sets]
+    if config.loss == MLPERF:
+        for each in loss_sets:
+            check_mlperf(len(each.tasks))
+    judges, left_out = make_judges(config.judges, mesh)
+    judged_by = identity(config.judges, left_out)
+    summary: dict[str, Any] = {
+        "sets": {each.name: {"num_tasks": len(each.tasks)} for each in sets},
+        "left_out": left_out,
+        "timed": TIMED,
+        "cells": {},
+        "losses": {},
     }
-    lines = _lines("method", results)
-    cell_rows = []
-    if config.cells:
-        few = slice(config.num_cell_examples or None)
-        played = play(config.cells, cell_runs, run, triples[few], examples[few], mesh, config.seed)
-        summary["cells"] = played.summary
-        lines += _lines("cell", played.results)
-        cell_rows = _cell_rows(triples[few], played, config.sheet_rows // 2)
-    summary["seconds"] = seconds | {
-        "evaluate": round(time.monotonic() - began, 1),
-        "of_it_sampling": round(sampling, 1),
-    }
-    shown = [
-        (triples[i], images["model"][i], results["model"][i])
-        for i in spread(triples, config.sheet_rows)
-    ]
+    for _, group in itertools.groupby(cells, key=lambda cell: cell.networks):
+        group = list(group)
+        model = _load(group[0], mesh, config.seed)
+        for cell in group:
+            found = {}
+            for each in sets:
+                if cell.sets and each.name not in cell.sets:
+                    continue
+                path = workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
+                folder = CellFolder(path, _record(cell, each, model, config))
+                made = _make(cell, model, each, folder, mesh, config)
+                found[each.name] = _judged(judges, judged_by, each, folder, made, mesh)
+                _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
+            summary["cells"][cell.name] = {**_about(cell, model), "sets": found}
+        if model and any(not cell.baseline for cell in group):
+            for each in loss_sets:
+                name = f"{group[0].checkpoint} {group[0].params}"
+                losses = _losses(name, model, each, workdir, mesh, config)
+                summary["losses"].setdefault(each.name, {})[name] = losses
+                _say(f"{each.name}: {name}  held-out loss {losses['mean']:.4f}")
+    summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - began, 1)}
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_report(workdir / "report.html", summary, shown, dict(config.curves), cell_rows)
-        (workdir / "results.jsonl").write_text("".join(lines))
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (workdir / "summary.csv").write_text(as_csv(summary))
+        write_report(
+            workdir,
+            summary,
+            {each.name: each.tasks for each in sets},
+            sheet_rows=config.sheet_rows,
+            curves=dict(config.curves),
+        )
     return summary
 
 
-def _methods(
-    config: EvalConfig, run: Run, triples: Sequence[Triple], examples: Sequence[Example], mesh: Mesh
-) -> tuple[dict[str, Sequence[Image]], float]:
-    """(pictures by the model and the baselines, seconds that the model's took to sample)."""
-    generate = Generator(
-        examples, run.config.data, run.config.objective, config.sampler, mesh, config.seed
-    )
-    began = time.monotonic()
-    images = {"model": generate(run.networks)}
-    seconds = time.monotonic() - began
-    images["copy"] = [_copy(triple) for triple in triples]
-    objective = run.config.make_objective()
+def _load_set(config: SetConfig) -> Set:
+    tasks = sorted(load_tasks(config), key=lambda task: task.turn)  # stable
+    if not tasks:
+        raise ValueError(f"set {config.name!r} has no tasks.")
+    ids = [task.id for task in tasks]
+    if len(set(ids)) < len(ids):
+        twice = next(task for task in ids if ids.count(task) > 1)
+        raise ValueError(f"set {config.name!r}: the task {twice!r} is there twice.")
+    return Set(config.name, tasks, fingerprint_of_tasks(tasks))
+
+
+def _load(cell: Cell, mesh: Mesh, seed: int) -> Model | None:
+    """The networks of a cell; none for a copy."""
+    if cell.baseline == "copy":
+        return None
+    try:
+        model = load_model(cell.checkpoint, mesh, cell.params)
+        if cell.baseline != "untrained":
+            return model
+        if not is_run(cell.checkpoint):
+            raise ValueError(f"{cell.checkpoint} is no run, whose networks could be made anew.")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"cell {cell.name!r}: {error}") from error
+    objective = load_config(cell.checkpoint).make_objective()
     init = jax.jit(lambda key: objective.init(key)[objective.generator])
-    untrained = init(jax.random.key(config.seed))
-    images["untrained"] = generate(networks_of(untrained, run.frozen))
-    return images, seconds
+    networks = networks_of(init(jax.random.key(seed)), model.networks)
+    return model._replace(networks=networks, identity=identity_of(networks))
 
 
-def _lines(kind: str, results: dict[str, list[dict]]) -> list[str]:
-    return [json.dumps({kind: name} | row) + "\n" for name, rows in results.items() for row in rows]
+def _record(cell: Cell, each: Set, model: Model | None, config: EvalConfig) -> dict[str, Any]:
+    """All that decides what a cell's pictures look like."""
+    return {
+        "cell": to_dict(cell) | {"name": cell.name},
+        "weights": model.identity if model else {},
+        "tasks": each.fingerprint,
+        "seed": config.seed,
+    }
 
 
-def _cell_rows(triples: Sequence[Triple], played: Played, number: int) -> list[SheetRow]:
-    """Examples with each cell's picture of them."""
-    rows = []
-    for i in spread(triples, number):
-        triple, pictures = triples[i], [images[i] for images in played.images.values()]
-        verdicts = [results[i]["edited"] for results in played.results.values()]
-        note = triple.category.replace("_", " ")
-        if None not in verdicts:
-            note += f": edited by {sum(verdicts)} of {len(verdicts)}"
-        rows.append(SheetRow(triple.contexts, triple.prompt, pictures, triple.target, note))
-    return rows
+def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
+    place, step = split_step(cell.checkpoint)
+    return to_dict(cell) | {
+        "checkpoint": str(place) if cell.checkpoint else "",
+        "step": step,
+        "shift": cell.shift or (model.objective.time.shift if model else ""),
+        "weights": model.identity if model else {},
+    }
 
 
-def _copy(triple: Triple) -> np.ndarray:
+def _make(
+    cell: Cell,
+    model: Model | None,
+    each: Set,
+    folder: CellFolder,
+    mesh: Mesh,
+    config: EvalConfig,
+) -> list[Picture]:
+    """A picture for each task: those that are there, and those that are made now."""
+    made: dict[str, Picture] = {}
+    for turn, group in itertools.groupby(each.tasks, key=lambda task: task.turn):
+        tasks = list(group)
+        done = {i for i, task in enumerate(tasks) if folder.has(task.id)}
+        multihost_utils.sync_global_devices("all processes have looked")
+        if len(done) < len(tasks) and model is None:
+            folder.save({task.id: _copy(task) for task in tasks})
+        elif len(done) < len(tasks) and cell.baseline == "reconstruction":
+            folder.save(_reconstructions(model, tasks, mesh))
+        elif len(done) < len(tasks):
+            _sample(cell, model, tasks, turn, made, done, folder, mesh, config)
+        multihost_utils.sync_global_devices("all pictures of the turn are written")
+        made.update(zip((task.id for task in tasks), folder.load(tasks), strict=True))
+    return [made[task.id] for task in each.tasks]
+
+
+def _sample(
+    cell: Cell,
+    model: Model,
+    tasks: Sequence[Task],
+    turn: int,
+    made: Mapping[str, Picture],
+    done: set[int],
+    folder: CellFolder,
+    mesh: Mesh,
+    config: EvalConfig,
+) -> None:
+    """Makes the pictures of one turn that are missing."""
+    data, objective = model.data, model.objective
+    if config.batch_size:
+        data = dataclasses.replace(data, batch_size=config.batch_size)
+    if cell.shift:
+        objective = dataclasses.replace(
+            objective, time=dataclasses.replace(objective.time, shift=cell.shift)
+        )
+    examples = examples_of(tasks, made, data)
+    generate = Generator(examples, data, objective, cell.sampler, mesh, config.seed)
+    folder.log({"turn": turn, "compile_seconds": generate.warm_up(model.networks)})
+    for batch in generate.batches(model.networks, done):
+        images = zip(batch.indices, batch.images, strict=True)
+        folder.save({tasks[i].id: image for i, image in images})
+        line = {"turn": turn, "batch": batch.number, "images": len(batch.indices)}
+        folder.log(line | {"seconds": batch.seconds})
+
+
+def _copy(task: Task) -> Picture:
     """The context as it is; grey where there is none."""
-    if triple.contexts and triple.contexts[0].shape == triple.target.shape:
-        return triple.contexts[0]
-    return np.full_like(triple.target, 128)
+    if task.contexts:
+        return resize(task.contexts[0], task.size)
+    return np.full((task.size[1], task.size[0], 3), 128, np.uint8)
+
+
+def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, Picture]:
+    """The truths through the autoencoder: what no sampler can be better than."""
+    missing = [task.id for task in tasks if task.truth is None]
+    if missing:
+        raise ValueError(f"{missing[0]} has no truth to reconstruct: name the cell's sets.")
+    sizes = model.data.geometry.sizes
+    images = reconstruct(
+        model.networks["autoencoder"], [fit(task.truth, sizes) for task in tasks], mesh
+    )
+    return {task.id: image for task, image in zip(tasks, images, strict=True)}
+
+
+def _judged(
+    judges: Sequence[Judge],
+    judged_by: Mapping[str, Any],
+    each: Set,
+    folder: CellFolder,
+    images: Sequence[Picture],
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """What the summary says of one cell on one set; scores are written if they are not there."""
+    scores = folder.scores(judged_by)
+    if scores is None:
+        columns, whole = judge(judges, Lineup(each.name, each.tasks, images))
+        rows = [
+            {"id": task.id, "category": task.category, "group": task.group or task.id}
+            | {"turn": task.turn}
+            | {metric: column[i] for metric, column in columns.items()}
+            for i, task in enumerate(each.tasks)
+        ]
+        scores = rows, {"judges": judged_by, "scores": dict(whole)}
+        folder.write_scores(*scores)
+    rows, whole = scores
+    metrics = {
+        name: {
+            by: {key: list(estimate[:3]) for key, estimate in estimates.items()}
+            for by, estimates in found.items()
+        }
+        for name, found in summarise(rows).items()
+    }
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["category"]] = counts.get(row["category"], 0) + 1
+    return {
+        "count": dict(sorted(counts.items())) | {ALL: len(rows)},
+        "metrics": metrics,
+        "whole": whole["scores"],
+        "speed": _speed(folder.batches(), mesh),
+    }
+
+
+def _speed(lines: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
+    """Rates of the batches that were made; nothing where none was, as of copies."""
+    batches = [line for line in lines if "seconds" in line]
+    if not batches:
+        return {}
+    seconds = sum(line["seconds"] for line in batches)
+    images = sum(line["images"] for line in batches)
+    chips = num_chips(mesh.size, mesh.devices.flat[0].device_kind)
+    return {
+        "seconds_per_image": seconds / images,
+        "images_per_second_per_chip": images / seconds / chips,
+        "compile_seconds": sum(line.get("compile_seconds", 0.0) for line in lines),
+        "device": mesh.devices.flat[0].device_kind,
+        "chips": chips,
+    }
+
+
+def _losses(
+    name: str, model: Model, each: Set, workdir: Path, mesh: Mesh, config: EvalConfig
+) -> dict[str, Any]:
+    """The held-out loss of a checkpoint on the tasks that have truths."""
+    tasks = [task for task in each.tasks if task.truth is not None and not task.follows]
+    triples = [
+        Triple(task.id, task.truth, task.contexts, task.prompt, task.category) for task in tasks
+    ]
+    if not triples:
+        raise ValueError(f"loss set {each.name!r} has no truths.")
+    file = workdir / "losses" / folder_name(each.name) / f"{folder_name(name.strip('/'))}.jsonl"
+    rows = held_out_loss(
+        model.networks,
+        prepare_all(triples, model.data),
+        model.data,
+        model.objective,
+        config.loss,
+        mesh,
+        file,
+    )
+    kinds = {task.id: "edit" if task.contexts else "text_to_image" for task in tasks}
+    return summarise_losses(rows, kinds)
+
+
+def _say(line: str) -> None:
+    """One line a cell, when it is done."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def _in_short(found: Mapping[str, Any]) -> str:
+    """The first numbers of a cell on a set."""
+    shown = []
+    for metric in list(found["metrics"])[:3]:
+        mean = found["metrics"][metric]["category"][ALL][0]
+        shown.append(f"{METRICS[metric].title} {METRICS[metric].show(mean)}")
+    if found["speed"]:
+        shown.append(f"{found['speed']['seconds_per_image']:.3g} s an image")
+    return "  ".join(shown)
+
+
+def as_csv(summary: Mapping[str, Any]) -> str:
+    """A line for each number: cell, set, metric, by, of, mean, low, high."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["cell", "set", "metric", "by", "of", "mean", "low", "high"])
+    for cell, about in summary["cells"].items():
+        for name, found in about["sets"].items():
+            for metric, by in found["metrics"].items():
+                for kind, estimates in by.items():
+                    for key, values in estimates.items():
+                        writer.writerow([cell, name, metric, kind, key, *values])
+            for part in ("whole", "speed"):
+                for metric, value in found[part].items():
+                    writer.writerow([cell, name, metric, part, ALL, value, "", ""])
+    return text.getvalue()
 
 
 def parse_seconds(items: Sequence[str]) -> dict[str, float]:
@@ -185,37 +422,21 @@ def parse_seconds(items: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"--seconds must look like data=6,flow=400, not {items}.") from error
 
 
-def print_tables(summary: dict) -> None:
-    """Prints each category's headline, the baselines beside it; then the cells, if any."""
-    methods = summary["methods"]
-    metric = headline(methods)
-    title, show = METRICS[metric]
-    print(f"{title.lower():22}" + "".join(f"{name:>12}" for name in methods) + f"{'examples':>10}")
-    for category, count in methods["model"]["count"].items():
-        values = [methods[name][metric][category] for name in methods]
-        print(f"{category:22}" + "".join(f"{show(x):>12}" for x in values) + f"{count:10}")
-    if "cells" not in summary:
-        return
-    rows = cell_table(summary["cells"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    print()
-    for first, *others in rows:
-        line = "".join(f"{x:>{width + 3}}" for x, width in zip(others, widths[1:], strict=True))
-        print(f"{first:{widths[0]}}{line}")
-
-
 def main() -> None:
     options = flags.FLAGS
     if options.config is None or options.workdir is None:
         raise cli.UserError("give --config=configs/eval_X.py and --workdir=DIR.")
+    if options.distributed:
+        jax.distributed.initialize()
     workdir = Path(options.workdir)
     summary = evaluate(validated(options.config), workdir, parse_seconds(options.seconds))
-    print_tables(summary)
+    print(table(summary))
     print(f"wrote {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-    flags.DEFINE_string("workdir", None, "where the report goes")
+    flags.DEFINE_string("workdir", None, "where the results go")
     flags.DEFINE_list("seconds", [], "what earlier stages took: data=6,flow=400")
+    flags.DEFINE_bool("distributed", False, "joins the processes of a pod or cluster")
     cli.run("evaluate", main)

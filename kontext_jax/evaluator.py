@@ -1,7 +1,10 @@
 """Images of a fixed set of examples: what sheets show and what metrics are computed on."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+import functools
+import time
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from kontext_jax.data.packing import Plan, Shape, size_key
+from kontext_jax.data.packing import Plan, Shape
 from kontext_jax.data.pipeline import DataConfig, assemble, negatives, noise_id
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images
@@ -18,13 +21,29 @@ from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unp
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sampler import SamplerConfig, sample
-from kontext_jax.sharding import batch_sharding, num_batch_shards
+from kontext_jax.sharding import batch_sharding, num_batch_shards, over_batches
 from kontext_jax.types import Batch, Example, unprompted
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 
 MAX_PIXELS = 2**21
-"""Decoded at once: two images of a megapixel."""
+"""Decoded at once by one part of the mesh: two images of a megapixel."""
+
+
+class Made(NamedTuple):
+    """What became of one batch.
+
+    Attributes:
+      number: of the batch.
+      indices: of the examples in it.
+      images: theirs.
+      seconds: from the batch on the host to the images on the host.
+    """
+
+    number: int
+    indices: list[int]
+    images: list[Image]
+    seconds: float
 
 
 class Generator:
@@ -49,12 +68,19 @@ class Generator:
         """
         self._mesh = mesh
         self._examples = [_blind(e) if sampler.strength == 1 else e for e in examples]
-        self._batches, self._layout = _pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
+        self._batches, self._layouts = pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
         self._key = jax.random.key(seed)
-        self._latents = jax.jit(
-            lambda networks, batch, key: _sample(networks, batch, key, sampler, objective)
-        )
-        self._decode = jax.jit(_decode, static_argnames="size")
+        self._sampler, self._objective = sampler, objective
+        # Of the module, so that generators of the same settings share what is compiled.
+        self._latents, self._decode = _sample, _decode
+        # A batch of the decoder holds the most images of its size that any batch of rows has.
+        self._decoded_at_once: Counter = Counter()
+        for layout in self._layouts:
+            sizes = Counter(size_of(self._examples[i].target) for _, _, i in layout)
+            self._decoded_at_once |= sizes
+        for width, height in self._decoded_at_once:
+            limit = max(1, MAX_PIXELS // (width * height)) * num_batch_shards(mesh)
+            self._decoded_at_once[width, height] = min(self._decoded_at_once[width, height], limit)
 
     def __call__(self, networks: dict[str, Network]) -> list[Image]:
         """An image for each example, in their order.
@@ -62,57 +88,100 @@ class Generator:
         Args:
           networks: all that the objective has, see ``flow_matching.networks_of``.
         """
-        tokens: dict[int, np.ndarray] = {}
-        with jax.set_mesh(self._mesh):
-            for batch, layout in zip(self._batches, self._layout, strict=True):
-                latents = self._sample(networks, batch)
-                for row, segment, example in layout:
-                    mine = (batch.segments[row] == segment) & batch.is_target[row]
-                    tokens[example] = latents[row, mine]
-            return self._images(tokens, networks["autoencoder"])
+        images: dict[int, Image] = {}
+        for made in self.batches(networks):
+            images.update(zip(made.indices, made.images, strict=True))
+        return [images[i] for i in range(len(self._examples))]
 
-    def warm_up(self, networks: dict[str, Network]) -> None:
-        """Compiles all that a call runs, on one batch, so that the next call can be timed."""
-        with jax.set_mesh(self._mesh):
-            latents = self._sample(networks, self._batches[0])
-            side = networks["autoencoder"].config.pixels_per_token
-            blanks = {}
-            for i, example in enumerate(self._examples):
-                shape = num_tokens(size_of(example.target), side), latents.shape[-1]
-                blanks[i] = np.zeros(shape, latents.dtype)
-            self._images(blanks, networks["autoencoder"])
+    def batches(
+        self, networks: dict[str, Network], done: Container[int] = frozenset()
+    ) -> Iterator[Made]:
+        """Batch by batch, without those of which all examples are ``done``.
+
+        Batches hold the same examples whatever is done, so that whoever stops and goes on gets the
+        same images to the last bit.
+        """
+        for number, layout in enumerate(self._layouts):
+            indices = [example for _, _, example in layout]
+            if all(example in done for example in indices):
+                continue
+            batch = self._batches[number]
+            began = time.perf_counter()
+            latents = self._sample(networks, batch)
+            tokens = [
+                latents[row, (batch.segments[row] == segment) & batch.is_target[row]]
+                for row, segment, _ in layout
+            ]
+            images = self._images(tokens, indices, networks["autoencoder"])
+            yield Made(number, indices, images, time.perf_counter() - began)
+
+    def warm_up(self, networks: dict[str, Network]) -> float:
+        """Compiles all that a call runs, on one batch; the seconds that took, its run included."""
+        began = time.perf_counter()
+        latents = self._sample(networks, self._batches[0])
+        autoencoder = networks["autoencoder"]
+        side = autoencoder.config.pixels_per_token
+        for size in self._decoded_at_once:
+            (first, *_) = (i for i, e in enumerate(self._examples) if size_of(e.target) == size)
+            blank = np.zeros((num_tokens(size, side), latents.shape[-1]), latents.dtype)
+            self._images([blank], [first], autoencoder)
+        return time.perf_counter() - began
 
     def _sample(self, networks: dict[str, Network], batch: Batch) -> Float[np.ndarray, "B S C"]:
-        """The latents of a batch, under the mesh in use."""
-        on_device = jax.device_put(batch, batch_sharding(self._mesh))
-        latents = self._latents(networks, on_device, self._key)
-        return np.asarray(multihost_utils.process_allgather(latents, tiled=True))
+        """The latents of a batch."""
+        with jax.set_mesh(self._mesh):
+            on_device = jax.device_put(batch, batch_sharding(self._mesh))
+            latents = self._latents(
+                networks, on_device, self._key, sampler=self._sampler, objective=self._objective
+            )
+            return np.asarray(multihost_utils.process_allgather(latents, tiled=True))
 
-    def _images(self, tokens: dict[int, np.ndarray], autoencoder: Autoencoder) -> list[Image]:
-        """Decodes images of equal size together, under the mesh in use."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for i, example in enumerate(self._examples):
-            groups[example.target.shape[:2]].append(i)
-        images: dict[int, Image] = {}
-        for size, members in groups.items():
-            stacked = np.stack([tokens[i] for i in members])
-            # Equal chunks, the last one filled up, so that each size compiles once.
-            chunk = min(len(members), 64, max(1, MAX_PIXELS // (size[0] * size[1])))
-            padded = np.concatenate([stacked, np.repeat(stacked[-1:], -len(members) % chunk, 0)])
-            for start in range(0, len(padded), chunk):
-                part = self._decode(autoencoder, padded[start : start + chunk], size=size)
-                part = multihost_utils.process_allgather(part, tiled=True)
-                images.update(zip(members[start : start + chunk], part, strict=False))
-        return [images[i] for i in range(len(self._examples))]
+    def _images(
+        self,
+        tokens: Sequence[Float[np.ndarray, "_ _"]],
+        indices: Sequence[int],
+        autoencoder: Autoencoder,
+    ) -> list[Image]:
+        """Decodes the tokens of some examples."""
+        sizes = [size_of(self._examples[i].target) for i in indices]
+        return over_batches(
+            lambda size, batch: self._decode(autoencoder, batch, size=size[::-1]),
+            tokens,
+            sizes,
+            self._decoded_at_once,
+            self._mesh,
+        )
 
 
 def _blind(example: Example) -> Example:
     return example._replace(target=np.zeros_like(example.target))
 
 
-def _pack(
+class Batches(Sequence):
+    """The batches of some examples, each assembled when it is asked for."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], size: int, assembled):
+        """``size`` rows are a batch; ``assembled(row)`` is one of them, without its row axis."""
+        self._rows, self._size, self._assembled = rows, size, assembled
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._size
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(f"There is no batch {number} of {len(self)}.")
+        rows = self._rows[number * self._size :][: self._size]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(self._assembled, rows))
+
+    def layout(self, number: int) -> list[tuple[int, int, int]]:
+        """The (row, segment, example) of everything in a batch."""
+        rows = self._rows[number * self._size :][: self._size]
+        return [(r, s, i) for r, row in enumerate(rows) for s, i in enumerate(row, start=1)]
+
+
+def pack(
     examples: Sequence[Example], data: DataConfig, mesh: Mesh, with_negatives: bool
-) -> tuple[list[Batch], list[list[tuple[int, int, int]]]]:
+) -> tuple[Batches, list[list[tuple[int, int, int]]]]:
     """Batches of full size, and for each the (row, segment, example) of everything in it.
 
     ``with_negatives`` puts empty prompts beside the examples' own.
@@ -134,16 +203,11 @@ def _pack(
         made = assemble(mine, [noise_id(e.id) for e in mine], plan.slots, data)
         return made.replace(negative=negatives(made, **empty)) if with_negatives else made
 
-    batches, layouts = [], []
-    for start in range(0, len(rows), size_of_batch):
-        group = rows[start : start + size_of_batch]
-        batches.append(jax.tree.map(lambda *leaves: np.stack(leaves), *map(assembled, group)))
-        layouts.append(
-            [(r, s, i) for r, row in enumerate(group) for s, i in enumerate(row, start=1)]
-        )
-    return batches, layouts
+    batches = Batches(rows, size_of_batch, assembled)
+    return batches, [batches.layout(i) for i in range(len(batches))]
 
 
+@functools.partial(jax.jit, static_argnames=("sampler", "objective"))
 def _sample(networks, batch, key, sampler, objective) -> Float[Array, "B S C"]:
     latents = encode_images(networks["autoencoder"], batch)
     tokens, negative = objective.tokens(networks, batch, latents), None
@@ -152,6 +216,7 @@ def _sample(networks, batch, key, sampler, objective) -> Float[Array, "B S C"]:
     return sample(networks["transformer"], tokens, key, sampler, objective.time, negative)
 
 
+@functools.partial(jax.jit, static_argnames="size")
 def _decode(
     autoencoder: Autoencoder, tokens: Float[Array, "B S C"], size: tuple[int, int]
 ) -> UInt8[Array, "B h w 3"]:
@@ -165,14 +230,13 @@ def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> A
     return to_uint8(autoencoder.decode(autoencoder.encode(to_pixels(images))))
 
 
-def reconstruct(autoencoder: Autoencoder, images: Sequence[Image]) -> list[Image]:
-    """Each image through the autoencoder, by the mean of its latents, under the mesh in use."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for i, image in enumerate(images):
-        groups[size_key(size_of(image))].append(i)
-    results: dict[int, Image] = {}
-    for members in groups.values():
-        out = _reconstruct(autoencoder, np.stack([images[i] for i in members]))
-        out = multihost_utils.process_allgather(out, tiled=True)
-        results.update(zip(members, out, strict=True))
-    return [results[i] for i in range(len(images))]
+def reconstruct(autoencoder: Autoencoder, images: Sequence[Image], mesh: Mesh) -> list[Image]:
+    """Each image through the autoencoder, by the mean of its latents."""
+    sizes = [size_of(image) for image in images]
+    at_once = {
+        (width, height): min(number, max(1, MAX_PIXELS // (width * height)))
+        for (width, height), number in Counter(sizes).items()
+    }
+    return over_batches(
+        lambda _, batch: _reconstruct(autoencoder, batch), images, sizes, at_once, mesh
+    )

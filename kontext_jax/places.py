@@ -1,7 +1,8 @@
 """What is stored at a place: a run's checkpoints, and weights in the layouts of others.
 
-A *place* is the workdir of a run, a folder that ``kontext_jax.convert`` made, a diffusers pipeline
-or the folder of one of its networks, or a single file of Black Forest Labs' layout.
+A *place* is the workdir of a run (``runs/flow`` for its latest checkpoint, ``runs/flow@5000`` for
+that of a step), a folder that ``kontext_jax.convert`` made, a diffusers pipeline or the folder of
+one of its networks, or a single file of Black Forest Labs' layout.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ DTYPES = ("dtype", "timestep_dtype")
 
 
 def load_meta(workdir: str | Path) -> dict[str, Any]:
-    """Config, metrics and frozen networks that the run's latest checkpoint tells of.
+    """Config, metrics and frozen networks that the run's checkpoint tells of.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -57,7 +58,7 @@ def load_meta(workdir: str | Path) -> dict[str, Any]:
 
 
 def load_config(workdir: str | Path) -> Config:
-    """The resolved config of the run's latest checkpoint.
+    """The resolved config of the run's checkpoint.
 
     Raises:
       FileNotFoundError: there is no checkpoint.
@@ -349,7 +350,7 @@ def _dtypes(config) -> dict[str, str]:
 
 def is_run(place: str | Path) -> bool:
     """Whether training left this, and not ``convert``."""
-    return (Path(place) / "checkpoints").is_dir() and "config" in load_meta(place)
+    return (split_step(place)[0] / "checkpoints").is_dir() and "config" in load_meta(place)
 
 
 def networks_by_name(player_tree, player: str) -> dict[str, Network]:
@@ -359,7 +360,7 @@ def networks_by_name(player_tree, player: str) -> dict[str, Network]:
 
 def _item(folder: Path, name: str) -> Path:
     with closing(_open(folder)) as checkpointer:
-        return checkpointer.folder / str(checkpointer.latest_step()) / name
+        return checkpointer.folder / str(checkpointer.step()) / name
 
 
 def _scaled(config: AutoencoderConfig, metrics: dict[str, float], run: Path) -> AutoencoderConfig:
@@ -378,10 +379,39 @@ def _scaled(config: AutoencoderConfig, metrics: dict[str, float], run: Path) -> 
     return dataclasses.replace(config, scale_factor=1 / math.sqrt(variance), shift_factor=mean)
 
 
-def _open(workdir: str | Path) -> Checkpointer:
-    if not (Path(workdir) / "checkpoints").is_dir():
+def split_step(place: str | Path) -> tuple[Path, int | None]:
+    """(folder or file, step) of a place; None where it names no step."""
+    path, at, step = str(place).rpartition("@")
+    if at and step.isdecimal() and not Path(place).exists():
+        return Path(path), int(step)
+    return Path(place), None
+
+
+def steps_at(workdir: str | Path) -> list[int]:
+    """The steps whose checkpoints a run has kept.
+
+    Raises:
+      FileNotFoundError: there are no checkpoints.
+    """
+    with closing(_open(workdir)) as checkpointer:
+        return checkpointer.steps()
+
+
+def step_at(place: str | Path) -> int:
+    """The step of the checkpoint that a run's place stands for.
+
+    Raises:
+      FileNotFoundError: there is no such checkpoint.
+    """
+    with closing(_open(place)) as checkpointer:
+        return checkpointer.step()
+
+
+def _open(place: str | Path) -> Checkpointer:
+    workdir, step = split_step(place)
+    if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"There is no run with checkpoints in {str(workdir)!r}; train one with "
             "python -m kontext_jax.train --workdir=..."
         )
-    return Checkpointer(Path(workdir))
+    return Checkpointer(workdir, step=step)

@@ -76,7 +76,7 @@ class Model(NamedTuple):
 
 
 def load_run(checkpoint: str | Path, params: str, mesh: Mesh, dtype: str = "") -> Run:
-    """A run's networks as its latest checkpoint has them; computed in ``dtype`` if given.
+    """A run's networks as its checkpoint has them; computed in ``dtype`` if given.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or not what the run was made with.

@@ -1,90 +1,157 @@
-"""What pictures are worth: the checker's verdict on each, rates of many, features of all."""
+"""What scores come to: means with intervals of confidence, by category and by turn."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float
 
-from kontext_jax.evaluator import Image
-from kontext_jax.metrics import world
-from kontext_jax.models.efficientnet import EfficientNetConfig
-from kontext_jax.models.features import pooled_features
-from kontext_jax.types import Triple
-from kontext_jax.weights.efficientnet import load_lite0
+from kontext_jax.types import Task
 
 ALL = "all"
 
-FD_INPUT = 128
-"""Side to which EfficientNet-Lite0 gets its pictures, in pixels. It was trained with 224; pictures
-of 32 hold nothing that 128 would lose, at a third of the time. Distances of other sides do not
-compare with these."""
+DRAWS = 1000
+"""Of the bootstrap."""
+
+CONFIDENCE = 0.95
+
+DRAWN_AT_ONCE = 2**20
+"""Groups; bounds the bootstrap's memory."""
 
 
-def score(triples: Sequence[Triple], images: Sequence[Image]) -> list[dict]:
-    """One result a picture: the checker's verdict, and the mean absolute error to the truth.
+class Metric(NamedTuple):
+    """How a number is called, written and read.
 
-    The error is a share of the range of pixels, 0 to 1. Data without a checker (all but the world)
-    have no verdict: ``edited`` and ``preserved`` are None.
+    Attributes:
+      title: in headings.
+      show: its text.
+      better: +1 where more is better, -1 where less is, 0 where nothing should be.
     """
-    rows = []
-    for triple, image in zip(triples, images, strict=True):
-        verdict = world.check(image, triple.details)
-        error = np.abs(image.astype(np.float64) - triple.target).mean() / 255
-        rows.append(
-            {
-                "id": triple.id,
-                "category": triple.category,
-                "edited": verdict.edited,
-                "preserved": verdict.preserved,
-                "l1": round(float(error), 5),
-            }
-        )
-    return rows
+
+    title: str
+    show: Callable[[float], str]
+    better: int
 
 
-def summarise(rows: Sequence[dict]) -> dict[str, dict[str, float | None]]:
-    """Rates by category and over all: success, preservation, error; None if nothing is judged."""
-    groups: dict[str, list[dict]] = defaultdict(list)
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _plain(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{digits}f}"
+
+
+METRICS = {
+    "edit_success": Metric("edit carried out", _percent, +1),
+    "preservation": Metric("the rest kept", _percent, +1),
+    "l1": Metric("L1 to the truth", _plain(4), -1),
+    "l2": Metric("L2 to the truth", _plain(4), -1),
+    "psnr": Metric("PSNR, dB", _plain(2), +1),
+    "ssim": Metric("SSIM", _plain(3), +1),
+    "lpips_alex": Metric("LPIPS (AlexNet)", _plain(3), -1),
+    "lpips_vgg": Metric("LPIPS (VGG)", _plain(3), -1),
+    "clip_i": Metric("CLIP-I to the truth", _plain(3), +1),
+    "clip_i_context": Metric("CLIP-I to the context", _plain(3), +1),
+    "clip_t": Metric("CLIP-T", _plain(3), +1),
+    "clip_dir": Metric("CLIP direction", _plain(3), +1),
+    "dinov2": Metric("DINOv2 to the truth", _plain(3), +1),
+    "dinov2_context": Metric("DINOv2 to the context", _plain(3), +1),
+    "efflite0": Metric("EfficientNet-Lite0 to the truth", _plain(3), +1),
+    "efflite0_context": Metric("EfficientNet-Lite0 to the context", _plain(3), +1),
+    "auraface": Metric("same face (AuraFace)", _plain(3), +1),
+    "dlib_similarity": Metric("same face (dlib)", _plain(3), +1),
+    "ocr_accuracy": Metric("words right (OCR)", _percent, +1),
+    "shift": Metric("shift of what stays, pixels", _plain(3), -1),
+    "zoom": Metric("zoom of what stays, %", _plain(2), 0),
+    "colour_drift": Metric("colour drift of what stays, of 255", _plain(2), -1),
+    "fid": Metric("FID", _plain(2), -1),
+    "kid": Metric("KID", _plain(4), -1),
+    "fd_dinov2": Metric("FD (DINOv2)", _plain(1), -1),
+    "kid_dinov2": Metric("KD (DINOv2)", _plain(4), -1),
+    "fd_efflite0": Metric("FD (EfficientNet-Lite0)", _plain(1), -1),
+    "kid_efflite0": Metric("KD (EfficientNet-Lite0)", _plain(4), -1),
+}
+"""All metrics, in the order in which tables show them. The last are of a set as a whole."""
+
+
+class Estimate(NamedTuple):
+    """A mean, and the interval of confidence around it."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def estimate(
+    values: Float[np.ndarray, " n"], groups: Sequence[str], draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """The mean of values, with a percentile bootstrap over groups (Efron 1979).
+
+    Values of one group (prompts of one image, turns of one session) are not independent, so whole
+    groups are drawn, with replacement; a draw's mean is that of all of its values.
+
+    Args:
+      values: one or more.
+      groups: of each value.
+      draws: how often.
+      seed: of the draws.
+    """
+    _, inverse = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(inverse, values), np.bincount(inverse)
+    rng = np.random.default_rng(seed)
+    at_once = max(1, DRAWN_AT_ONCE // len(sums))
+    means = []
+    for start in range(0, draws, at_once):
+        drawn = rng.integers(len(sums), size=(min(at_once, draws - start), len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    means = np.concatenate(means)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, dict[str, Estimate]]]:
+    """metric -> {"category": {name: estimate}, "turn": {number: estimate}}.
+
+    Args:
+      rows: lines of scores: metrics by name, None where there is nothing to say, and the task's
+        ``category``, ``group`` and ``turn``. Metrics of which no row says anything are left out.
+    """
+    found = {}
+    for metric in METRICS:
+        judged = [row for row in rows if row.get(metric) is not None]
+        if not judged:
+            continue
+        found[metric] = {
+            "category": _by(judged, metric, lambda row: row["category"]) | _all(judged, metric),
+            "turn": _by(judged, metric, lambda row: str(row["turn"])),
+        }
+    return found
+
+
+def _by(rows: Sequence[Mapping], metric: str, key: Callable) -> dict[str, Estimate]:
+    parts: dict[str, list[Mapping]] = defaultdict(list)
     for row in rows:
-        groups[row["category"]].append(row)
-        groups[ALL].append(row)
-
-    def mean(values):
-        return round(float(np.mean(values)), 4) if values else None
-
-    names = sorted(groups, key=lambda name: (name == ALL, name))
-    return {
-        metric: {name: mean(_values(groups[name], key)) for name in names}
-        for metric, key in (("edit_success", "edited"), ("preservation", "preserved"), ("l1", "l1"))
-    } | {"count": {name: len(groups[name]) for name in names}}
+        parts[key(row)].append(row)
+    return {name: _estimate(parts[name], metric) for name in sorted(parts)}
 
 
-def _values(rows: Sequence[dict], key: str) -> list[float]:
-    return [float(row[key]) for row in rows if row[key] is not None]
+def _all(rows: Sequence[Mapping], metric: str) -> dict[str, Estimate]:
+    return {ALL: _estimate(rows, metric)}
 
 
-def spread(triples: Sequence[Triple], number: int) -> list[int]:
-    """The first examples of each category in turn, chosen before any result is known."""
+def _estimate(rows: Sequence[Mapping], metric: str) -> Estimate:
+    values = np.array([row[metric] for row in rows], np.float64)
+    return estimate(values, [row["group"] for row in rows])
+
+
+def spread(tasks: Sequence[Task], number: int) -> list[int]:
+    """The first tasks of each category in turn, chosen before any result is known."""
     queues: dict[str, list[int]] = defaultdict(list)
-    for i, triple in enumerate(triples):
-        queues[triple.category].append(i)
+    for i, task in enumerate(tasks):
+        queues[task.category].append(i)
     turns = max(map(len, queues.values()))
     order = [queue[k] for k in range(turns) for queue in queues.values() if k < len(queue)]
     return order[:number]
-
-
-def efflite0_features(
-    sets: Sequence[Sequence[Image]], mesh: Mesh
-) -> list[Float32[np.ndarray, "_ D"]]:
-    """What Frechet distances called ``fd_efflite0`` are computed of: a vector for each picture.
-
-    They are EfficientNet-Lite0's pooled features, of pictures brought to ``FD_INPUT``.
-
-    Raises:
-      FileNotFoundError: the network's weights are not installed.
-      ValueError: the weights are others, or a set is empty.
-    """
-    network = load_lite0(mesh, EfficientNetConfig.lite0(input_size=FD_INPUT))
-    return [pooled_features(network, images, mesh) for images in sets]

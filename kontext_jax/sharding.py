@@ -261,7 +261,8 @@ def over_batches(
                 batch = np.stack([arrays[i] for i in filled])
                 out = function(key, jax.device_put(batch, batch_sharding(mesh)))
                 out = multihost_utils.process_allgather(out, tiled=True)
-                results.update(zip(part, np.asarray(out), strict=False))
+                rows = map(np.asarray, np.asarray(out))  # NumPy's rows of numbers are no arrays
+                results.update(zip(part, rows, strict=False))
     return [results[i] for i in range(len(arrays))]
 
 

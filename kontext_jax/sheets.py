@@ -20,12 +20,12 @@ INK, PAPER, FAINT = (32, 32, 32), (255, 255, 255), (140, 140, 140)
 
 
 class SheetRow(NamedTuple):
-    """One example; ``note`` is a word on how it went."""
+    """One example; ``truth`` is None where none is known, ``note`` is a word on how it went."""
 
     contexts: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     prompt: str
     results: Sequence[UInt8[np.ndarray, "_ _ 3"]]
-    truth: UInt8[np.ndarray, "_ _ 3"]
+    truth: UInt8[np.ndarray, "_ _ 3"] | None
     note: str = ""
 
 
@@ -36,7 +36,7 @@ def draw_sheet(
     cell: int = 128,
     text_width: int = 240,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draws rows under their headings.
+    """Draws rows under their headings; without the column of truths where no row has one.
 
     Args:
       rows: the examples, each with one result for each of ``result_names``.
@@ -45,11 +45,12 @@ def draw_sheet(
       text_width: of the column of instructions.
     """
     num_contexts = max([len(row.contexts) for row in rows] + [1])
-    columns = [cell] * num_contexts + [text_width] + [cell] * (len(result_names) + 1)
+    truth = ["truth"] if any(row.truth is not None for row in rows) else []
+    columns = [cell] * num_contexts + [text_width] + [cell] * (len(result_names) + len(truth))
     lefts = np.cumsum([GAP] + [width + GAP for width in columns])
     font = ImageFont.load_default(size=15)
     small = ImageFont.load_default(size=12)
-    headings = ["context"] + [""] * (num_contexts - 1) + ["instruction", *result_names, "truth"]
+    headings = ["context"] + [""] * (num_contexts - 1) + ["instruction", *result_names, *truth]
     headings = [wrap(text, font, width) for text, width in zip(headings, columns, strict=True)]
     head = 8 + 18 * max(map(len, headings))
     sheet = Image.new("RGB", (int(lefts[-1]), head + len(rows) * (cell + GAP)), PAPER)
@@ -65,7 +66,8 @@ def draw_sheet(
         draw.multiline_text((text_left, top + 4), "\n".join(lines), fill=INK, font=font)
         draw.text((text_left, top + cell - 18), row.note, fill=FAINT, font=small)
         for left, image in zip(lefts[num_contexts + 1 :], [*row.results, row.truth], strict=False):
-            sheet.paste(_fit(image, cell), (int(left), top))
+            if image is not None:
+                sheet.paste(_fit(image, cell), (int(left), top))
     return np.asarray(sheet)
 
 
@@ -102,7 +104,7 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     triples = [source[i] for i in np.linspace(0, len(source) - 1, number).astype(int)]
     examples = prepare_all(triples, config.data)
     if config.objective.kind == "autoencoder":
-        return lambda networks, frozen: _reconstructions(networks["autoencoder"], examples)
+        return lambda networks, frozen: _reconstructions(networks["autoencoder"], examples, mesh)
     player = config.make_objective().generator
     generate = Generator(examples, config.data, config.objective, config.sheets.sampler, mesh)
 
@@ -117,10 +119,10 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], np.nd
     return edits
 
 
-def _reconstructions(autoencoder, examples: Sequence[Example]) -> np.ndarray:
+def _reconstructions(autoencoder, examples: Sequence[Example], mesh: Mesh) -> np.ndarray:
     images = [example.target for example in examples]
     rows = [
         SheetRow([], example.id, [image], example.target)
-        for example, image in zip(examples, reconstruct(autoencoder, images), strict=True)
+        for example, image in zip(examples, reconstruct(autoencoder, images, mesh), strict=True)
     ]
     return draw_sheet(rows, result_names=["reconstruction"])

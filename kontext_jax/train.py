@@ -32,6 +32,7 @@ from kontext_jax.train_state import (
     make_optimizers,
 )
 from kontext_jax.types import Metrics
+from kontext_jax.validation import make_validation
 from kontext_jax.writer import Writer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, :variant.")
@@ -63,6 +64,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     objective = config.make_objective()
     frozen = load_frozen(config, mesh)
     make_sheet = make_sheet_maker(config, mesh) if config.sheets.every else None
+    validate = make_validation(config, mesh) if config.validation.every else None
     optimizers = make_optimizers(objective, config.optim, config.num_steps)
     abstract, shardings = abstract_state(objective, optimizers, mesh)
     checkpointer = Checkpointer(workdir, config.checkpoint)
@@ -115,6 +117,8 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 checkpointer.save(state, loader.state(), meta)
             if make_sheet and (step % config.sheets.every == 0 or last):
                 writer.image("sheet", step, make_sheet(state.ema, frozen))
+            if validate and (step % config.validation.every == 0 or last):
+                writer.metrics(step, validate(state.ema, frozen), log="validation")
             pause(time.monotonic() - began)
     return meta["metrics"]
 

@@ -1,4 +1,4 @@
-"""What a run tells: one line on the console, `metrics.jsonl`, TensorBoard, pictures."""
+"""What a run tells: lines on the console, ``metrics.jsonl`` and the like, TensorBoard, pictures."""
 
 import datetime
 import json
@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+LOGS = ("metrics", "validation")
+"""What is told step by step: of training, and of held-out examples. Each has a file."""
 
 SHORT = {
     "examples_per_second_per_chip": "samples/s/chip",
@@ -34,22 +37,26 @@ class Writer:
         from tensorboardX import SummaryWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._path = self._folder / "metrics.jsonl"
-        _drop_after(self._path, start_step)
+        for log in LOGS:
+            _drop_after(self._folder / f"{log}.jsonl", start_step)
         self._board = SummaryWriter(
             str(self._folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
 
-    def metrics(self, step: int, values: dict[str, float | int]) -> None:
-        """Writes numbers to the files, and the main ones to the console."""
+    def metrics(self, step: int, values: dict[str, float | int], log: str = "metrics") -> None:
+        """Writes numbers to the files, and the main ones to the console; ``log`` is one of `LOGS`.
+
+        Those of training itself go by their names, others by that of their log too.
+        """
         if not self._active:
             return
-        with self._path.open("a") as file:
+        with (self._folder / f"{log}.jsonl").open("a") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
+        prefix, whose = ("", []) if log == "metrics" else (f"{log}/", [log])
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(f"{prefix}{name}", value, step)
         progress = f"step {step}/{self._num_steps}"
-        print(progress, *_shown(values), f"ETA {self._eta(step)}", sep="  ", flush=True)
+        print(progress, *whose, *_shown(values), f"ETA {self._eta(step)}", sep="  ", flush=True)
 
     def image(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes ``name-step.png`` and the same to TensorBoard."""

@@ -9,18 +9,23 @@ import sys
 from pathlib import Path
 
 COLUMNS = {
-    "carried out, %": (lambda cell: 100 * cell["edit_success"]["all"], 1),
-    "the rest kept, %": (lambda cell: 100 * cell["preservation"]["all"], 1),
-    "FD": (lambda cell: cell["fd_efflite0"], 0),
-    "FD to reconstructions": (lambda cell: cell["fd_efflite0_reconstructed"], 0),
-    "seconds an image": (lambda cell: cell["seconds_per_image"], 4),
+    "carried out, %": (lambda cell: 100 * cell["metrics"]["edit_success"]["category"]["all"][0], 1),
+    "the rest kept, %": (
+        lambda cell: 100 * cell["metrics"]["preservation"]["category"]["all"][0],
+        1,
+    ),
+    "FD": (lambda cell: cell["whole"]["fd_efflite0"], 0),
+    "seconds an image": (lambda cell: cell["speed"].get("seconds_per_image", 0.0), 4),
 }
-"""The value of a cell, and its digits behind the point."""
+"""The value of a cell on the set "edits", and its digits behind the point."""
 
 
 def table(summaries: list[dict]) -> str:
     """Markdown; the cells are those of the first evaluation, in its order."""
-    scores = [summary["cells"]["scores"] for summary in summaries]
+    scores = [
+        {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
+        for summary in summaries
+    ]
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in scores[0]:
         entries = [

@@ -19,11 +19,16 @@ if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
 fi
 source .venv/bin/activate
 
-install_extra() { # NAME: installs one more extra of pyproject.toml, once
-  local stamp=.venv/installed-$1
+install_extra() { # NAME...: installs more extras of pyproject.toml, once
+  install_once "$*" --editable ".[$(IFS=, && echo "$*")]"
+}
+
+install_once() { # NAME ARGUMENT...: installs what pip is told to, once
+  local name=$1 stamp=.venv/installed-${1// /-}
+  shift
   if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
-    echo "installing the extra '$1' into .venv (once)"
-    python -m pip install -qq --editable ".[$1]"
+    echo "installing $name into .venv (once)"
+    python -m pip install -qq "$@"
     touch "$stamp"
   fi
 }

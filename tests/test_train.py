@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from kontext_jax import flops
 from kontext_jax import train as train_module
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
-from kontext_jax.config import Config, SheetConfig, to_dict
+from kontext_jax.config import Config, SheetConfig, ValidationConfig, to_dict
 from kontext_jax.data import store, world
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
@@ -29,9 +29,11 @@ from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.places import load_config, open_network
+from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import Profiler, TrainingStopped, Window, train
 from kontext_jax.train_state import TrainState
+from kontext_jax.weights.fingerprint import fingerprint_of
 from kontext_jax.writer import Writer
 
 
@@ -342,3 +344,43 @@ def test_the_log_forgets_steps_that_are_run_again(tmp_path):
         {"step": 4, "loss": 2.0},
         {"step": 6, "loss": 7.0},
     ]
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", pytest.param("flow", marks=pytest.mark.slow)])
+def test_validation_tells_of_held_out_examples_and_disturbs_nothing(
+    world_folder, autoencoder, tmp_path, kind
+):
+    """A run that is looked at in every other step learns the same, to the last bit."""
+    config = autoencoder_config(world_folder)
+    if kind == "flow":
+        config = flow_config(world_folder, autoencoder)
+        config.num_steps = 6
+    train(config, tmp_path / "alone")
+    config.validation = ValidationConfig(
+        every=2, num_examples=5, num_pictures=3, sampler=SamplerConfig(num_steps=2)
+    )
+    train(config, tmp_path / "watched")
+
+    def told(run: str, log: str = "metrics") -> list[dict]:
+        text = (tmp_path / run / f"{log}.jsonl").read_text()
+        found = [json.loads(line) for line in text.splitlines()]
+        return [{k: v for k, v in line.items() if "per_second" not in k} for line in found]
+
+    assert told("alone") == told("watched")
+    of_player = {"autoencoder": "autoencoder", "flow": "transformer"}[kind]
+    networks = [open_network(tmp_path / run, of_player) for run in ("alone", "watched")]
+    assert fingerprint_of(networks[0]) == fingerprint_of(networks[1])
+
+    found = told("watched", "validation")
+    assert [line["step"] for line in found] == [2, 4, 6]
+    assert {"l1", "psnr", "ssim", "edit_success"} <= found[0].keys()
+    assert found[0]["l1"] != found[2]["l1"]
+    assert ("loss" in found[0]) == (kind == "flow")
+    if kind == "flow":
+        losses = [value for name, value in found[0].items() if name.startswith("loss_t0")]
+        assert found[0]["loss"] == pytest.approx(np.mean(losses))  # five levels of one each
+        assert {"loss_edit", "loss_t0", "loss_t0.125"} <= found[0].keys()
+    # What is measured does not depend on when: the last checkpoint, measured anew, says the same.
+    shutil.rmtree(tmp_path / "watched" / "tensorboard")
+    train(config, tmp_path / "watched")
+    assert told("watched", "validation") == found

@@ -19,6 +19,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from kontext_jax.data.scene import (
     BACKGROUNDS,
@@ -36,7 +37,7 @@ from kontext_jax.data.scene import (
     Thing,
     render,
 )
-from kontext_jax.types import Triple
+from kontext_jax.types import Task, Triple
 
 SPLITS = ("train", "validation")
 HELD_OUT_ONE_IN = 10  # of the combinations, for validation
@@ -111,7 +112,11 @@ def _still_life(rng: np.random.Generator, num_objects: int) -> tuple[Scene, str,
     return scene, places[0], things[0]
 
 
-def _one_or_two(rng: np.random.Generator) -> tuple[Scene, str, Thing]:
+Start = tuple[Scene, str, Thing]
+"""What an edit of things starts from, as of `_still_life`."""
+
+
+def _one_or_two(rng: np.random.Generator) -> Start:
     return _still_life(rng, 1 + int(rng.integers(2)))
 
 
@@ -122,15 +127,15 @@ def _a(*words: str) -> str:
 # ---- one function per kind of edit --------------------------------------------------------------
 
 
-def _recolour(rng: np.random.Generator) -> Edit:
-    before, place, (shape, colour) = _one_or_two(rng)
+def _recolour(rng: np.random.Generator, start: Start | None = None) -> Edit:
+    before, place, (shape, colour) = start or _one_or_two(rng)
     new = _pick(rng, COLOURS, colour)
     after = replace(before, **{place: Thing(shape, new)})
     return Edit(f"{shape}/{colour}>{new}", f"make the {shape} {new}", before, after)
 
 
-def _reshape(rng: np.random.Generator) -> Edit:
-    before, place, (shape, colour) = _one_or_two(rng)
+def _reshape(rng: np.random.Generator, start: Start | None = None) -> Edit:
+    before, place, (shape, colour) = start or _one_or_two(rng)
     new = _pick(rng, SHAPES, shape)
     after = replace(before, **{place: Thing(new, colour)})
     return Edit(f"{colour}/{shape}>{new}", f"turn the {shape} into {_a(new)}", before, after)
@@ -150,8 +155,8 @@ def _add(rng: np.random.Generator) -> Edit:
     return Edit(f"{colour}/{shape}/{place}", prompt, before, after)
 
 
-def _background(rng: np.random.Generator) -> Edit:
-    before, _, (shape, _) = _one_or_two(rng)
+def _background(rng: np.random.Generator, start: Start | None = None) -> Edit:
+    before, _, (shape, _) = start or _one_or_two(rng)
     new = _pick(rng, BACKGROUNDS, before.background)
     after = replace(before, background=new)
     prompt = f"change the background to {new}"
@@ -165,8 +170,8 @@ def _tone(rng: np.random.Generator) -> Edit:
     return Edit(f"{scene.background}/{colour}/{shape}>{new}", f"make it {new}", before, after)
 
 
-def _restyle(rng: np.random.Generator) -> Edit:
-    before, _, (shape, colour) = _one_or_two(rng)
+def _restyle(rng: np.random.Generator, start: Start | None = None) -> Edit:
+    before, _, (shape, colour) = start or _one_or_two(rng)
     new = _pick(rng, STYLES, before.style)
     after = replace(before, style=new)
     return Edit(f"{colour}/{shape}/{before.style}>{new}", RESTYLE[new], before, after)
@@ -293,23 +298,28 @@ def triple(
         raise ValueError(f"split is {split!r}; world has {' and '.join(SPLITS)}")
     rng = np.random.default_rng((seed, SPLITS.index(split), index))
     category, kind, edit = _draw_edit(rng, split)
-    details = {
-        "category": category,
-        "kind": kind,
-        "combination": edit.combination,
-        "size": size,
-        "names": edit.names(),
-        "free": edit.free,
-        "before": asdict(edit.before) if edit.before else None,
-        "after": asdict(edit.after),
-    }
     return Triple(
         id=f"world/{split}/{seed}/{index:06d}",
         target=render(edit.after, size),
         contexts=(render(edit.before, context_size or size),) if edit.before else (),
         prompt=edit.prompt,
         category=category,
-        details=json.dumps(details),
+        details=_details(category, kind, edit, size),
+    )
+
+
+def _details(category: str, kind: str, edit: Edit, size: int) -> str:
+    return json.dumps(
+        {
+            "category": category,
+            "kind": kind,
+            "combination": edit.combination,
+            "size": size,
+            "names": edit.names(),
+            "free": edit.free,
+            "before": asdict(edit.before) if edit.before else None,
+            "after": asdict(edit.after),
+        }
     )
 
 
@@ -319,3 +329,74 @@ def triples(
     """The first ``num`` examples of a split; see `triple`."""
     for index in range(num):
         yield triple(index, split=split, seed=seed, size=size, context_size=context_size)
+
+
+# ---- evaluation over several turns --------------------------------------------------------------
+
+SESSION_KINDS = {"recolour": "local", "reshape": "local", "background": "global"}
+"""What a session is made of, and the category of each: edits that can follow one another."""
+
+
+def sessions(num: int, *, turns: int, seed: int = 0, size: int = 32) -> Iterator[Task]:
+    """Sessions of edits, each of the picture that the one before has made; ``turns`` tasks each.
+
+    The truth of a turn is what right answers to all turns so far come to.
+    """
+    for index in range(num):
+        rng = np.random.default_rng((seed, len(SPLITS), index))
+        scene = _one_or_two(rng)[0]
+        first, name = render(scene, size), f"world/session/{seed}/{index:06d}"
+        for turn in range(1, turns + 1):
+            kind, edit = _next_edit(rng, scene)
+            yield _task(name, turn, first, SESSION_KINDS[kind], kind, edit, size)
+            scene = edit.after
+
+
+def _next_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Edit]:
+    """(kind, edit of the scene) that leaves things of different shapes, so that one can ask on."""
+    while True:
+        kind = _pick(rng, SESSION_KINDS)
+        place = _pick(rng, [place for place in PLACES if getattr(scene, place)])
+        start = (scene, place, getattr(scene, place))
+        edit = EDITS[SESSION_KINDS[kind]][kind](rng, start)
+        things = [getattr(edit.after, place) for place in PLACES if getattr(scene, place)]
+        if len({thing.shape for thing in things}) == len(things):
+            return kind, edit
+
+
+def probes(num: int, *, turns: int = 1, seed: int = 0, size: int = 32) -> Iterator[Task]:
+    """Edits that are done already, "make the star red" of a red one, the same in every turn.
+
+    A perfect editor gives its context back. Training has no such edit.
+    """
+    for index in range(num):
+        rng = np.random.default_rng((seed, len(SPLITS) + 1, index))
+        scene, _, (shape, colour) = _one_or_two(rng)
+        done = [f"make the {shape} {colour}", f"change the background to {scene.background}"]
+        edit = Edit("", _pick(rng, done), scene, scene)
+        first, name = render(scene, size), f"world/probe/{seed}/{index:06d}"
+        for turn in range(1, turns + 1):
+            yield _task(name, turn, first, "local", "none", edit, size)
+
+
+def _task(
+    name: str,
+    turn: int,
+    first: UInt8[np.ndarray, "size size 3"],
+    category: str,
+    kind: str,
+    edit: Edit,
+    size: int,
+) -> Task:
+    return Task(
+        id=f"{name}/{turn}",
+        contexts=(first,),
+        prompt=edit.prompt,
+        category=category,
+        size=(size, size),
+        truth=render(edit.after, size),
+        group=name,
+        turn=turn,
+        follows=f"{name}/{turn - 1}" if turn > 1 else "",
+        details=_details(category, kind, edit, size),
+    )

@@ -1,0 +1,22 @@
+"""MLPerf Training's measure of text-to-image: the held-out loss of ``configs/flow_256.py``.
+
+python -m kontext_jax.evaluate --config=configs/eval_mlperf.py --workdir=runs/flow_256/evaluation
+
+``data/coco`` holds COCO 2014's 29,696 validation pairs in the order of their annotations' ids, each
+image resized (not cropped) to 256 x 256: a folder for ``data.build --source=folder``. A run is done
+when the mean of all losses is 0.586 or below. Every checkpoint that is kept is measured, raw and
+averaged.
+"""
+
+from kontext_jax.cells import grid
+from kontext_jax.data.sets import SetConfig
+from kontext_jax.evaluate import EvalConfig
+from kontext_jax.losses import MLPERF
+
+
+def get_config() -> EvalConfig:
+    return EvalConfig(
+        cells=grid("runs/flow_256@all", params=("params", "ema")),
+        loss_sets=(SetConfig(name="COCO 2014", path="data/coco"),),
+        loss=MLPERF,
+    )

@@ -1,0 +1,225 @@
+"""Charts as SVG that stands inside a page: lines with bands in small multiples, and bars.
+
+Words stay text, in the page's own font. Legends are the page's: it knows the colours.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Value = tuple[float, float, float]
+"""A mean, and the low and high end of the interval around it."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kontext_jax",  # the same report has the same ids
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#999",
+    "axes.labelcolor": "#555",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": "#555",
+    "ytick.color": "#555",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4,
+}
+
+CORNERS = ((5, 4, "left"), (5, -11, "left"), (-5, 4, "right"), (-5, -11, "right"), (5, 14, "left"))
+"""Where the name of a point may stand: points to the right, up, and the side that is aligned."""
+
+
+class Line(NamedTuple):
+    """Points of one colour.
+
+    Attributes:
+      points: x -> value; bars have groups for x.
+      colour: of line, band or bars.
+      dashed: for what is only there to compare with.
+      names: x -> what is written at that point, and in which colour.
+    """
+
+    points: Mapping[Any, Value]
+    colour: str
+    dashed: bool = False
+    names: Mapping[Any, tuple[str, str]] = {}
+
+
+class Panel(NamedTuple):
+    """One of several charts side by side.
+
+    Attributes:
+      title: over it.
+      xlabel: under it.
+      lines: what is drawn.
+      percent: whether values are shares of 1.
+      log_x, log_y: whether an axis is logarithmic.
+      ticks: the only places that the x axis names; its own choice if empty.
+      markers: whether points are marked.
+    """
+
+    title: str
+    xlabel: str
+    lines: Sequence[Line]
+    percent: bool = False
+    log_x: bool = False
+    log_y: bool = False
+    ticks: Sequence[float] = ()
+    markers: bool = True
+
+
+def panels(
+    items: Sequence[Panel], columns: int = 3, size: tuple[float, float] = (3.85, 2.4)
+) -> str:
+    """Panels in rows of ``columns``, each of ``size`` inches, as an ``<svg>`` element."""
+
+    def draw(figure: "Figure") -> None:
+        grid = figure.subplots(-(-len(items) // columns), columns, squeeze=False)
+        for axes in grid.flat[len(items) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid.flat, items, strict=False):
+            _panel(axes, panel)
+        figure.draw_without_rendering()  # places the axes, and names can keep clear of each other
+        for axes, panel in zip(grid.flat, items, strict=False):
+            _name_points(axes, panel)
+
+    columns = min(columns, len(items))
+    return _svg(draw, columns * size[0], -(-len(items) // columns) * size[1])
+
+
+def bars(groups: Sequence[str], lines: Sequence[Line], title: str, percent: bool = False) -> str:
+    """Bars side by side in groups, with their intervals, as an ``<svg>`` element."""
+    width = 0.8 / len(lines)
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        axes.set_title(title, parse_math=False)
+        for i, line in enumerate(lines):
+            here = [(k, line.points[name]) for k, name in enumerate(groups) if name in line.points]
+            middles = [k + (i - (len(lines) - 1) / 2) * width for k, _ in here]
+            means = [value[0] for _, value in here]
+            axes.bar(middles, means, width * 0.88, color=line.colour)
+            ends = _ends([value for _, value in here])
+            axes.errorbar(middles, means, ends, fmt="none", ecolor="#333", elinewidth=0.9)
+        axes.set_xticks(range(len(groups)), groups, parse_math=False)
+        axes.tick_params(axis="x", length=0)
+        _dress(axes, percent)
+        if percent:
+            axes.set_ylim(0, 1.03)
+
+    return _svg(draw, min(11.5, 1.5 + len(groups) * max(0.9, 0.28 * len(lines))), 2.6)
+
+
+def _panel(axes: "Axes", panel: Panel) -> None:
+    axes.set_title(panel.title, parse_math=False)
+    axes.set_xlabel(panel.xlabel)
+    for line in panel.lines:
+        places = sorted(line.points)
+        means, lows, highs = ([line.points[x][i] for x in places] for i in range(3))
+        dashes, marker = "--" if line.dashed else "-", "o" if panel.markers else ""
+        axes.plot(places, means, color=line.colour, linestyle=dashes, marker=marker)
+        for x, (_, colour) in line.names.items():
+            axes.plot(x, line.points[x][0], color=colour, marker="o")
+        if len(places) > 1:
+            axes.fill_between(places, lows, highs, color=line.colour, alpha=0.13, linewidth=0)
+        else:
+            ends = _ends(list(line.points.values()))
+            axes.errorbar(places, means, ends, fmt="none", ecolor=line.colour, alpha=0.5)
+    axes.margins(x=0.12 if any(line.names for line in panel.lines) else 0.05)
+    _dress(axes, panel.percent)
+    if panel.log_x:
+        _log(axes.set_xscale, axes.xaxis)
+    if panel.log_y:
+        _log(axes.set_yscale, axes.yaxis)
+    else:
+        axes.set_ylim(*_limits(panel))
+    if panel.ticks:
+        axes.set_xticks(panel.ticks, [f"{x:g}" for x in panel.ticks], minor=False)
+
+
+def _limits(panel: Panel) -> tuple[float, float]:
+    """Of the y axis: by what is not dashed, which could else be pressed into one line."""
+    solid = [line for line in panel.lines if not line.dashed or panel.percent] or panel.lines
+    values = [value for line in solid for value in line.points.values()]
+    ends = [end for value in values for end in value if math.isfinite(end)]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    middle, span = (low + high) / 2, max(high - low, 0.1 if panel.percent else 1e-3 * abs(high))
+    low, high = middle - 0.62 * (span or 1.0), middle + 0.62 * (span or 1.0)
+    if panel.percent:
+        return max(low, -0.02), min(high, 1 + 0.04 * (1 - low))
+    return low, high
+
+
+def _ends(values: Sequence[Value]) -> list[list[float]]:
+    """How far intervals reach below and above their means; rounding may have put one beyond."""
+    lows = [max(0.0, mean - low) for mean, low, _ in values]
+    return [lows, [max(0.0, high - mean) for mean, _, high in values]]
+
+
+def _dress(axes: "Axes", percent: bool) -> None:
+    """Faint lines across, and numbers without powers of ten."""
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+    show = "{:.0%}" if percent else "{:g}"
+    axes.yaxis.set_major_formatter(
+        lambda y, _: "" if percent and y > 1.001 else show.format(round(y, 10))
+    )
+
+
+def _log(set_scale: Callable, axis: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _name_points(axes: "Axes", panel: Panel) -> None:
+    """Writes names beside points, clear of lines and other names if there is such a place."""
+    taken = []
+    paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+    for line in panel.lines:
+        for x, (name, colour) in line.names.items():
+            for right, up, side in CORNERS:
+                text = axes.annotate(
+                    name,
+                    (x, line.points[x][0]),
+                    (right, up),
+                    textcoords="offset points",
+                    ha=side,
+                    fontsize=8,
+                    color=colour,
+                    parse_math=False,
+                )
+                text.set_in_layout(False)
+                box = text.get_window_extent()
+                inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
+                inside = inside and axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
+                crossed = any(path.intersects_bbox(box, filled=False) for path in paths)
+                if inside and not crossed and not any(box.overlaps(other) for other in taken):
+                    break
+                if (right, up, side) != CORNERS[-1]:
+                    text.remove()
+            taken.append(box)
+
+
+def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
+    # Imported here: it is slow, and only the report draws.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

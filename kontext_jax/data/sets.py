@@ -1,0 +1,136 @@
+"""What an evaluation asks for: sets of tasks, and these as examples that can be packed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+
+from kontext_jax.data import world
+from kontext_jax.data.benchmarks import identity_probe, triples
+from kontext_jax.data.kontext_bench import kontext_bench
+from kontext_jax.data.magic_brush import magic_brush
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.text import Tokenizer
+from kontext_jax.geometry import fit, nearest_size
+from kontext_jax.types import Example, Task
+
+KINDS = ("triples", "kontext_bench", "magic_brush", "world")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class SetConfig:
+    """One set of tasks.
+
+    Attributes:
+      name: what results call it.
+      kind: "triples", a data set that `data.build` wrote; "kontext_bench" or "magic_brush", a local
+        copy of these; "world", sessions or probes that are drawn on the spot.
+      path: of the data.
+      split: of triples, and of MagicBrush.
+      num_examples: the first so many, each with the turns that follow it; 0 for all.
+      turns: of a session; each turn edits the picture that was made in the turn before. 1 takes
+        every edit by itself.
+      probe: if there, the set's images are asked to stay as they are, in these words, in each of
+        ``turns`` turns; in the world "done" asks for edits that are done already.
+      seed: of what is drawn on the spot.
+    """
+
+    name: str
+    kind: str = "triples"
+    path: str = ""
+    split: str = "validation"
+    num_examples: int = 0
+    turns: int = 1
+    probe: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"set {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}."
+            )
+        if not self.path and self.kind != "world":
+            raise ValueError(f"set {self.name!r}: path is empty; it names the data's folder.")
+        if self.num_examples < 0:
+            raise ValueError(
+                f"set {self.name!r}: num_examples {self.num_examples} must be 0, for all, or more."
+            )
+        if self.turns < 1:
+            raise ValueError(f"set {self.name!r}: turns {self.turns} must be at least 1.")
+        if self.kind == "triples" and self.turns > 1 and not self.probe:
+            raise ValueError(f"set {self.name!r}: triples have no sessions; set turns=1.")
+        if self.kind == "world" and not self.num_examples:
+            raise ValueError(f"set {self.name!r}: the world has no end; set num_examples.")
+
+
+def load_tasks(config: SetConfig) -> list[Task]:
+    """The tasks of a set, those of a session in the order of their turns.
+
+    Raises:
+      FileNotFoundError, ValueError: the data is missing, or not what it should be.
+    """
+    if config.kind == "world":
+        draw = world.probes if config.probe else world.sessions
+        return list(draw(config.num_examples, turns=config.turns, seed=config.seed))
+    turns = 1 if config.probe else config.turns
+    if config.kind == "triples":
+        tasks = triples(config.path, config.split, 0 if config.probe else config.num_examples)
+    elif config.kind == "kontext_bench":
+        tasks = kontext_bench(config.path, turns)
+    else:
+        tasks = magic_brush(config.path, config.split, sessions=turns > 1)
+        tasks = [task for task in tasks if task.turn <= turns or turns == 1]
+    if config.probe:
+        tasks = identity_probe(tasks, config.probe, config.turns)
+    return _first(tasks, config.num_examples)
+
+
+def _first(tasks: Sequence[Task], number: int) -> list[Task]:
+    """The first so many tasks that follow none, and those that follow them; 0 for all."""
+    kept: dict[str, Task] = {}
+    begun = 0
+    for task in tasks:
+        begins = not task.follows and (not number or begun < number)
+        if begins or task.follows in kept:
+            kept[task.id] = task
+            begun += begins
+    return list(kept.values())
+
+
+def examples_of(
+    tasks: Sequence[Task], made: Mapping[str, UInt8[np.ndarray, "_ _ 3"]], data: DataConfig
+) -> list[Example]:
+    """Tasks as a model takes them: contexts resized, prompts tokenised, targets empty.
+
+    Args:
+      tasks: of one turn.
+      made: the pictures of the turn before, by the ids of their tasks.
+      data: sizes and tokenizers.
+    """
+    tokenizer, sizes = Tokenizer(data.text), data.geometry.sizes
+    fitted: dict[int, np.ndarray] = {}  # tasks share images
+
+    def resized(image):
+        if id(image) not in fitted:
+            fitted[id(image)] = fit(image, sizes)
+        return fitted[id(image)]
+
+    blanks: dict[tuple[int, int], np.ndarray] = {}
+    examples = []
+    for task in tasks:
+        contexts = task.contexts
+        if task.follows:
+            contexts = (made[task.follows], *contexts[1:])
+        width, height = nearest_size(*task.size, sizes)
+        blank = blanks.setdefault((width, height), np.zeros((height, width, 3), np.uint8))
+        examples.append(
+            Example(
+                task.id,
+                blank,
+                tuple(resized(image) for image in contexts),
+                tokenizer(task.prompt),
+                tokenizer.clip(task.prompt),
+            )
+        )
+    return examples

@@ -1,0 +1,82 @@
+"""Numbers of held-out examples while a run goes on: the loss by time level, and judged pictures.
+
+All that is random here has keys of its own, and training's are made of its seed and step alone: a
+run learns the same to the last bit, however often it is looked at.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from kontext_jax.config import Config
+from kontext_jax.data.benchmarks import triples
+from kontext_jax.data.pipeline import prepare_all
+from kontext_jax.data.sets import examples_of
+from kontext_jax.data.sources import TripleSource
+from kontext_jax.evaluator import Generator, Image, reconstruct
+from kontext_jax.judges import Lineup, judge, judge_drift, judge_pixels, judge_world
+from kontext_jax.losses import held_out_loss, summarise_losses
+from kontext_jax.objectives.flow_matching import networks_of
+from kontext_jax.types import Task
+
+Validation = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
+
+
+def make_validation(config: Config, mesh: Mesh) -> Validation:
+    """A function (networks by player, frozen networks) -> numbers by name.
+
+    Of an autoencoder these are how near its reconstructions come; of what makes pictures, the loss
+    where it learns by flow matching, and what judges say of its pictures.
+
+    Raises:
+      FileNotFoundError, ValueError: the held-out data is missing.
+    """
+    settings, data = config.validation, config.data
+    source = TripleSource(data.path, settings.split)
+    number = min(settings.num_examples or len(source), len(source))
+    tasks = triples(data.path, settings.split, number)
+    examples = prepare_all([source[i] for i in range(number)], data)
+    if config.objective.kind == "autoencoder":
+        targets = [example.target for example in examples]
+
+        def reconstructions(networks, frozen):
+            made = reconstruct(networks["autoencoder"], targets, mesh)
+            return _judged(tasks, made)
+
+        return reconstructions
+
+    player = config.make_objective().generator
+    pictured = tasks[: settings.num_pictures]
+    generate = None
+    if pictured:
+        generate = Generator(
+            examples_of(pictured, {}, data), data, config.objective, settings.sampler, mesh
+        )
+    kinds = {task.id: "edit" if task.contexts else "text_to_image" for task in tasks}
+
+    def validation(networks, frozen):
+        whole = networks_of(networks[player], frozen)
+        numbers = {}
+        if config.objective.kind == "flow_matching":
+            rows = held_out_loss(whole, examples, data, config.objective, settings.loss, mesh)
+            numbers |= _losses(summarise_losses(rows, kinds))
+        if generate is not None:
+            numbers |= _judged(pictured, generate(whole))
+        return numbers
+
+    return validation
+
+
+def _losses(summary: Mapping[str, Any]) -> dict[str, float]:
+    levels = {f"loss_t{level['t']:.3g}": level["mean"] for level in summary["levels"]}
+    kinds = {f"loss_{kind}": found["mean"] for kind, found in summary["kinds"].items()}
+    return {"loss": summary["mean"]} | kinds | levels
+
+
+def _judged(tasks: Sequence[Task], images: Sequence[Image]) -> dict[str, float]:
+    """The mean of each column that judges fill."""
+    columns = judge([judge_pixels, judge_world, judge_drift], Lineup("", tasks, images)).columns
+    values = {name: [x for x in column if x is not None] for name, column in columns.items()}
+    return {name: float(np.mean(known)) for name, known in values.items() if known}

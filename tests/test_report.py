@@ -1,0 +1,490 @@
+"""The page, of a sweep made by hand: what it shows is what was found, and it needs nothing else."""
+
+import base64
+import html
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kontext_jax import gallery
+from kontext_jax.cells import folder_name
+from kontext_jax.charts import Line, Panel, bars, panels
+from kontext_jax.gallery import chosen, data_uri, ranked
+from kontext_jax.report import colours_of, table, write_report
+from kontext_jax.scores import ALL, METRICS, summarise
+from kontext_jax.summary import HEADLINE, goodness, metrics_of
+from kontext_jax.types import Task
+
+NASTY = "edits </script><b>&'\"$x$"
+SESSIONS = "sessions"
+COPY = "copy <i>&'\""
+CATEGORIES = ("local", "text", "text_to_image")
+VOID = {"meta", "img"}
+
+
+def solid(value: int, side: int = 16) -> np.ndarray:
+    return np.full((side, side, 3), value, np.uint8)
+
+
+def single_tasks() -> list[Task]:
+    tasks = []
+    for i in range(9):
+        category = CATEGORIES[i % 3]
+        contexts = () if category == "text_to_image" else (solid(i),)
+        prompt = f"<b>prompt</b> & '{i}' \"</script>"
+        tasks.append(Task(f"a/{i}", contexts, prompt, category, (16, 16), solid(100 + i)))
+    return tasks
+
+
+def session_tasks() -> list[Task]:
+    context = solid(50)
+    return [
+        Task(
+            f"s{k}.{turn}",
+            (context,),
+            f"step {turn}",
+            "local",
+            (16, 16),
+            solid(60 + turn),
+            group=f"s{k}",
+            turn=turn,
+            follows=f"s{k}.{turn - 1}" if turn > 1 else "",
+        )
+        for turn in (1, 2)
+        for k in range(3)
+    ]
+
+
+class Sweep:
+    """A folder and a summary, made cell by cell."""
+
+    def __init__(self, workdir: Path, tasks: dict[str, list[Task]]):
+        self.workdir, self.tasks = workdir, tasks
+        self.pictures: dict[tuple[str, str, str], np.ndarray] = {}
+        self.summary: dict[str, Any] = {
+            "sets": {name: {"num_tasks": len(each)} for name, each in tasks.items()},
+            "left_out": {},
+            "timed": "Wall time.",
+            "cells": {},
+            "losses": {},
+            "seconds": {},
+        }
+
+    def add(self, name: str, *, scores, whole=(), step=None, num_steps=4, baseline="", speed=0.0):
+        """``scores`` is a function of a task and its number."""
+        found = {}
+        for of_set, tasks in self.tasks.items():
+            folder = self.workdir / "cells" / folder_name(of_set) / folder_name(name)
+            (folder / "images").mkdir(parents=True)
+            rows = []
+            for i, task in enumerate(tasks):
+                picture = solid(17 * len(self.summary["cells"]) + i + len(tasks))
+                self.pictures[of_set, name, task.id] = picture
+                file = folder / "images" / f"{quote(task.id, safe='')}.png"
+                Image.fromarray(picture).save(file)
+                about = {"id": task.id, "category": task.category, "turn": task.turn}
+                rows.append(about | {"group": task.group or task.id} | scores(task, i))
+            (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            kinds = sorted({task.category for task in tasks})
+            count = {kind: sum(task.category == kind for task in tasks) for kind in kinds}
+            found[of_set] = {
+                "count": count | {ALL: len(tasks)},
+                "metrics": json.loads(json.dumps(summarise(rows))),
+                "whole": dict(whole),
+                "speed": {
+                    "seconds_per_image": speed,
+                    "images_per_second_per_chip": 1 / speed,
+                    "compile_seconds": 12.34,
+                    "device": "cpu",
+                    "chips": 2.0,
+                }
+                if speed
+                else {},
+            }
+        self.summary["cells"][name] = {
+            "name": name,
+            "checkpoint": "" if baseline == "copy" else "runs/<flow>",
+            "params": "ema",
+            "shift": "none",
+            "baseline": baseline,
+            "sampler": {
+                "num_steps": num_steps,
+                "method": "euler",
+                "guidance": 2.5,
+                "cfg_scale": 1.0,
+                "strength": 1.0,
+            },
+            "step": step,
+            "weights": {} if baseline == "copy" else {"transformer": ["0123456789abcdef"]},
+            "sets": found,
+        }
+
+    def write(self, **settings) -> str:
+        write_report(self.workdir, self.summary, self.tasks, **settings)
+        return (self.workdir / "report.html").read_text(encoding="utf-8")
+
+
+def judged(quality: float):
+    def scores(task: Task, i: int) -> dict[str, float | None]:
+        l1 = (i % 5 + 1) / 100 / quality
+        kept = None if task.category == "text_to_image" else float(i % 3 < 2)
+        edited = float(i % 10 >= 10 * (1 - quality))
+        return {"edit_success": edited, "preservation": kept, "l1": l1, "zoom": 1 - 2 * quality}
+
+    return scores
+
+
+def losses(mean: float) -> dict[str, Any]:
+    levels = [{"level": i, "t": i / 2, "mean": mean * (2 - i), "count": 3} for i in range(2)]
+    part = {"mean": mean, "count": 6, "levels": levels}
+    return part | {"kinds": {"edit": part, "text_to_image": part | {"mean": 2 * mean}}}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> tuple[Sweep, str]:
+    workdir = tmp_path_factory.mktemp("full")
+    sweep = Sweep(workdir, {NASTY: single_tasks(), SESSIONS: session_tasks()})
+    sweep.add("late", scores=judged(0.9), step=200, speed=0.4, whole={"fid": 20.25})
+    sweep.add("early", scores=judged(0.4), step=100, speed=0.3, whole={"fid": 30.5})
+    sweep.add(COPY, scores=judged(1.0), baseline="copy", whole={"fid": 1.0})
+    sweep.add("fast", scores=judged(0.6), step=200, speed=0.1, num_steps=1)
+    sweep.summary["losses"] = {
+        NASTY: {"runs/<flow>@200 ema": losses(0.1234), "runs/<flow>@100 ema": losses(0.4321)}
+    }
+    sweep.summary["seconds"] = {"data <1>": 6.0, "evaluate": 30.0}
+    sweep.summary["left_out"] = {"efflite0": "no <package> of that name."}
+    run = workdir / "run"
+    run.mkdir()
+    lines = [{"step": i, "flow/loss": 1.0 / i, "other": 1} for i in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = sweep.write(sheet_rows=6, curves={"teacher & co": str(run), "gone": "no/where"})
+    return sweep, page
+
+
+def unjudged(task: Task, i: int) -> dict[str, None]:
+    return {"l1": None}
+
+
+class Reader(HTMLParser):
+    """Checks that elements are closed in order, and keeps attributes, texts and rows of tables."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.texts: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(page)
+        assert self.open == ["html", "body"] or not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.open and "table" in self.open and self.tables[-1] and self.tables[-1][-1]:
+            self.tables[-1][-1][-1] += f"{data}|"
+
+
+def data_of(page: str) -> dict[str, Any]:
+    block = re.search(r"<script type='application/json' id=picture-data>(.*?)</script>", page)
+    assert block is not None
+    return json.loads(block[1])
+
+
+def decoded(uri: str) -> np.ndarray:
+    kind, text = uri.removeprefix("data:image/").split(";base64,")
+    assert kind in ("png", "jpeg")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def titles(page: str) -> list[str]:
+    return re.findall(r"<h2 id=\S+>(.*?)</h2>", page)
+
+
+EVERY = ["Results", "By category", "Turn by turn", "Steps and time", "Checkpoints"]
+EVERY += ["Held-out loss", "Pictures", "Side by side", "Training", "Time"]
+
+
+def test_all_sections_are_there_in_order(full):
+    assert titles(full[1]) == EVERY
+    links = re.findall(r"<a href='#(\S+?)'>(.*?)</a>", full[1])
+    assert [title for _, title in links] == EVERY
+    assert all(f"<h2 id={anchor}>{title}</h2>" in full[1] for anchor, title in links)
+
+
+def test_sections_without_anything_to_show_are_left_out(tmp_path):
+    tasks = [Task("1", (solid(1),), "do", "local", (16, 16)), Task("2", (), "", "local", (16, 16))]
+    sweep = Sweep(tmp_path, {"bench": tasks})
+    sweep.add("copy", scores=unjudged, baseline="copy")
+    page = sweep.write()
+    assert titles(page) == ["Results", "Pictures"]
+    assert "<h1>2 held-out edits, and no judge that has a number for them</h1>" in page
+    assert "truth</th>" not in page and "<svg" not in page and "id=pair" not in page
+    assert "seconds" not in page
+    assert table(sweep.summary).splitlines() == [
+        "bench: 2 tasks",
+        "      seconds an image",
+        "copy                 –",
+    ]
+
+
+def test_a_cell_alone_has_no_side_by_side_no_steps_and_no_bold(tmp_path):
+    sweep = Sweep(tmp_path, {"a": single_tasks()})
+    sweep.add("one", scores=judged(0.9), speed=1.0)
+    page = sweep.write(sheet_rows=3)
+    assert titles(page) == ["Results", "By category", "Pictures"]
+    assert "<b>" not in page.split("<h2 id=by-category>")[0].split("<h2 id=results>")[1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "headline"),
+    [
+        (
+            {"edit_success": 1.0, "l1": 0.5},
+            "100.0% of 2 held-out edits carried out (100.0 – 100.0%)",
+        ),
+        (
+            {"edit_success": None, "clip_dir": 0.25, "l1": 0.5},
+            "CLIP direction 0.250 (0.250 – 0.250) over 2 held-out edits",
+        ),
+        ({"l1": 0.5}, "L1 to the truth 0.5000 (0.5000 – 0.5000) over 2 held-out edits"),
+        (
+            {"shift": -0.5},
+            "shift of what stays, pixels -0.500 (-0.500 – -0.500) over 2 held-out edits",
+        ),
+    ],
+)
+def test_the_headline_is_the_best_metric_that_is_known(tmp_path, scores, headline):
+    tasks = [Task(str(i), (solid(i),), "do", "local", (16, 16)) for i in range(2)]
+    sweep = Sweep(tmp_path, {"a": tasks})
+    sweep.add("one", scores=lambda task, i: scores, whole={"fid": 3.0})
+    assert f"<h1>{headline}</h1>" in sweep.write()
+
+
+def test_a_headline_of_the_whole_set_has_no_interval(tmp_path):
+    sweep = Sweep(tmp_path, {"a": single_tasks()})
+    sweep.add("one", scores=unjudged, whole={"fid": 3.0})
+    page = sweep.write()
+    assert "<h1>FID 3.00 over 9 held-out tasks</h1>" in page
+    assert titles(page) == ["Results", "Pictures"]
+
+
+def test_tables_show_what_was_found(full):
+    sweep, page = full
+    tables = {name: rows for name, rows in zip(sweep.tasks, Reader(page).tables[1:3], strict=True)}
+    metrics = ["edit_success", "preservation", "l1", "zoom", "fid"]
+    for of_set, rows in tables.items():
+        heads = [text.removesuffix("|") for text in rows[0]]
+        arrows = ("↑", "↑", "↓", "→\u00a00", "↓")
+        titles = [METRICS[metric].title for metric in metrics]
+        assert heads[1:6] == [f"{a}\u00a0{b}" for a, b in zip(titles, arrows, strict=True)]
+        assert [row[0] for row in rows[1:]] == [f"{name}|" for name in sweep.summary["cells"]]
+        for row, about in zip(rows[1:], sweep.summary["cells"].values(), strict=True):
+            found = about["sets"][of_set]
+            for text, metric in zip(row[1:5], metrics, strict=False):
+                mean, low, high, *_ = found["metrics"][metric]["category"][ALL]
+                show = METRICS[metric].show
+                assert text == f"{show(mean)}|{show(low).removesuffix('%')} – {show(high)}|"
+            fid = found["whole"].get("fid")
+            assert row[5] == ("–|" if fid is None else f"{fid:.2f}|")
+            speed = found["speed"]
+            assert row[6] == (f"{speed['seconds_per_image']:.3g}|" if speed else "–|")
+            assert row[8] == ("12.3|" if speed else "–|")
+
+
+def test_the_best_of_a_column_is_bold_and_no_baseline_ever(full):
+    rows = re.search(r"<h3>sessions</h3>.*?<table>(.*?)</table>", full[1], re.S)[1].split("<tr")[2:]
+    bold = [re.findall(r"<b>(.*?)</b>", row) for row in rows]
+    shown = full[0].summary["cells"]["late"]["sets"][SESSIONS]
+    assert bold[0][0] == METRICS["edit_success"].show(
+        shown["metrics"]["edit_success"]["category"][ALL][0]
+    )
+    assert bold[0][-1] == "20.25" and bold[2] == []
+    assert rows[2].startswith(" class=baseline>") and not rows[0].startswith(" class")
+    # Of zooms 1 - 2 * 0.9, 0.2 and -0.2, those nearest to 0 are best, whatever their sign.
+    assert bold[1][-1] == "0.20" and "-0.20" in bold[3]
+
+
+def test_categories_stand_beside_baselines(full):
+    sweep, page = full
+    rows = next(t for t in Reader(page).tables if t[0] == ["", "", *t[0][2:]])
+    assert [row[0] for row in rows[2:]] == ["local|", "text|", "text to image|", "all|"]
+    assert rows[1][2:] == ["late|", f"{COPY}|"] * 3
+    found = sweep.summary["cells"]["late"]["sets"][NASTY]["metrics"]
+    for row, category in zip(rows[2:], [*CATEGORIES, ALL], strict=True):
+        assert row[6].startswith(METRICS["l1"].show(found["l1"]["category"][category][0]))
+    assert rows[4][4] == "–|"  # nothing is kept where there was no context
+
+
+def test_losses_are_shown_by_kind(full):
+    rows = next(t for t in Reader(full[1]).tables if t[0][0] == "checkpoint|")
+    assert rows[0][2:] == ["mean|", "edit|", "text to image|"]
+    assert rows[1] == ["runs/<flow>@200 ema|", "6|", "0.1234|", "0.1234|", "0.2468|"]
+    assert rows[2][2] == "0.4321|"
+
+
+def test_notes_say_what_is_missing_and_what_was_timed(full):
+    assert "Left out: efflite0. no &lt;package&gt; of that name." in full[1]
+    assert "Times are of 2 × cpu. Wall time." in full[1]
+    assert "<td>data &lt;1&gt;</td><td>6 s</td>" in full[1]
+    assert "<td>together</td><td>36 s</td>" in full[1]
+    assert "gone: no losses in no/where/metrics.jsonl." in full[1]
+    assert "teacher &amp; co: flow/loss</text>" in full[1]
+
+
+def test_nothing_is_fetched(full):
+    for tag, name, value in Reader(full[1]).attributes:
+        if name in ("src", "href", "xlink:href", "data", "action", "poster"):
+            assert value.startswith(("#", "data:")), (tag, name, value)
+    styles = re.findall(r"url\((.*?)\)", full[1])
+    assert all(target.startswith("#") for target in styles)
+    assert "@import" not in full[1] and "fetch(" not in full[1]
+
+
+def test_names_are_escaped(full):
+    reader = Reader(full[1])
+    texts = set(reader.texts)
+    assert {NASTY, COPY} <= texts and {name for name, _, _ in reader.attributes}.isdisjoint(
+        {"b", "i"}
+    )
+    assert full[1].count("</script>") == 2  # the data's and the script's own
+    assert "<i>" not in full[1] and "<b>prompt" not in full[1] and "<flow>" not in full[1]
+    assert html.escape(single_tasks()[0].prompt) in full[1]
+
+
+def test_pictures_are_there_once_and_whole(full):
+    sweep, page = full
+    data = data_of(page)
+    assert len(set(data["pictures"])) == len(data["pictures"])
+    numbers = [int(n) for n in re.findall(r"<img data-picture=(\d+) ", page)]
+    assert numbers and max(numbers) < len(data["pictures"])
+    assert set(data["sets"]) == {NASTY, SESSIONS}
+    for of_set, one in data["sets"].items():
+        tasks = {task.id: task for task in sweep.tasks[of_set]}
+        assert len(one["tasks"]) == 6 and set(one["cells"]) == set(sweep.summary["cells"])
+        for about in one["tasks"]:
+            task = tasks[about["id"]]
+            assert about["prompt"] == task.prompt
+            truth = decoded(data["pictures"][about["truth"]])
+            np.testing.assert_array_equal(truth, task.truth)
+            for number, context in zip(about["contexts"], task.contexts, strict=True):
+                np.testing.assert_array_equal(decoded(data["pictures"][number]), context)
+            for cell, found in one["cells"].items():
+                picture = decoded(data["pictures"][found[task.id]["picture"]])
+                np.testing.assert_array_equal(picture, sweep.pictures[of_set, cell, task.id])
+                assert found[task.id]["scores"][0].startswith("edit carried out: ")
+
+
+def test_the_script_finds_its_elements_once(full):
+    wanted = re.findall(r'getElementById\("(\S+?)"\)', gallery.SCRIPT)
+    wanted += ["set", "left", "right"]
+    ids = [value for tag, name, value in Reader(full[1]).attributes if name == "id"]
+    assert {"picture-data", "pair"} < set(wanted)
+    assert all(ids.count(name) == 1 for name in wanted)
+
+
+def test_sessions_are_shown_with_all_turns():
+    ids = [task.id for task in chosen(session_tasks(), 4)]
+    assert ids == ["s0.1", "s0.2", "s1.1", "s1.2"]
+    assert [task.id for task in chosen(session_tasks(), 1)] == ["s0.1", "s0.2"]
+    assert [task.category for task in chosen(single_tasks(), 3)] == list(CATEGORIES)
+
+
+def test_rank_is_by_the_metric_then_by_l1():
+    rows = [
+        {"id": "a", "edit_success": 1.0, "l1": 0.2},
+        {"id": "b", "edit_success": 0.0, "l1": 0.1},
+        {"id": "c", "edit_success": 1.0, "l1": 0.1},
+        {"id": "d", "edit_success": None, "l1": 0.0},
+    ]
+    assert ranked(rows, "edit_success") == ["c", "a", "b"]
+    assert ranked(rows, "l1") == ["d", "b", "c", "a"]
+    assert goodness("zoom", -0.1) > goodness("zoom", 0.2)
+
+
+def test_best_and_worst_are_of_the_first_cell(full):
+    parts = re.findall(r"<h3>([\w ]+): sessions, late</h3>(.*?)(?=<h3>|<h2)", full[1], re.S)
+    assert [title for title, _ in parts] == ["Best", "Around the median", "Worst"]
+    scores = full[0].workdir / "cells" / "sessions" / "late" / "scores.jsonl"
+    order = ranked([json.loads(line) for line in scores.read_text().splitlines()], "edit_success")
+    tasks = {task.id: task for task in session_tasks()}
+    for (_, cards), ids in zip(parts, (order[:2], order[2:4], order[4:]), strict=True):
+        prompts = re.findall(r"<p class=clamp title='step \d'>(step \d)</p>", cards)
+        assert prompts == [tasks[i].prompt for i in ids]
+
+
+def test_large_pictures_become_small_jpegs():
+    noise = np.random.default_rng(0).integers(0, 256, (300, 600, 3)).astype(np.uint8)
+    assert data_uri(noise).startswith("data:image/jpeg;")
+    assert decoded(data_uri(noise)).shape == (128, 256, 3)
+    np.testing.assert_array_equal(decoded(data_uri(noise[:256, :256])), noise[:256, :256])
+
+
+def test_colours_are_each_cells_own_and_baselines_grey():
+    cells = {name: {"baseline": base} for name, base in (("a", ""), ("b", "copy"), ("c", ""))}
+    colours = colours_of(cells)
+    assert len(set(colours.values())) == 3
+    red, green, blue = (colours["b"][i : i + 2] for i in (1, 3, 5))
+    assert red == green == blue and colours["a"][1:3] != colours["a"][3:5]
+
+
+def test_the_tables_of_the_terminal_are_aligned(full):
+    text = table(full[0].summary)
+    first, second = text.split("\n\n")
+    head, *rows = first.splitlines()[1:]
+    assert first.startswith(f"{NASTY}: 9 tasks\n") and second.startswith("sessions: 6 tasks\n")
+    assert {len(row) for row in rows} == {len(head)}
+    assert head.split()[-3:] == ["seconds", "an", "image"] and rows[0].endswith(" 0.4")
+    assert [row[: len(COPY)].strip() for row in rows] == list(full[0].summary["cells"])
+    l1 = full[0].summary["cells"]["late"]["sets"][NASTY]["metrics"]["l1"]["category"][ALL][0]
+    assert METRICS["l1"].show(l1) in rows[0] and "20.25" in rows[0]
+
+
+def test_metrics_come_in_the_order_asked_for():
+    found = [{"metrics": {"l1": {}}, "whole": {"fid": 1.0}}, {"metrics": {"psnr": {}}, "whole": {}}]
+    assert metrics_of(found, METRICS) == ["l1", "psnr", "fid"]
+    assert metrics_of(found, ("fid", "ssim", "l1", "fid")) == ["fid", "l1"]
+    assert set(HEADLINE) == set(METRICS)
+
+
+def test_charts_bear_odd_values_and_odd_names():
+    value = (0.5, 0.5 + 1e-17, 0.5 - 1e-17)
+    odd = Line({2: (float("nan"),) * 3, 1: value}, "#123456", names={1: ("$x$ <&>", "#654321")})
+    svg = panels([Panel("a $b$", "x", [odd]), Panel("c", "x", [Line({}, "#000000")])])
+    assert "$x$ &lt;&amp;&gt;</text>" in svg and "a $b$</text>" in svg
+    assert "#123456" in svg and "#654321" in svg
+    beyond = Line({"one": (0.5, 0.6, 0.7)}, "#123456")
+    svg = bars(["one", "t$w$o"], [beyond, Line({}, "#000000")], "title", percent=True)
+    assert "t$w$o</text>" in svg and "100%</text>" in svg
+
+
+def test_a_report_is_the_same_every_time(tmp_path):
+    pages = []
+    for name in "ab":
+        sweep = Sweep(tmp_path / name, {"a": single_tasks()})
+        sweep.add("one", scores=judged(0.9), speed=1.0)
+        pages.append(sweep.write(sheet_rows=3))
+    assert pages[0] == pages[1]
