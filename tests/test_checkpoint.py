@@ -1,4 +1,6 @@
 import dataclasses
+from contextlib import closing
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.names import by_name
 from kontext_jax.objectives.flow_matching import FlowMatching
 from kontext_jax.optim import OptimConfig, make_optimizer
+from kontext_jax.places import is_run, load_meta, split_step, step_at, steps_at
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.train_state import TrainState, abstract_state
 
@@ -127,3 +130,59 @@ def test_nothing_to_restore(recipe, tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*checkpoints"):
         checkpointer.meta()
+
+
+def test_an_older_step_gives_its_own_arrays_and_meta(tmp_path):
+    zero = jnp.zeros((), jnp.int32)
+    abstract = {"kernel": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    with closing(Checkpointer(tmp_path, CheckpointConfig(keep=3))) as checkpointer:
+        for step in (3, 12, 100):
+            params, ema = (
+                {"model": {"kernel": jnp.full(2, value, jnp.float32)}} for value in (step, -step)
+            )
+            state = TrainState(jnp.asarray(step), zero, zero, params, {"model": zero}, ema)
+            checkpointer.save(state, {"position": step}, {"config": {}, "metrics": {"at": step}})
+    assert steps_at(tmp_path) == [3, 12, 100]
+    one = shardings_of(abstract, mesh_of(1))
+    for asked, step in ((None, 100), (3, 3), (12, 12), (100, 100)):
+        place = tmp_path if asked is None else f"{tmp_path}@{asked}"
+        assert step_at(place) == step and is_run(place)
+        assert load_meta(place)["metrics"] == {"at": step}
+        with closing(Checkpointer(tmp_path, step=asked)) as reader:
+            assert (reader.step(), reader.latest_step()) == (step, 100)
+            for kind, sign in (("params", 1), ("ema", -1)):
+                kernel = reader.restore_network("model", abstract, one, kind)["kernel"]
+                np.testing.assert_array_equal(kernel, np.full(2, sign * step))
+    whole = TrainState(
+        *3 * [jax.ShapeDtypeStruct((), jnp.int32)], {"model": abstract},
+        {"model": jax.ShapeDtypeStruct((), jnp.int32)}, {"model": abstract},
+    )  # fmt: skip
+    with closing(Checkpointer(tmp_path, step=12)) as reader:
+        restored, data = reader.restore(whole, shardings_of(whole, mesh_of(1)))
+    assert (int(restored.step), data) == (12, {"position": 12})
+    for read in (step_at, load_meta):
+        with pytest.raises(FileNotFoundError, match="has steps 3, 12, 100, and no 4"):
+            read(f"{tmp_path}@4")
+
+
+def test_a_step_behind_a_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split_step("runs/x@5") == (Path("runs/x"), 5)
+    assert split_step(Path("runs/x@5")) == (Path("runs/x"), 5)
+    assert split_step("runs/x") == (Path("runs/x"), None)
+    for no_step in ("x@y", "x@", "x@-1", "a@b/c", "x@1.5"):
+        assert split_step(no_step) == (Path(no_step), None)
+    Path("a@5").mkdir()
+    assert split_step("a@5") == (Path("a@5"), None)
+    assert split_step("a@5@6") == (Path("a@5"), 6)
+
+
+def test_a_place_without_checkpoints_is_no_run(tmp_path):
+    assert not is_run(tmp_path)
+    for read in (steps_at, step_at, load_meta):
+        with pytest.raises(FileNotFoundError, match="There is no run with checkpoints in"):
+            read(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert steps_at(tmp_path) == []
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*checkpoints"):
+        step_at(tmp_path)

@@ -8,9 +8,9 @@ from jax import export
 
 from kontext_jax import evaluator, sharding
 from kontext_jax.data.packing import PackingConfig
-from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.data.pipeline import DataConfig, noise_id
 from kontext_jax.data.text import TextConfig, Tokenizer
-from kontext_jax.evaluator import Generator, _pack, reconstruct
+from kontext_jax.evaluator import Generator, pack, reconstruct
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.objectives.flow_matching import networks_of
@@ -34,6 +34,10 @@ def example(number: int, seed: int = 0) -> Example:
     ids = np.random.default_rng((seed, number)).integers(3, 259, 6).astype(np.int32)
     contexts = (image(16, number + 50),) if number % 3 else ()
     return Example(f"{number}", image((16, 32)[number % 2], number), contexts, ids)
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def generated(recipe, examples, data=DATA, num_devices=1, **sampler):
@@ -68,15 +72,91 @@ def test_an_image_is_made_of_context_and_prompt_alone(recipe, images):
 def test_little_strength_stays_near_the_target_that_it_starts_from(recipe, images):
     examples = [example(i) for i in range(5)]
     near = generated(recipe, examples, num_steps=100, strength=0.01)
-    starts = reconstruct(recipe.frozen["autoencoder"], [e.target for e in examples])
+    starts = reconstruct(recipe.frozen["autoencoder"], [e.target for e in examples], one_device())
     for start, mine, from_noise in zip(starts, near, images, strict=True):
         from_start = np.abs(mine.astype(int) - start).mean()
         assert from_start < 0.2 * np.abs(from_noise.astype(int) - start).mean()
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("number", range(1, 21))
+def test_every_example_is_in_one_batch(number, num_devices):
+    """Batches are of one shape, are assembled when asked for, and hold what their layout says."""
+    examples = [example(i) for i in range(number)]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    batches, layouts = pack(examples, DATA, mesh, with_negatives=False)
+    assert len(batches) == len(layouts) > 0
+    assert sorted(i for layout in layouts for _, _, i in layout) == list(range(number))
+    shapes = set()
+    for batch, layout in zip(batches, layouts, strict=True):
+        shapes.add(str(jax.tree.map(np.shape, batch)))
+        assert len(batch.segments) % num_devices == 0
+        held = {(row, segment) for row, segment, _ in layout}
+        assert len(held) == len(layout)
+        rows, places = np.nonzero(batch.example_ids >= 0)
+        assert held == {(r, s + 1) for r, s in zip(rows.tolist(), places.tolist(), strict=True)}
+        for row, segment, i in layout:
+            mine = batch.segments[row] == segment
+            target_tokens = examples[i].target.shape[1] // 8 * 2
+            assert (mine & batch.is_target[row]).sum() == target_tokens
+            assert mine.sum() == target_tokens + 4 * len(examples[i].contexts)
+            text = batch.text_ids[row, batch.text_segments[row] == segment]
+            assert text.tolist() == examples[i].text_ids.tolist()
+            assert batch.example_ids[row, segment - 1] == noise_id(examples[i].id)
+    assert len(shapes) == 1
+
+
+def test_batches_are_assembled_when_they_are_asked_for(monkeypatch):
+    assembled, assemble = [], evaluator.assemble
+
+    def counted(examples, *given):
+        assembled.append([int(e.id) for e in examples])
+        return assemble(examples, *given)
+
+    monkeypatch.setattr(evaluator, "assemble", counted)
+    batches, layouts = pack([example(i) for i in range(8)], DATA, one_device(), False)
+    assert (len(batches), assembled) == (2, [])
+    for number in (1, 0, 1):
+        assembled.clear()
+        batch = batches[number]
+        rows = [[i for row, _, i in layouts[number] if row == r] for r in range(2)]
+        assert assembled == rows and batch.segments.shape[0] == 2
+    for number in (2, -1):
+        with pytest.raises(IndexError, match=f"There is no batch {number} of 2"):
+            batches[number]
+
+
+def test_what_is_done_is_left_out_and_the_rest_stays_the_same(recipe):
+    """To the last bit: batches hold what they held."""
+    examples = [example(i) for i in range(8)]
+    one_row = dataclasses.replace(DATA, batch_size=1)
+    sampler = SamplerConfig(num_steps=2)
+    networks = networks_of(recipe.params["model"], recipe.frozen)
+    generate = Generator(examples, one_row, recipe.objective.config, sampler, one_device())
+    every = list(generate.batches(networks))
+    assert [made.number for made in every] == list(range(len(every))) and len(every) > 2
+    assert sorted(i for made in every for i in made.indices) == list(range(8))
+    assert all(made.seconds > 0 for made in every)
+    images = {i: x for m in every for i, x in zip(m.indices, m.images, strict=True)}
+    several = next(made for made in every if len(made.indices) > 1)
+    others = [made for made in every if made is not several]
+    # All of one batch, all but one of another.
+    done = {*others[0].indices, *several.indices[1:]}
+    again = Generator(examples, one_row, recipe.objective.config, sampler, one_device())
+    made = list(again.batches(networks, done))
+    assert [m.number for m in made] == [m.number for m in every if m is not others[0]]
+    for batch in made:
+        assert batch.indices == every[batch.number].indices
+        for i, x in zip(batch.indices, batch.images, strict=True):
+            np.testing.assert_array_equal(x, images[i])
+    for i, x in enumerate(generate(networks)):
+        np.testing.assert_array_equal(x, images[i])
+    assert list(again.batches(networks, range(8))) == []
+
+
 def test_after_warming_up_nothing_is_compiled(recipe, caplog):
     examples = [example(i) for i in range(5)]
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = one_device()
     sampler = SamplerConfig(num_steps=1)
     generate = Generator(examples, DATA, recipe.objective.config, sampler, mesh)
     networks = networks_of(recipe.params["model"], recipe.frozen)
@@ -102,8 +182,8 @@ def test_negatives_have_empty_prompts_for_both_encoders(flux_tokenizers):
         example(i)._replace(text_ids=tokenizer("red"), clip_ids=tokenizer.clip("red"))
         for i in range(2)
     ]
-    data, mesh = dataclasses.replace(DATA, text=text), make_mesh(MeshConfig(), jax.devices()[:1])
-    batches, layouts = _pack(examples, data, mesh, with_negatives=True)
+    data, mesh = dataclasses.replace(DATA, text=text), one_device()
+    batches, layouts = pack(examples, data, mesh, with_negatives=True)
     positive, negative, layout = batches[0], unprompted(batches[0]), layouts[0]
     assert len(layout) == 2
     for row, segment, _ in layout:
@@ -115,10 +195,10 @@ def test_negatives_have_empty_prompts_for_both_encoders(flux_tokenizers):
 def test_reconstructions_come_in_order(recipe):
     autoencoder = recipe.frozen["autoencoder"]
     pictures = [image((16, 32)[i % 2], i) for i in range(3)]
-    together = reconstruct(autoencoder, pictures)
+    together = reconstruct(autoencoder, pictures, one_device())
     for picture, result in zip(pictures, together, strict=True):
         assert result.shape == picture.shape
-    alone = reconstruct(autoencoder, pictures[2:])
+    alone = reconstruct(autoencoder, pictures[2:], one_device())
     assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
     assert np.abs(together[2].astype(int) - together[0]).max() > 3
 
@@ -154,5 +234,4 @@ def test_on_tpus_the_autoencoder_s_attention_is_split_over_the_mesh(
     assert [x.shape for x in generate(networks)] == [x.target.shape for x in examples]
 
     monkeypatch.setattr(evaluator, "_reconstruct", lowered_for_tpus(evaluator._reconstruct))
-    with jax.set_mesh(mesh):
-        reconstruct(networks["autoencoder"], [examples[0].target])
+    reconstruct(networks["autoencoder"], [examples[0].target], mesh)

@@ -337,3 +337,41 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(
         strict=True,
     ):
         np.testing.assert_allclose(other, leaf, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_over_batches_gives_each_array_its_result_in_order(num_devices):
+    """Of three keys, with more of one than a batch holds, fewer of another, and numbers of one."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
+    numbers = np.arange(30)
+    keys = ["a" if i % 3 else "b" for i in numbers[:-1]] + ["number"]
+    shapes = {"a": (2, 3), "b": (4,), "number": ()}
+    arrays = [np.full(shapes[key], i, np.float32) for i, key in zip(numbers, keys, strict=True)]
+    sizes = {"a": 6, "b": 99, "number": 1}
+    seen = []
+
+    def function(key, batch):
+        assert jax.sharding.get_abstract_mesh().shape == mesh.shape
+        assert batch.sharding.is_equivalent_to(sharding.batch_sharding(mesh), batch.ndim)
+        seen.append((key, np.asarray(batch)))
+        return 10 * batch + {"a": 1, "b": 2, "number": 3}[key]
+
+    found = sharding.over_batches(function, arrays, keys, sizes, mesh)
+    assert len(found) == 30
+    for array, key, result in zip(arrays, keys, found, strict=True):
+        assert isinstance(result, np.ndarray) and result.shape == array.shape
+        np.testing.assert_array_equal(result, 10 * array + {"a": 1, "b": 2, "number": 3}[key])
+    widths = {key: {len(batch) for name, batch in seen if name == key} for key in shapes}
+    rounded = {"a": 8, "b": 104, "number": 8} if num_devices == 8 else sizes
+    assert widths == {key: {size} for key, size in rounded.items()}  # each key compiles once
+    assert sum(key == "a" for key, _ in seen) == -(-19 // rounded["a"])
+    for key, batch in seen:  # what fills a batch up is one of its own
+        assert {int(x.flat[0]) for x in batch} <= {i for i in numbers if keys[i] == key}
+
+
+def test_over_batches_may_change_shapes_and_may_have_nothing_to_do():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    arrays = [np.full((2, 2), i, np.int32) for i in range(3)]
+    sums = sharding.over_batches(lambda _, x: x.sum((1, 2)), arrays, "kkk", {"k": 2}, mesh)
+    assert [int(x) for x in sums] == [0, 4, 8]
+    assert sharding.over_batches(lambda _, x: x, [], [], {}, mesh) == []

@@ -8,6 +8,7 @@ import pytest
 
 from kontext_jax.data import world
 from kontext_jax.data.scene import ALPHABET, FONT, Scene, render
+from kontext_jax.metrics.world import check
 from kontext_jax.types import CATEGORIES
 
 
@@ -125,3 +126,112 @@ def test_bad_arguments_are_named():
         world.triple(0, split="test")
     with pytest.raises(ValueError, match="size is 16"):
         world.triple(0, split="train", size=16)
+
+
+# ---- evaluation over several turns --------------------------------------------------------------
+
+
+def _facts(task):
+    return json.loads(task.details)
+
+
+@pytest.fixture(scope="module")
+def sessions():
+    return list(world.sessions(20, turns=4))
+
+
+def test_sessions_depend_on_their_arguments_alone(sessions):
+    again = list(world.sessions(3, turns=4))
+    longer = [task for task in world.sessions(3, turns=6) if task.turn <= 4]
+    for task, *same in zip(sessions, again, longer, strict=False):
+        for other in same:
+            assert (task.id, task.prompt, task.details) == (other.id, other.prompt, other.details)
+            np.testing.assert_array_equal(task.truth, other.truth)
+            np.testing.assert_array_equal(task.contexts[0], other.contexts[0])
+    other_seed = list(world.sessions(3, turns=4, seed=1))
+    assert [task.details for task in other_seed] != [task.details for task in again]
+    assert not {task.id for task in other_seed} & {task.id for task in sessions}
+
+
+def test_turns_of_a_session_follow_one_another(sessions):
+    assert len({task.id for task in sessions}) == len(sessions) == 80
+    for first in range(0, 80, 4):
+        turns = sessions[first : first + 4]
+        assert [task.turn for task in turns] == [1, 2, 3, 4]
+        assert [task.follows for task in turns] == ["", *(task.id for task in turns[:-1])]
+        assert len({task.group for task in turns}) == 1
+        scenes = [_facts(task) for task in turns]
+        start = render(Scene.from_json(scenes[0]["before"]), 32)
+        for task, before, after in zip(turns, scenes, scenes[1:], strict=False):
+            assert after["before"] == before["after"] != before["before"]
+            np.testing.assert_array_equal(task.contexts[0], start)
+        np.testing.assert_array_equal(turns[-1].contexts[0], start)
+        assert len(turns[-1].contexts) == 1
+    assert len({task.group for task in sessions}) == 20
+    kinds = {(_facts(task)["kind"], task.category) for task in sessions}
+    assert kinds == set(world.SESSION_KINDS.items())
+
+
+def test_truths_of_all_turns_read_as_right(sessions):
+    for task in sessions:
+        facts = _facts(task)
+        assert facts["category"] == task.category and facts["names"] and facts["free"] == []
+        assert task.size == (32, 32) == task.truth.shape[:2]
+        np.testing.assert_array_equal(task.truth, render(Scene.from_json(facts["after"]), 32))
+        assert check(task.truth, task.details) == (True, True)
+        before = render(Scene.from_json(facts["before"]), 32)
+        assert check(before, task.details) == (False, True)
+
+
+def test_one_can_tell_what_every_turn_is_about(sessions):
+    """Things differ in shape in every scene, and the instruction names one that is there."""
+    for task in sessions:
+        facts = _facts(task)
+        after, shapes = (
+            [thing.shape for thing in (scene.left, scene.right) if thing]
+            for scene in (Scene.from_json(facts["after"]), Scene.from_json(facts["before"]))
+        )
+        assert len(after) == len(set(after)) == len(set(shapes)) == len(shapes) > 0
+        named = sum(f"the {shape} " in f"{task.prompt} " for shape in shapes)
+        assert named == (facts["kind"] != "background")
+    two = [f for f in map(_facts, sessions) if f["before"]["left"] and f["before"]["right"]]
+    assert 0.2 < len(two) / len(sessions) < 0.8
+    assert {name.split(".")[0] for f in two for name in f["names"]} == {
+        "left",
+        "right",
+        "background",
+    }
+
+
+def test_probes_ask_for_what_is_there():
+    probes = list(world.probes(40, turns=2))
+    assert len({task.id for task in probes}) == 80
+    kinds = set()
+    for task in probes:
+        facts = _facts(task)
+        assert facts["before"] == facts["after"] and facts["names"] == []
+        np.testing.assert_array_equal(task.truth, task.contexts[0])
+        scene = Scene.from_json(facts["before"])
+        np.testing.assert_array_equal(task.truth, render(scene, 32))
+        things = [thing for thing in (scene.left, scene.right) if thing]
+        said = {f"make the {thing.shape} {thing.colour}" for thing in things}
+        said.add(f"change the background to {scene.background}")
+        assert task.prompt in said
+        kinds.add(task.prompt.split()[0])
+        assert check(task.truth, task.details) == (True, True)
+        assert check(255 - task.truth, task.details).preserved is False
+    assert kinds == {"make", "change"}
+    for first, second in zip(probes[::2], probes[1::2], strict=True):
+        assert (first.turn, first.follows, second.turn, second.follows) == (1, "", 2, first.id)
+        assert (first.prompt, first.group) == (second.prompt, second.group)
+    again = list(world.probes(40, turns=1))
+    assert [task.prompt for task in again] == [task.prompt for task in probes[::2]]
+    assert [task.details for task in world.probes(5, seed=1)] != [
+        task.details for task in again[:5]
+    ]
+
+
+def test_sessions_and_probes_may_be_larger():
+    for task in (next(world.sessions(1, turns=1, size=64)), next(world.probes(1, size=64))):
+        assert task.size == (64, 64) == task.truth.shape[:2] == task.contexts[0].shape[:2]
+        assert check(task.truth, task.details) == (True, True)
