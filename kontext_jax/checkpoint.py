@@ -98,9 +98,7 @@ class Checkpointer:
 
     def restore_network(self, player: str, abstract, shardings, params: str = "ema"):
         """One player's network, from its averaged ("ema") or its own ("params") parameters."""
-        restored = self._restore_tree(
-            self.step(), params, {player: abstract}, {player: shardings}
-        )
+        restored = self._restore_tree(self.step(), params, {player: abstract}, {player: shardings})
         return restored[player]
 
     def meta(self) -> dict[str, Any]:

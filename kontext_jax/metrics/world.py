@@ -66,7 +66,7 @@ class Verdict(NamedTuple):
 
     Attributes:
       edited: every factor that the instruction names is as told, and those that it leaves open have
-        some value that can be read.
+        some value that can be read; None where it asks for nothing that is not there already.
       preserved: every other factor is as it should be, and untouched pixels have not drifted; None
         for text-to-image, where nothing is there to be preserved.
 
@@ -99,8 +99,10 @@ def check(image: UInt8[np.ndarray, "height width 3"], details: str) -> Verdict:
     after, seen = Scene.from_json(facts["after"]), read(image)
     right = {factor: seen[factor] == value for factor, value in after.factors().items()}
     free = facts["free"]
-    edited = all(right[factor] for factor in facts["names"])
-    edited &= all(seen[factor] not in (None, UNREADABLE) for factor in free)
+    edited = None
+    if facts["names"] or free:
+        edited = all(right[factor] for factor in facts["names"])
+        edited &= all(seen[factor] not in (None, UNREADABLE) for factor in free)
     if not facts["before"]:
         return Verdict(edited, None)
     rest = right.keys() - {*facts["names"], *free}

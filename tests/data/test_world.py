@@ -218,8 +218,8 @@ def test_probes_ask_for_what_is_there():
         said.add(f"change the background to {scene.background}")
         assert task.prompt in said
         kinds.add(task.prompt.split()[0])
-        assert check(task.truth, task.details) == (True, True)
-        assert check(255 - task.truth, task.details).preserved is False
+        assert check(task.truth, task.details) == (None, True)  # nothing is left to be done
+        assert check(255 - task.truth, task.details) == (None, False)
     assert kinds == {"make", "change"}
     for first, second in zip(probes[::2], probes[1::2], strict=True):
         assert (first.turn, first.follows, second.turn, second.follows) == (1, "", 2, first.id)
@@ -234,4 +234,4 @@ def test_probes_ask_for_what_is_there():
 def test_sessions_and_probes_may_be_larger():
     for task in (next(world.sessions(1, turns=1, size=64)), next(world.probes(1, size=64))):
         assert task.size == (64, 64) == task.truth.shape[:2] == task.contexts[0].shape[:2]
-        assert check(task.truth, task.details) == (True, True)
+        assert check(task.truth, task.details).preserved is True
