@@ -165,8 +165,8 @@ class EfficientNet(nnx.Module):
 def _depthwise(conv: nnx.Conv, x: Float[Array, "B _ _ c"]) -> Float[Array, "B _ _ c"]:
     """``conv(x)``, each channel filtered by itself, as a sum of shifted and weighted images.
 
-    XLA fuses it into one loop. With its convolutions of as many groups as channels, the whole
-    network takes five times as long on two CPU cores (Lite0 at 128 pixels, batches of 64: 23.7 ms an
+    XLA fuses it into one loop. With its convolutions of as many groups as channels the whole
+    network takes five times as long on two CPU cores (Lite0 at 128 pixels, 64 at once: 23.7 ms an
     image, and so 4.6).
     """
     x, kernel = x.astype(conv.dtype), conv.kernel[...].astype(conv.dtype)
