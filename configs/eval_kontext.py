@@ -44,6 +44,7 @@ def get_config() -> EvalConfig:
         ),
         loss_sets=(SetConfig(name="MagicBrush", **brush),),
         loss=LossConfig(grid="middle", levels="all"),
+        batch_size=8,  # a row a chip
         judges=JudgesConfig(
             efflite0=False,
             inception="models/pt_inception-2015-12-05-6726825d.pth",

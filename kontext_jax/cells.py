@@ -96,7 +96,8 @@ def grid(
             for name, value in settings.items()
             if len(axes[name]) > 1
         ]
-        run = split_step(checkpoint.removesuffix(EVERY_STEP))[0].name
+        path, step = split_step(checkpoint.removesuffix(EVERY_STEP))
+        run = path.name if step is None else f"{path.name}@{step}"
         sampler = {name: value for name, value in settings.items() if name != "params"}
         cells.append(
             Cell(

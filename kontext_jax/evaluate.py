@@ -30,9 +30,9 @@ from ml_collections import config_flags
 from kontext_jax import cli
 from kontext_jax.cells import Cell, check_names, folder_name, resolve
 from kontext_jax.config import to_dict, validated
-from kontext_jax.data.pipeline import prepare_all
+from kontext_jax.data.pipeline import DataConfig, prepare_all
 from kontext_jax.data.sets import SetConfig, examples_of, load_tasks
-from kontext_jax.evaluator import Generator, reconstruct
+from kontext_jax.evaluator import Generator, reconstruct, with_room
 from kontext_jax.flops import num_chips
 from kontext_jax.geometry import fit, resize
 from kontext_jax.judges import Judge, JudgesConfig, Lineup, identity, judge, make_judges
@@ -136,11 +136,12 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         "sets": {each.name: {"num_tasks": len(each.tasks)} for each in sets},
         "left_out": left_out,
         "timed": TIMED,
-        "cells": {},
         "losses": {},
     }
-    for _, group in itertools.groupby(cells, key=lambda cell: cell.networks):
-        group = list(group)
+    found_of: dict[str, Any] = {}
+    for networks in dict.fromkeys(cell.networks for cell in cells):
+        group = [cell for cell in cells if cell.networks == networks]
+        model = None  # the last one makes room for the next
         model = _load(group[0], mesh, config.seed)
         for cell in group:
             found = {}
@@ -152,13 +153,14 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
                 made = _make(cell, model, each, folder, mesh, config)
                 found[each.name] = _judged(judges, judged_by, each, folder, made, mesh)
                 _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
-            summary["cells"][cell.name] = {**_about(cell, model), "sets": found}
+            found_of[cell.name] = _about(cell, model) | {"sets": found}
         if model and any(not cell.baseline for cell in group):
             for each in loss_sets:
                 name = f"{group[0].checkpoint} {group[0].params}"
                 losses = _losses(name, model, each, workdir, mesh, config)
                 summary["losses"].setdefault(each.name, {})[name] = losses
                 _say(f"{each.name}: {name}  held-out loss {losses['mean']:.4f}")
+    summary["cells"] = {cell.name: found_of[cell.name] for cell in cells}
     summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - began, 1)}
     if jax.process_index() == 0:
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -259,14 +261,13 @@ def _sample(
     config: EvalConfig,
 ) -> None:
     """Makes the pictures of one turn that are missing."""
-    data, objective = model.data, model.objective
-    if config.batch_size:
-        data = dataclasses.replace(data, batch_size=config.batch_size)
+    data, objective = _batched(model.data, config), model.objective
     if cell.shift:
         objective = dataclasses.replace(
             objective, time=dataclasses.replace(objective.time, shift=cell.shift)
         )
     examples = examples_of(tasks, made, data)
+    data = with_room(data, examples)
     generate = Generator(examples, data, objective, cell.sampler, mesh, config.seed)
     folder.log({"turn": turn, "compile_seconds": generate.warm_up(model.networks)})
     for batch in generate.batches(model.networks, done):
@@ -274,6 +275,11 @@ def _sample(
         folder.save({tasks[i].id: image for i, image in images})
         line = {"turn": turn, "batch": batch.number, "images": len(batch.indices)}
         folder.log(line | {"seconds": batch.seconds})
+
+
+def _batched(data: DataConfig, config: EvalConfig) -> DataConfig:
+    """A run's settings, with as many rows a batch as the sweep wants."""
+    return dataclasses.replace(data, batch_size=config.batch_size or data.batch_size)
 
 
 def _copy(task: Task) -> Picture:
@@ -362,15 +368,9 @@ def _losses(
     if not triples:
         raise ValueError(f"loss set {each.name!r} has no truths.")
     file = workdir / "losses" / folder_name(each.name) / f"{folder_name(name.strip('/'))}.jsonl"
-    rows = held_out_loss(
-        model.networks,
-        prepare_all(triples, model.data),
-        model.data,
-        model.objective,
-        config.loss,
-        mesh,
-        file,
-    )
+    examples = prepare_all(triples, model.data)
+    data = with_room(_batched(model.data, config), examples)
+    rows = held_out_loss(model.networks, examples, data, model.objective, config.loss, mesh, file)
     kinds = {task.id: "edit" if task.contexts else "text_to_image" for task in tasks}
     return summarise_losses(rows, kinds)
 

@@ -1,5 +1,6 @@
 """Images of a fixed set of examples: what sheets show and what metrics are computed on."""
 
+import dataclasses
 import functools
 import time
 from collections import Counter
@@ -177,6 +178,22 @@ class Batches(Sequence):
         """The (row, segment, example) of everything in a batch."""
         rows = self._rows[number * self._size :][: self._size]
         return [(r, s, i) for r, row in enumerate(rows) for s, i in enumerate(row, start=1)]
+
+
+def with_room(data: DataConfig, examples: Sequence[Example]) -> DataConfig:
+    """The settings, with rows that hold the largest of the examples if they did not before."""
+    side, packing = data.geometry.pixels_per_token, data.packing
+    images = [(example.target, *example.contexts) for example in examples]
+    sizes = [sum(num_tokens(size_of(image), side) for image in each) for each in images]
+    texts = [len(example.text_ids) for example in examples]
+    return dataclasses.replace(
+        data,
+        packing=dataclasses.replace(
+            packing,
+            image_tokens=max(packing.image_tokens, *sizes),
+            text_tokens=max(packing.text_tokens, *texts),
+        ),
+    )
 
 
 def pack(

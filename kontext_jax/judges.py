@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from kontext_jax.config import to_dict
 from kontext_jax.geometry import Size, resize, size_of
@@ -31,7 +31,7 @@ from kontext_jax.models.autoencoder import to_pixels
 from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.efficientnet import EfficientNetConfig
 from kontext_jax.models.features import pooled_features
-from kontext_jax.models.lpips import TRUNKS
+from kontext_jax.models.lpips import TRUNKS, Lpips
 from kontext_jax.sharding import over_batches
 from kontext_jax.types import Task
 from kontext_jax.weights.clip_vision import Clip, load_clip
@@ -236,9 +236,14 @@ def judge_pixels(lineup: Lineup) -> Scores:
 
 
 def judge_world(lineup: Lineup) -> Scores:
-    """Whether the world's checker reads what was asked for, and all else kept; 1 is yes."""
+    """Whether the world's checker reads what was asked for, and all else kept; 1 is yes.
+
+    It reads pictures of the truth's size alone.
+    """
 
     def look(image: Image, task: Task) -> dict[str, float | None]:
+        if task.truth is None or task.truth.shape != image.shape:
+            return {}
         verdict = world.check(image, task.details)
         said = {"edit_success": verdict.edited, "preservation": verdict.preserved}
         return {name: None if value is None else float(value) for name, value in said.items()}
@@ -383,23 +388,32 @@ class ClipJudge:
 class LpipsJudge:
     """LPIPS to the truth."""
 
-    def __init__(self, name: str, network, mesh: Mesh):
-        self._name, self._mesh = name, mesh
-        distance = jax.jit(lambda net, pairs: net(to_pixels(pairs[:, 0]), to_pixels(pairs[:, 1])))
-        self._distance = functools.partial(distance, network)
+    def __init__(self, name: str, network: Lpips, mesh: Mesh):
+        self._name, self._network, self._mesh = name, network, mesh
+        self._smallest = TRUNKS[network.config.net].smallest
 
     def __call__(self, lineup: Lineup) -> Scores:
         column: Column = [None] * len(lineup.tasks)
-        places = [i for i, truth in enumerate(lineup.truths) if truth is not None]
+        places = [
+            i
+            for i, truth in enumerate(lineup.truths)
+            if truth is not None and min(lineup.sizes[i]) >= self._smallest
+        ]
         pairs = [np.stack([lineup.images[i], lineup.truths[i]]) for i in places]
         sizes = [lineup.sizes[i] for i in places]
         at_once = {size: min(sizes.count(size), 16) for size in set(sizes)}
         found = over_batches(
-            lambda _, batch: self._distance(batch), pairs, sizes, at_once, self._mesh
+            lambda _, batch: _lpips(self._network, batch), pairs, sizes, at_once, self._mesh
         )
         for place, value in zip(places, found, strict=True):
             column[place] = float(value)
         return Scores({self._name: column})
+
+
+@jax.jit
+def _lpips(network: Lpips, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B"]:
+    with jax.default_matmul_precision("highest"):
+        return network(to_pixels(pairs[:, 0]), to_pixels(pairs[:, 1]))
 
 
 class FaceJudge:

@@ -58,7 +58,7 @@ def test_a_grid_has_every_combination_once():
 
 def test_a_grid_names_only_what_differs():
     assert [cell.name for cell in grid("runs/flow")] == ["flow"]
-    assert [cell.name for cell in grid("runs/flow@300")] == ["flow"]
+    assert [cell.name for cell in grid("runs/flow@300")] == ["flow@300"]
     cells = grid("runs/flow@all", num_steps=(1, 2), cfg_scale=(4.0,))
     assert [cell.name for cell in cells] == ["flow 1 steps", "flow 2 steps"]
     assert {cell.checkpoint for cell in cells} == {"runs/flow@all"}

@@ -10,7 +10,7 @@ from kontext_jax import evaluator, sharding
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, noise_id
 from kontext_jax.data.text import TextConfig, Tokenizer
-from kontext_jax.evaluator import Generator, pack, reconstruct
+from kontext_jax.evaluator import Generator, pack, reconstruct, with_room
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.objectives.flow_matching import networks_of
@@ -235,3 +235,11 @@ def test_on_tpus_the_autoencoder_s_attention_is_split_over_the_mesh(
 
     monkeypatch.setattr(evaluator, "_reconstruct", lowered_for_tpus(evaluator._reconstruct))
     reconstruct(networks["autoencoder"], [examples[0].target], mesh)
+
+
+def test_rows_get_room_for_the_largest_example():
+    examples = [example(i) for i in range(4)]
+    assert with_room(DATA, examples) == DATA
+    short = dataclasses.replace(DATA.packing, image_tokens=5, text_tokens=2)
+    found = with_room(dataclasses.replace(DATA, packing=short), examples).packing
+    assert (found.image_tokens, found.text_tokens, found.max_examples) == (12, 6, 3)

@@ -169,6 +169,8 @@ def test_the_world_s_checker_says_yes_to_truths_and_no_to_contexts():
     assert contexts == {"edit_success": [0.0] * 6, "preservation": [1.0] * 6}
     grey = [np.full((32, 32, 3), 128, np.uint8)] * 6
     assert judge_world(Lineup("set", tasks, grey)).columns["preservation"] == [0.0] * 6
+    large = [np.full((64, 64, 3), 128, np.uint8)] * 6
+    assert judge_world(Lineup("set", tasks, large)).columns["edit_success"] == [None] * 6
 
 
 def test_the_world_s_checker_is_silent_where_it_knows_nothing():
@@ -428,6 +430,8 @@ def test_lpips_is_the_network_s(lpips):
         assert column[i] == pytest.approx(wanted, rel=1e-5) and abs(wanted) > 1e-3
     assert len({column[0], column[2]}) == 2
     none = LpipsJudge("lpips_vgg", lpips, mesh_of())(Lineup("set", [task()], [image(0)]))
+    small = Lineup("set", [task(image(0, 30, 32))], [image(1, 30, 32)])
+    assert LpipsJudge("x", lpips, mesh_of())(small).columns == {"x": [None]}  # below 31 pixels
     assert none.columns == {"lpips_vgg": [None]}
 
 
@@ -526,12 +530,10 @@ def test_bad_settings_are_named():
 
 
 @pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_tables_know_every_number_that_judges_say(monkeypatch, net):
+def test_tables_know_every_number_that_judges_say(monkeypatch, random_network, net):
     """And judges say every number that tables know; each is of the network that it is named for."""
 
-    class Distance:
-        def __call__(self, first, second):
-            return first.mean((1, 2, 3)) - second.mean((1, 2, 3))
+    network = random_network(lambda: Lpips(LpipsConfig(net=net), rngs=nnx.Rngs(0)))
 
     class Dlib(FakeFaces):
         metric = "dlib_similarity"
@@ -547,11 +549,7 @@ def test_tables_know_every_number_that_judges_say(monkeypatch, net):
     monkeypatch.setattr(judges, "load_inception", lambda path, mesh: 2)
     monkeypatch.setattr(judges, "_load_dino", lambda path, mesh: 3)
     monkeypatch.setattr(judges, "load_clip", lambda path, mesh: FakeClip(None, None))
-    monkeypatch.setattr(
-        judges,
-        "load_lpips",
-        lambda *given: asked.append(given[:3]) or jax.tree_util.Partial(Distance()),
-    )
+    monkeypatch.setattr(judges, "load_lpips", lambda *given: asked.append(given[:3]) or network)
     monkeypatch.setattr(judges, "AuraFace", Aura)
     monkeypatch.setattr(judges, "DlibFaces", Dlib)
     monkeypatch.setattr(judges, "Reader", FakeReader)
