@@ -231,7 +231,7 @@ def test_without_onnxruntime_the_error_names_it(tmp_path, monkeypatch):
     for name in (DETECTOR, RECOGNISER):
         (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"needs onnxruntime .*pip install -e '.\[eval\]'"):
+    with pytest.raises(ImportError, match=r"needs onnxruntime .*pip install -e '.\[faces\]'"):
         AuraFace(tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_a_detector_of_other_outputs_is_refused(tmp_path):
 
 def test_without_dlib_or_its_weights_the_error_names_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
-    with pytest.raises(ImportError, match=r"needs dlib-bin .*pip install -e '.\[eval\]'"):
+    with pytest.raises(ImportError, match=r"needs dlib-bin .*pip install -e '.\[faces\]'"):
         DlibFaces()
     monkeypatch.setitem(sys.modules, "dlib", type(sys)("dlib"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
