@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kontext_jax.flow import SHIFTS
 from kontext_jax.places import PARAMS, is_run, split_step, step_at, steps_at
@@ -55,8 +56,12 @@ class Cell:
                     f"cell {self.name!r}: {setting} {getattr(self, setting)!r} is not one of "
                     f"{', '.join(filter(None, allowed))}."
                 )
-        if not self.checkpoint and self.baseline != "copy":
-            raise ValueError(f"cell {self.name!r} needs a checkpoint.")
+        if bool(self.checkpoint) == (self.baseline == "copy"):
+            raise ValueError(
+                f"cell {self.name!r} needs a checkpoint."
+                if self.baseline != "copy"
+                else f"cell {self.name!r}: a copy has no checkpoint; leave it empty."
+            )
         check_blind(self.sampler, f"cell {self.name!r}: sampler")
 
     @property
@@ -131,15 +136,26 @@ def resolve(cells: Sequence[Cell]) -> list[Cell]:
 
 def _resolve(cell: Cell) -> list[Cell]:
     place = cell.checkpoint
+    if not place:
+        return [cell]
     if place.endswith(EVERY_STEP):
         workdir = place.removesuffix(EVERY_STEP)
         return [
-            dataclasses.replace(cell, name=f"{cell.name} @{step}", checkpoint=f"{workdir}@{step}")
+            dataclasses.replace(
+                cell, name=f"{cell.name} @{step}", checkpoint=f"{Path(workdir)}@{step}"
+            )
             for step in steps_at(workdir)
         ]
-    if place and (is_run(place) or split_step(place)[1] is not None):
-        return [dataclasses.replace(cell, checkpoint=f"{split_step(place)[0]}@{step_at(place)}")]
-    return [cell]
+    path, step = split_step(place)
+    if is_run(place) or step is not None:
+        return [dataclasses.replace(cell, checkpoint=f"{path}@{step_at(place)}")]
+    if not path.exists():
+        raise FileNotFoundError(f"There is nothing at {place}.")
+    if cell.baseline == "untrained":
+        raise ValueError(
+            f"cell {cell.name!r}: {place} is no run, whose networks could be made anew."
+        )
+    return [dataclasses.replace(cell, checkpoint=str(path))]
 
 
 def folder_name(name: str) -> str:
@@ -148,11 +164,14 @@ def folder_name(name: str) -> str:
 
 
 def check_names(names: Sequence[str], what: str) -> None:
-    """Refuses names that folders could not tell apart.
+    """Refuses names that folders cannot have, or could not tell apart.
 
     Raises:
-      ValueError: two are the same, but for signs that folders cannot have.
+      ValueError: one is, or two are the same but for signs that folders cannot have.
     """
+    for name in names:
+        if not re.match(r"[\w-]", folder_name(name)):
+            raise ValueError(f"{what} {name!r} needs a name that begins with a letter or digit.")
     folders = [folder_name(name) for name in names]
     twice = sorted({name for name in names if folders.count(folder_name(name)) > 1})
     if twice:

@@ -11,11 +11,13 @@ Writes ``cells/SET/CELL/`` (``results.py``), ``losses/``, ``summary.json``, ``su
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +33,11 @@ from kontext_jax import cli
 from kontext_jax.cells import Cell, check_names, folder_name, resolve
 from kontext_jax.config import to_dict, validated
 from kontext_jax.data.pipeline import DataConfig, prepare_all
-from kontext_jax.data.sets import SetConfig, examples_of, load_tasks
+from kontext_jax.data.sets import SetConfig, examples_of, load_tasks, triples_of
 from kontext_jax.evaluator import Generator, reconstruct, with_room
 from kontext_jax.flops import num_chips
 from kontext_jax.geometry import fit, resize
-from kontext_jax.judges import Judge, JudgesConfig, Lineup, identity, judge, make_judges
+from kontext_jax.judges import Judge, JudgesConfig, Lineup, judge, judged_by, make_judges
 from kontext_jax.losses import (
     MLPERF,
     LossConfig,
@@ -44,13 +46,13 @@ from kontext_jax.losses import (
     summarise_losses,
 )
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import identity_of, is_run, load_config, split_step
+from kontext_jax.places import identity_of, load_config, split_step
 from kontext_jax.report import table, write_report
-from kontext_jax.results import CellFolder, Picture, fingerprint_of_tasks
+from kontext_jax.results import CellFolder, Picture, fingerprint_of_tasks, write_text
 from kontext_jax.runs import Model, load_model
 from kontext_jax.scores import ALL, METRICS, summarise
-from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.types import Task, Triple
+from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
+from kontext_jax.types import Task
 
 TIMED = (
     "Seconds per image are wall time of all batches, by the number of their images. They include "
@@ -125,15 +127,15 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
     cells = resolve(config.cells)  # first, for it may fail soon
-    sets = [_load_set(each) for each in config.sets]
-    loss_sets = [_load_set(each) for each in config.loss_sets]
-    if config.loss == MLPERF:
-        for each in loss_sets:
-            check_mlperf(len(each.tasks))
+    load = functools.cache(_load_tasks)
+    sets = [_set(each, load) for each in config.sets]
+    loss_sets = [_set(each, load) for each in config.loss_sets]
+    _check(cells, sets, loss_sets, config)
     judges, left_out = make_judges(config.judges, mesh)
-    judged_by = identity(config.judges, left_out)
+    record = judged_by(config.judges, left_out)
     summary: dict[str, Any] = {
         "sets": {each.name: {"num_tasks": len(each.tasks)} for each in sets},
+        "judges": record,
         "left_out": left_out,
         "timed": TIMED,
         "losses": {},
@@ -150,11 +152,15 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
                     continue
                 path = workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
                 folder = CellFolder(path, _record(cell, each, model, config))
-                made = _make(cell, model, each, folder, mesh, config)
-                found[each.name] = _judged(judges, judged_by, each, folder, made, mesh)
+                if not _same_everywhere(folder.scores(record) is not None):
+                    images = _make(cell, model, each, folder, mesh, config)
+                    _judge(judges, record, each, folder, images)
+                    multihost_utils.sync_global_devices("scores are written")
+                found[each.name] = _summarised(*folder.scores(record), folder.batches())
                 _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
             found_of[cell.name] = _about(cell, model) | {"sets": found}
-        if model and any(not cell.baseline for cell in group):
+        learns_flow = model is not None and model.objective.kind == "flow_matching"
+        if learns_flow and any(not cell.baseline for cell in group):
             for each in loss_sets:
                 name = f"{group[0].checkpoint} {group[0].params}"
                 losses = _losses(name, model, each, workdir, mesh, config)
@@ -163,8 +169,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     summary["cells"] = {cell.name: found_of[cell.name] for cell in cells}
     summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - began, 1)}
     if jax.process_index() == 0:
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (workdir / "summary.csv").write_text(as_csv(summary))
+        write_text(workdir / "summary.csv", as_csv(summary))
         write_report(
             workdir,
             summary,
@@ -172,18 +177,55 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
             sheet_rows=config.sheet_rows,
             curves=dict(config.curves),
         )
+        write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")  # all is done
+    multihost_utils.sync_global_devices("the report is written")
     return summary
 
 
-def _load_set(config: SetConfig) -> Set:
+def _set(config: SetConfig, load: Callable[[SetConfig], tuple[list[Task], str]]) -> Set:
+    try:
+        return Set(config.name, *load(dataclasses.replace(config, name="")))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"set {config.name!r}: {error}") from error
+
+
+def _load_tasks(config: SetConfig) -> tuple[list[Task], str]:
     tasks = sorted(load_tasks(config), key=lambda task: task.turn)  # stable
     if not tasks:
-        raise ValueError(f"set {config.name!r} has no tasks.")
-    ids = [task.id for task in tasks]
-    if len(set(ids)) < len(ids):
-        twice = next(task for task in ids if ids.count(task) > 1)
-        raise ValueError(f"set {config.name!r}: the task {twice!r} is there twice.")
-    return Set(config.name, tasks, fingerprint_of_tasks(tasks))
+        raise ValueError("it has no tasks.")
+    twice = [task for task, number in Counter(task.id for task in tasks).items() if number > 1]
+    if twice:
+        raise ValueError(f"the task {twice[0]!r} is there twice.")
+    return tasks, fingerprint_of_tasks(tasks)
+
+
+def _check(
+    cells: Sequence[Cell], sets: Sequence[Set], loss_sets: Sequence[Set], config: EvalConfig
+) -> None:
+    """Refuses what could not be done, before anything is.
+
+    Raises:
+      ValueError: truths are missing, or MLPerf's examples.
+    """
+    for cell, each in itertools.product(cells, sets):
+        if cell.baseline == "reconstruction" and each.name in (cell.sets or (each.name,)):
+            missing = [task.id for task in each.tasks if task.truth is None]
+            if missing:
+                raise ValueError(
+                    f"cell {cell.name!r}: {missing[0]} of {each.name!r} has no truth to "
+                    "reconstruct; name the sets that the cell is for."
+                )
+    for each in loss_sets:
+        number = len(triples_of(each.tasks))
+        if not number:
+            raise ValueError(f"loss set {each.name!r} has no truths.")
+        if config.loss == MLPERF:
+            check_mlperf(number)
+
+
+def _same_everywhere(value: bool) -> bool:
+    """What the first process says: file systems may show others an older state."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def _load(cell: Cell, mesh: Mesh, seed: int) -> Model | None:
@@ -192,22 +234,31 @@ def _load(cell: Cell, mesh: Mesh, seed: int) -> Model | None:
         return None
     try:
         model = load_model(cell.checkpoint, mesh, cell.params)
-        if cell.baseline != "untrained":
-            return model
-        if not is_run(cell.checkpoint):
-            raise ValueError(f"{cell.checkpoint} is no run, whose networks could be made anew.")
+        return _anew(cell, model, mesh, seed) if cell.baseline == "untrained" else model
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"cell {cell.name!r}: {error}") from error
-    objective = load_config(cell.checkpoint).make_objective()
-    init = jax.jit(lambda key: objective.init(key)[objective.generator])
-    networks = networks_of(init(jax.random.key(seed)), model.networks)
+
+
+def _anew(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
+    """With new networks in the place of those that the run trained."""
+    objective, key = load_config(cell.checkpoint).make_objective(), jax.random.key(seed)
+
+    def init(key):
+        return objective.init(key)[objective.generator]
+
+    shardings = shardings_of(jax.eval_shape(init, key), mesh)
+    fresh = jax.jit(init, out_shardings=shardings)(key)
+    if "lora" in fresh:
+        raise ValueError("new adapters change nothing; compare with what they are adapters of.")
+    networks = networks_of(fresh, model.networks)
     return model._replace(networks=networks, identity=identity_of(networks))
 
 
 def _record(cell: Cell, each: Set, model: Model | None, config: EvalConfig) -> dict[str, Any]:
-    """All that decides what a cell's pictures look like."""
+    """All that decides what a cell's pictures look like; the weights stand for the checkpoint."""
+    names = ("params", "shift", "baseline", "sampler")
     return {
-        "cell": to_dict(cell) | {"name": cell.name},
+        **{name: value for name, value in to_dict(cell).items() if name in names},
         "weights": model.identity if model else {},
         "tasks": each.fingerprint,
         "seed": config.seed,
@@ -236,16 +287,21 @@ def _make(
     made: dict[str, Picture] = {}
     for turn, group in itertools.groupby(each.tasks, key=lambda task: task.turn):
         tasks = list(group)
-        done = {i for i, task in enumerate(tasks) if folder.has(task.id)}
-        multihost_utils.sync_global_devices("all processes have looked")
-        if len(done) < len(tasks) and model is None:
-            folder.save({task.id: _copy(task) for task in tasks})
-        elif len(done) < len(tasks) and cell.baseline == "reconstruction":
-            folder.save(_reconstructions(model, tasks, mesh))
-        elif len(done) < len(tasks):
-            _sample(cell, model, tasks, turn, made, done, folder, mesh, config)
-        multihost_utils.sync_global_devices("all pictures of the turn are written")
-        made.update(zip((task.id for task in tasks), folder.load(tasks), strict=True))
+        seen = np.array([folder.has(task.id) for task in tasks])
+        seen = np.asarray(multihost_utils.broadcast_one_to_all(seen))
+        done = set(np.flatnonzero(seen).tolist())
+        made.update((tasks[i].id, folder.load(tasks[i])) for i in done)
+        if len(done) == len(tasks):
+            continue
+        if cell.baseline == "copy" or model is None:
+            new = {task.id: _copy(task) for task in tasks}
+            folder.save(new)
+        elif cell.baseline == "reconstruction":
+            new = _reconstructions(model, tasks, mesh)
+            folder.save(new)
+        else:
+            new = _sample(cell, model, tasks, turn, made, done, folder, mesh, config)
+        made.update(new)
     return [made[task.id] for task in each.tasks]
 
 
@@ -259,8 +315,8 @@ def _sample(
     folder: CellFolder,
     mesh: Mesh,
     config: EvalConfig,
-) -> None:
-    """Makes the pictures of one turn that are missing."""
+) -> dict[str, Picture]:
+    """Makes the pictures of one turn that are missing; some that are not, in the same batches."""
     data, objective = _batched(model.data, config), model.objective
     if cell.shift:
         objective = dataclasses.replace(
@@ -269,12 +325,18 @@ def _sample(
     examples = examples_of(tasks, made, data)
     data = with_room(data, examples)
     generate = Generator(examples, data, objective, cell.sampler, mesh, config.seed)
-    folder.log({"turn": turn, "compile_seconds": generate.warm_up(model.networks)})
+    kind = mesh.devices.flat[0].device_kind
+    about = {"turn": turn, "device": kind, "chips": num_chips(mesh.size, kind)}
+    folder.log(about | {"compile_seconds": generate.warm_up(model.networks)})
+    new = {}
     for batch in generate.batches(model.networks, done):
         images = zip(batch.indices, batch.images, strict=True)
-        folder.save({tasks[i].id: image for i, image in images})
-        line = {"turn": turn, "batch": batch.number, "images": len(batch.indices)}
-        folder.log(line | {"seconds": batch.seconds})
+        pictures = {tasks[i].id: image for i, image in images}
+        folder.save(pictures)
+        line = {"batch": batch.number, "images": len(pictures), "seconds": batch.seconds}
+        folder.log(about | line)
+        new |= pictures
+    return new
 
 
 def _batched(data: DataConfig, config: EvalConfig) -> DataConfig:
@@ -291,69 +353,68 @@ def _copy(task: Task) -> Picture:
 
 def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, Picture]:
     """The truths through the autoencoder: what no sampler can be better than."""
-    missing = [task.id for task in tasks if task.truth is None]
-    if missing:
-        raise ValueError(f"{missing[0]} has no truth to reconstruct: name the cell's sets.")
     sizes = model.data.geometry.sizes
-    images = reconstruct(
-        model.networks["autoencoder"], [fit(task.truth, sizes) for task in tasks], mesh
-    )
+    truths = [fit(task.truth, sizes) for task in tasks if task.truth is not None]
+    images = reconstruct(model.networks["autoencoder"], truths, mesh)
     return {task.id: image for task, image in zip(tasks, images, strict=True)}
 
 
-def _judged(
+def _judge(
     judges: Sequence[Judge],
-    judged_by: Mapping[str, Any],
+    record: Mapping[str, Any],
     each: Set,
     folder: CellFolder,
     images: Sequence[Picture],
-    mesh: Mesh,
+) -> None:
+    """Writes the scores of a cell's pictures."""
+    columns, whole = judge(judges, Lineup(each.name, each.tasks, images))
+    rows = [
+        {
+            "id": task.id,
+            "category": task.category,
+            "group": task.group or task.id,
+            "turn": task.turn,
+            **{metric: column[i] for metric, column in columns.items()},
+        }
+        for i, task in enumerate(each.tasks)
+    ]
+    folder.write_scores(rows, {"judges": record, "scores": dict(whole)})
+
+
+def _summarised(
+    rows: Sequence[Mapping], whole: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the summary says of one cell on one set; scores are written if they are not there."""
-    scores = folder.scores(judged_by)
-    if scores is None:
-        columns, whole = judge(judges, Lineup(each.name, each.tasks, images))
-        rows = [
-            {"id": task.id, "category": task.category, "group": task.group or task.id}
-            | {"turn": task.turn}
-            | {metric: column[i] for metric, column in columns.items()}
-            for i, task in enumerate(each.tasks)
-        ]
-        scores = rows, {"judges": judged_by, "scores": dict(whole)}
-        folder.write_scores(*scores)
-    rows, whole = scores
+    """What the summary says of one cell on one set."""
     metrics = {
         name: {
-            by: {key: list(estimate[:3]) for key, estimate in estimates.items()}
+            by: {key: list(estimate) for key, estimate in estimates.items()}
             for by, estimates in found.items()
         }
         for name, found in summarise(rows).items()
     }
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["category"]] = counts.get(row["category"], 0) + 1
+    counts = Counter(row["category"] for row in rows)
     return {
         "count": dict(sorted(counts.items())) | {ALL: len(rows)},
         "metrics": metrics,
         "whole": whole["scores"],
-        "speed": _speed(folder.batches(), mesh),
+        "speed": _speed(batches),
     }
 
 
-def _speed(lines: Sequence[Mapping[str, Any]], mesh: Mesh) -> dict[str, Any]:
-    """Rates of the batches that were made; nothing where none was, as of copies."""
+def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rates of the batches that were sampled; nothing where none was, as of copies."""
     batches = [line for line in lines if "seconds" in line]
     if not batches:
         return {}
     seconds = sum(line["seconds"] for line in batches)
     images = sum(line["images"] for line in batches)
-    chips = num_chips(mesh.size, mesh.devices.flat[0].device_kind)
     return {
         "seconds_per_image": seconds / images,
-        "images_per_second_per_chip": images / seconds / chips,
+        "images_per_second_per_chip": images
+        / sum(line["seconds"] * line["chips"] for line in batches),
         "compile_seconds": sum(line.get("compile_seconds", 0.0) for line in lines),
-        "device": mesh.devices.flat[0].device_kind,
-        "chips": chips,
+        "device": ", ".join(sorted({line["device"] for line in batches})),
+        "chips": max(line["chips"] for line in batches),
     }
 
 
@@ -361,17 +422,12 @@ def _losses(
     name: str, model: Model, each: Set, workdir: Path, mesh: Mesh, config: EvalConfig
 ) -> dict[str, Any]:
     """The held-out loss of a checkpoint on the tasks that have truths."""
-    tasks = [task for task in each.tasks if task.truth is not None and not task.follows]
-    triples = [
-        Triple(task.id, task.truth, task.contexts, task.prompt, task.category) for task in tasks
-    ]
-    if not triples:
-        raise ValueError(f"loss set {each.name!r} has no truths.")
-    file = workdir / "losses" / folder_name(each.name) / f"{folder_name(name.strip('/'))}.jsonl"
+    triples = triples_of(each.tasks)
     examples = prepare_all(triples, model.data)
     data = with_room(_batched(model.data, config), examples)
+    file = workdir / "losses" / folder_name(each.name) / f"{folder_name(name.strip('/'))}.jsonl"
     rows = held_out_loss(model.networks, examples, data, model.objective, config.loss, mesh, file)
-    kinds = {task.id: "edit" if task.contexts else "text_to_image" for task in tasks}
+    kinds = {triple.id: "edit" if triple.contexts else "text_to_image" for triple in triples}
     return summarise_losses(rows, kinds)
 
 
@@ -393,10 +449,10 @@ def _in_short(found: Mapping[str, Any]) -> str:
 
 
 def as_csv(summary: Mapping[str, Any]) -> str:
-    """A line for each number: cell, set, metric, by, of, mean, low, high."""
+    """A line for each number: of a cell, or of a checkpoint where it is a held-out loss."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["cell", "set", "metric", "by", "of", "mean", "low", "high"])
+    writer.writerow(["cell", "set", "metric", "by", "of", "mean", "low", "high", "count"])
     for cell, about in summary["cells"].items():
         for name, found in about["sets"].items():
             for metric, by in found["metrics"].items():
@@ -405,7 +461,13 @@ def as_csv(summary: Mapping[str, Any]) -> str:
                         writer.writerow([cell, name, metric, kind, key, *values])
             for part in ("whole", "speed"):
                 for metric, value in found[part].items():
-                    writer.writerow([cell, name, metric, part, ALL, value, "", ""])
+                    writer.writerow([cell, name, metric, part, ALL, value, "", "", ""])
+    for name, losses in summary["losses"].items():
+        for checkpoint, found in losses.items():
+            parts = {ALL: found} | {f"t={level['t']:g}": level for level in found["levels"]}
+            for key, part in (parts | found["kinds"]).items():
+                row = [checkpoint, name, "held_out_loss", "loss", key, part["mean"]]
+                writer.writerow([*row, "", "", part["count"]])
     return text.getvalue()
 
 
@@ -430,8 +492,9 @@ def main() -> None:
         jax.distributed.initialize()
     workdir = Path(options.workdir)
     summary = evaluate(validated(options.config), workdir, parse_seconds(options.seconds))
-    print(table(summary))
-    print(f"wrote {workdir / 'report.html'}")
+    if jax.process_index() == 0:
+        print(table(summary))
+        print(f"wrote {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Generator:
         below 1: then they are the images that sampling starts from.
         """
         self._mesh = mesh
-        self._examples = [_blind(e) if sampler.strength == 1 else e for e in examples]
+        self._examples = list(examples) if sampler.strength < 1 else _blind(examples)
         self._batches, self._layouts = pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
         self._key = jax.random.key(seed)
         self._sampler, self._objective = sampler, objective
@@ -154,8 +154,10 @@ class Generator:
         )
 
 
-def _blind(example: Example) -> Example:
-    return example._replace(target=np.zeros_like(example.target))
+def _blind(examples: Sequence[Example]) -> list[Example]:
+    """With empty targets, one of each size for all."""
+    blanks = {example.target.shape: np.zeros_like(example.target) for example in examples}
+    return [example._replace(target=blanks[example.target.shape]) for example in examples]
 
 
 class Batches(Sequence):

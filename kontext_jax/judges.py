@@ -25,8 +25,8 @@ from kontext_jax.metrics.drift import colour_drift, drift
 from kontext_jax.metrics.faces import AuraFace, DlibFaces, IdentityEncoder
 from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.metrics.kernel import kernel_distance
-from kontext_jax.metrics.ocr import Reader, accuracy
-from kontext_jax.metrics.similarity import clip_directional, cosine
+from kontext_jax.metrics.ocr import Reader, accuracy, contains
+from kontext_jax.metrics.similarity import SAME, clip_directional, cosine
 from kontext_jax.models.autoencoder import to_pixels
 from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.efficientnet import EfficientNetConfig
@@ -271,7 +271,7 @@ def judge_drift(lineup: Lineup) -> Scores:
             return found
         return found | {
             "shift": float(np.hypot(*moved.shift)),
-            "zoom": 100 * (moved.scale - 1),
+            "zoom": 100 * abs(moved.scale - 1),  # outwards and inwards must not cancel out
         }
 
     names = ("shift", "zoom", "colour_drift")
@@ -300,7 +300,10 @@ def _features(network, mesh: Mesh) -> Callable[[Sequence[Image]], np.ndarray]:
 
 
 class FeatureJudge:
-    """A network's vectors: their cosines with truths' and contexts', and distances of the sets."""
+    """A network's vectors: their cosines with truths' and contexts', and distances of the sets.
+
+    Of sessions, distances are of the last turn.
+    """
 
     def __init__(
         self,
@@ -317,18 +320,24 @@ class FeatureJudge:
         self._features, self._remembered = features, Remembered(features)
 
     def __call__(self, lineup: Lineup) -> Scores:
+        places, truths = self._remembered(lineup, "truths")
+        if not self._similarity and not places:
+            return Scores({})
         made = self._features(lineup.images)
         columns = {}
         if self._similarity:
-            columns[self._similarity] = _cosines(made, *self._remembered(lineup, "truths"))
+            columns[self._similarity] = _cosines(made, places, truths)
             columns[f"{self._similarity}_context"] = _cosines(
                 made, *self._remembered(lineup, "contexts")
             )
-        places, truths = self._remembered(lineup, "truths")
+        # Pictures of one session are not independent, and those of different turns not of one kind.
+        last = max(task.turn for task in lineup.tasks)
+        kept = [i for i, place in enumerate(places) if lineup.tasks[place].turn == last]
         whole = {}
-        if len(places) > 1:
-            whole[self._fd] = frechet_distance(truths, made[places])
-            whole[self._kid] = kernel_distance(truths, made[places])[0]
+        if len(kept) > 1:
+            ends = made[[places[i] for i in kept]]
+            whole[self._fd] = frechet_distance(truths[kept], ends)
+            whole[self._kid] = kernel_distance(truths[kept], ends)[0]
         return Scores(columns, whole)
 
 
@@ -367,18 +376,18 @@ class ClipJudge:
         columns["clip_t"] = _cosines(made, described, texts)
         text_of = dict(zip(described, texts, strict=True))
         context_of = dict(zip(places, contexts, strict=True))
-        changed = [
-            i
-            for i in described
-            if i in context_of and lineup.tasks[i].source_caption not in ("", wanted[i])
-        ]
+        captioned = [i for i in described if i in context_of and lineup.tasks[i].source_caption]
+        if not captioned:
+            return Scores(columns)
+        texts = self._clip.text([lineup.tasks[i].source_caption for i in captioned], self._mesh)
+        before_of = dict(zip(captioned, texts, strict=True))
+        # Captions that CLIP cannot tell apart ask for no direction.
+        apart = 1 - cosine(texts, np.stack([text_of[i] for i in captioned]))
+        changed = [i for i, gap in zip(captioned, apart, strict=True) if gap > SAME]
         if changed:
-            before = self._clip.text([lineup.tasks[i].source_caption for i in changed], self._mesh)
             values = clip_directional(
                 made[changed],
-                np.stack([context_of[i] for i in changed]),
-                np.stack([text_of[i] for i in changed]),
-                before,
+                *(np.stack([of[i] for i in changed]) for of in (context_of, text_of, before_of)),
             )
             for i, value in zip(changed, values, strict=True):
                 columns["clip_dir"][i] = float(value)
@@ -417,10 +426,10 @@ def _lpips(network: Lpips, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B
 
 
 class FaceJudge:
-    """Whether the largest face is still the same one's."""
+    """Whether the largest face is still there, and the same one's."""
 
     def __init__(self, encoder: IdentityEncoder):
-        self._encoder = encoder
+        self._encoder, self._metric = encoder, encoder.metric
         self._known: dict[int, tuple[Image, np.ndarray | None]] = {}
 
     def __call__(self, lineup: Lineup) -> Scores:
@@ -430,10 +439,12 @@ class FaceJudge:
                 return {}
             after = self._encoder.embed(image)
             if after is None:
-                return {}
-            return {self._encoder.metric: self._encoder.similarity(before, after)}
+                return {f"{self._metric}_found": 0.0}
+            similarity = self._encoder.similarity(before, after)
+            return {self._metric: similarity, f"{self._metric}_found": 1.0}
 
-        return by_picture(look, (self._encoder.metric,), lineup.images, lineup.tasks)
+        names = (self._metric, f"{self._metric}_found")
+        return by_picture(look, names, lineup.images, lineup.tasks)
 
     def _of_context(self, image: Image) -> np.ndarray | None:
         """Tasks share images. The image is kept too: what is gone might lend its id to another."""
@@ -443,7 +454,7 @@ class FaceJudge:
 
 
 class OcrJudge:
-    """Whether the words that a picture should show can be read."""
+    """Whether the words that a picture should show can be read, among others or alone."""
 
     def __init__(self, reader: Reader):
         self._reader = reader
@@ -452,11 +463,16 @@ class OcrJudge:
         def look(image: Image, task: Task) -> dict[str, float | None]:
             if not task.words:
                 return {}
-            return {"ocr_accuracy": accuracy(self._reader.read(image), task.words)}
+            read = self._reader.read(image)
+            return {
+                "ocr_contains": float(contains(read, task.words)),
+                "ocr_accuracy": accuracy(read, task.words),
+            }
 
-        return by_picture(look, ("ocr_accuracy",), lineup.images, lineup.tasks)
+        names = ("ocr_contains", "ocr_accuracy")
+        return by_picture(look, names, lineup.images, lineup.tasks)
 
 
-def identity(config: JudgesConfig, left_out: Mapping[str, str]) -> dict[str, Any]:
+def judged_by(config: JudgesConfig, left_out: Mapping[str, str]) -> dict[str, Any]:
     """What tells these judges from others, for the record."""
     return {"config": to_dict(config), "left_out": sorted(left_out)}

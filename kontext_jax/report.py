@@ -278,7 +278,7 @@ def _set_table(sweep: Sweep, found: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = metrics_of(found.values(), METRICS)
     speeds = SPEED if any(numbers["speed"] for numbers in found.values()) else {}
     bold = {metric: _best(sweep, found, metric) for metric in metrics}
-    arrows = {1: "\u00a0↑", -1: "\u00a0↓", 0: "\u00a0→\u00a00"}
+    arrows = {1: "\u00a0↑", -1: "\u00a0↓", 0: ""}
     heads = [METRICS[metric].title + arrows[METRICS[metric].better] for metric in metrics]
     head = "".join(f"<th>{_text(title)}</th>" for title in ("cell", *heads))
     head += "".join(f"<th{_first(i)}>{title}</th>" for i, title in enumerate(speeds.values()))
@@ -307,7 +307,9 @@ def _cell(
 
 
 def _best(sweep: Sweep, found: Mapping[str, Mapping[str, Any]], metric: str) -> set[str]:
-    """The cells that are best; none where there are no two to compare."""
+    """The cells that are best; none where there are no two to compare, or none can be."""
+    if not METRICS[metric].better:
+        return set()
     worth = {
         name: goodness(metric, value[0])
         for name, numbers in found.items()

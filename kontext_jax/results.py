@@ -16,7 +16,7 @@ processes the first one writes; all read the same folder, on a file system that 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -58,20 +58,20 @@ class CellFolder:
             )
         if self._writes:
             (path / "images").mkdir(parents=True, exist_ok=True)
-            _write(file, text)
+            write_text(file, text)
         multihost_utils.sync_global_devices(f"folder {path}")
 
     def has(self, task: str) -> bool:
         """Whether a task's picture is there."""
         return self._image(task).is_file()
 
-    def load(self, tasks: Iterable[Task]) -> list[Picture]:
-        """The pictures of some tasks.
+    def load(self, task: Task) -> Picture:
+        """A task's picture.
 
         Raises:
-          FileNotFoundError, ValueError: one of them is missing, or cannot be decoded.
+          FileNotFoundError, ValueError: it is missing, or cannot be decoded.
         """
-        return [load_image(self._image(task.id)) for task in tasks]
+        return load_image(self._image(task.id))
 
     def save(self, pictures: Mapping[str, Picture]) -> None:
         """Writes pictures, by the ids of their tasks."""
@@ -101,8 +101,8 @@ class CellFolder:
         if self._writes:
             # First, so that a kill leaves no judges' names beside the numbers of others.
             (self._path / "whole.json").unlink(missing_ok=True)
-            _write(self._path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            _write(self._path / "whole.json", json.dumps(whole, indent=2) + "\n")
+            write_text(self._path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(self._path / "whole.json", json.dumps(whole, indent=2) + "\n")
 
     def scores(self, judges: Mapping[str, Any]) -> tuple[list[dict], dict] | None:
         """(rows, whole) by these judges; None if they have not judged yet."""
@@ -133,7 +133,8 @@ def fingerprint_of_tasks(tasks: Sequence[Task]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Writes a file that appears under its name when it is complete."""
     temporary = file.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, file)

@@ -26,7 +26,8 @@ class Metric(NamedTuple):
     Attributes:
       title: in headings.
       show: its text.
-      better: +1 where more is better, -1 where less is, 0 where nothing should be.
+      better: +1 where more is better, -1 where less is, 0 where neither is: a picture that is just
+        like its context has not been edited.
     """
 
     title: str
@@ -52,18 +53,21 @@ METRICS = {
     "lpips_alex": Metric("LPIPS (AlexNet)", _plain(3), -1),
     "lpips_vgg": Metric("LPIPS (VGG)", _plain(3), -1),
     "clip_i": Metric("CLIP-I to the truth", _plain(3), +1),
-    "clip_i_context": Metric("CLIP-I to the context", _plain(3), +1),
+    "clip_i_context": Metric("CLIP-I to the context", _plain(3), 0),
     "clip_t": Metric("CLIP-T", _plain(3), +1),
     "clip_dir": Metric("CLIP direction", _plain(3), +1),
     "dinov2": Metric("DINOv2 to the truth", _plain(3), +1),
-    "dinov2_context": Metric("DINOv2 to the context", _plain(3), +1),
+    "dinov2_context": Metric("DINOv2 to the context", _plain(3), 0),
     "efflite0": Metric("EfficientNet-Lite0 to the truth", _plain(3), +1),
-    "efflite0_context": Metric("EfficientNet-Lite0 to the context", _plain(3), +1),
+    "efflite0_context": Metric("EfficientNet-Lite0 to the context", _plain(3), 0),
     "auraface": Metric("same face (AuraFace)", _plain(3), +1),
+    "auraface_found": Metric("face still there (AuraFace)", _percent, +1),
     "dlib_similarity": Metric("same face (dlib)", _plain(3), +1),
-    "ocr_accuracy": Metric("words right (OCR)", _percent, +1),
+    "dlib_similarity_found": Metric("face still there (dlib)", _percent, +1),
+    "ocr_contains": Metric("words read (OCR)", _percent, +1),
+    "ocr_accuracy": Metric("words, and no others (OCR)", _percent, +1),
     "shift": Metric("shift of what stays, pixels", _plain(3), -1),
-    "zoom": Metric("zoom of what stays, %", _plain(2), 0),
+    "zoom": Metric("zoom of what stays, %", _plain(2), -1),
     "colour_drift": Metric("colour drift of what stays, of 255", _plain(2), -1),
     "fid": Metric("FID", _plain(2), -1),
     "kid": Metric("KID", _plain(4), -1),

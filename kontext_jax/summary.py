@@ -11,12 +11,16 @@ from typing import Any
 from kontext_jax.charts import Value
 from kontext_jax.scores import ALL, METRICS
 
-HEADLINE = ("edit_success", "clip_dir", "dinov2", "clip_i", "l1", *METRICS)
+HEADLINE = (
+    *("edit_success", "clip_dir", "dinov2", "clip_i", "l1"),
+    *(name for name, metric in METRICS.items() if metric.better),
+    *METRICS,
+)
 """The first of these that is known says best how good a model is."""
 
 MAIN = (
     *("edit_success", "preservation", "clip_dir", "dinov2", "l1", "psnr", "fid", "fd_dinov2"),
-    *("clip_t", "auraface", "dlib_similarity", "ocr_accuracy", "fd_efflite0"),
+    *("clip_t", "auraface", "dlib_similarity", "ocr_contains", "fd_efflite0"),
     *("clip_i_context", "dinov2_context"),
 )
 """The first of these that are known are shown where there is no room for all."""
@@ -116,6 +120,5 @@ def describe(about: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def goodness(metric: str, value: float) -> float:
-    """A number that is larger where a metric's value is better."""
-    better = METRICS[metric].better
-    return better * value if better else -abs(value)
+    """A number that is larger where a metric's value is better, or if it cannot be, is more."""
+    return (METRICS[metric].better or 1) * value

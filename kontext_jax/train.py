@@ -113,12 +113,13 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 writer.metrics(step, meta["metrics"])
                 window.stop_if_hopeless()
             began = time.monotonic()
+            if validate and (step % config.validation.every == 0 or last):
+                writer.metrics(step, validate(state.ema, frozen), log="validation")
+            # After it: who is stopped meanwhile, takes the step again, and measures again.
             if step % config.checkpoint.every == 0 or last:
                 checkpointer.save(state, loader.state(), meta)
             if make_sheet and (step % config.sheets.every == 0 or last):
                 writer.image("sheet", step, make_sheet(state.ema, frozen))
-            if validate and (step % config.validation.every == 0 or last):
-                writer.metrics(step, validate(state.ema, frozen), log="validation")
             pause(time.monotonic() - began)
     return meta["metrics"]
 

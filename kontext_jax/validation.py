@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from kontext_jax.config import Config
 from kontext_jax.data.benchmarks import triples
 from kontext_jax.data.pipeline import prepare_all
-from kontext_jax.data.sets import examples_of
-from kontext_jax.data.sources import TripleSource
+from kontext_jax.data.sets import examples_of, triples_of
 from kontext_jax.evaluator import Generator, Image, reconstruct
 from kontext_jax.judges import Lineup, judge, judge_drift, judge_pixels, judge_world
 from kontext_jax.losses import held_out_loss, summarise_losses
@@ -34,10 +33,8 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
       FileNotFoundError, ValueError: the held-out data is missing.
     """
     settings, data = config.validation, config.data
-    source = TripleSource(data.path, settings.split)
-    number = min(settings.num_examples or len(source), len(source))
-    tasks = triples(data.path, settings.split, number)
-    examples = prepare_all([source[i] for i in range(number)], data)
+    tasks = triples(data.path, settings.split, settings.num_examples)
+    examples = prepare_all(triples_of(tasks), data)
     if config.objective.kind == "autoencoder":
         targets = [example.target for example in examples]
 

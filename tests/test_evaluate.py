@@ -199,8 +199,8 @@ def test_every_task_is_scored_once_and_its_picture_kept(done):
 def test_the_summary_is_of_the_lines_and_not_of_their_means(done):
     rows = done.scores(NAMES[0])
     found = done.summary["cells"][NAMES[0]]["sets"]["edits"]
-    mean, low, high = found["metrics"]["l1"]["category"]["all"]
-    assert mean == pytest.approx(np.mean([row["l1"] for row in rows]), rel=1e-12)
+    mean, low, high, count = found["metrics"]["l1"]["category"]["all"]
+    assert count == 6 and mean == pytest.approx(np.mean([row["l1"] for row in rows]), rel=1e-12)
     assert low < mean < high
     parts = found["metrics"]["l1"]["category"]
     assert parts.keys() == found["count"].keys() and len(parts) > 2
@@ -407,9 +407,11 @@ def test_a_cell_may_be_for_some_sets_only(runs, tmp_path):
 
 def test_numbers_go_to_a_table(done):
     head, *lines = (done.folder / "summary.csv").read_text().splitlines()
-    assert head == "cell,set,metric,by,of,mean,low,high"
+    assert head == "cell,set,metric,by,of,mean,low,high,count"
     found = done.summary["cells"]["copy"]["sets"]["edits"]["metrics"]["l1"]["category"]["all"]
     assert f"copy,edits,l1,category,all,{','.join(map(str, found))}" in lines
+    checkpoint, losses = next(iter(done.summary["losses"]["edits"].items()))
+    assert f"{checkpoint},edits,held_out_loss,loss,all,{losses['mean']},,,12" in lines
 
 
 KILLED = """

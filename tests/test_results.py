@@ -44,7 +44,7 @@ def test_pictures_come_back_to_the_last_bit_in_the_order_asked_for(tmp_path):
     folder.save({names[-1]: picture(5, 10)})
     again = CellFolder(tmp_path / "cell", RECORD)
     assert all(map(again.has, names)) and not again.has("world/train/0/2")
-    loaded = again.load([task(name) for name in reversed(names)])
+    loaded = [again.load(task(name)) for name in reversed(names)]
     for i, image in enumerate(reversed(loaded)):
         np.testing.assert_array_equal(image, picture(i, 5 + i))
     assert len(list((tmp_path / "cell" / "images").iterdir())) == len(names)
@@ -53,7 +53,7 @@ def test_pictures_come_back_to_the_last_bit_in_the_order_asked_for(tmp_path):
 
 def test_a_missing_picture_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image .*b\.png"):
-        CellFolder(tmp_path, RECORD).load([task("b")])
+        CellFolder(tmp_path, RECORD).load(task("b"))
 
 
 def test_half_of_a_picture_never_appears(tmp_path, monkeypatch):
@@ -71,10 +71,10 @@ def test_half_of_a_picture_never_appears(tmp_path, monkeypatch):
                 folder.save({name: picture(1)})
     again = CellFolder(tmp_path, RECORD)
     assert again.has("a") and not again.has("b")
-    np.testing.assert_array_equal(again.load([task("a")])[0], picture(0))
+    np.testing.assert_array_equal(again.load(task("a")), picture(0))
     again.save({"b": picture(1)})
     assert sorted(file.name for file in (tmp_path / "images").glob("*.png")) == ["a.png", "b.png"]
-    np.testing.assert_array_equal(again.load([task("b")])[0], picture(1))
+    np.testing.assert_array_equal(again.load(task("b")), picture(1))
 
 
 def test_pictures_of_another_record_are_refused(tmp_path):

@@ -131,7 +131,12 @@ def test_metrics_show_themselves():
     assert METRICS["edit_success"].show(0.5) == "50.0%"
     assert METRICS["psnr"].show(20.126) == "20.13" and METRICS["fd_dinov2"].show(7) == "7.0"
     assert {metric.better for metric in METRICS.values()} == {-1, 0, 1}
-    assert [METRICS[name].better for name in ("l1", "ssim", "zoom", "fid")] == [-1, 1, 0, -1]
+    assert [METRICS[name].better for name in ("l1", "ssim", "zoom", "clip_i_context")] == [
+        -1,
+        1,
+        -1,
+        0,
+    ]
     titles = [metric.title for metric in METRICS.values()]
     assert len(set(titles)) == len(titles)
 

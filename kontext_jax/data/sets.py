@@ -13,7 +13,7 @@ from kontext_jax.data.magic_brush import magic_brush
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.geometry import fit, nearest_size
-from kontext_jax.types import Example, Task
+from kontext_jax.types import Example, Task, Triple
 
 KINDS = ("triples", "kontext_bench", "magic_brush", "world")
 
@@ -32,7 +32,8 @@ class SetConfig:
       turns: of a session; each turn edits the picture that was made in the turn before. 1 takes
         every edit by itself.
       probe: if there, the set's images are asked to stay as they are, in these words, in each of
-        ``turns`` turns; in the world "done" asks for edits that are done already.
+        ``turns`` turns. The world has words of its own: "done" asks for edits that are done
+        already, and nothing else can be asked there.
       seed: of what is drawn on the spot.
     """
 
@@ -60,6 +61,8 @@ class SetConfig:
             raise ValueError(f"set {self.name!r}: turns {self.turns} must be at least 1.")
         if self.kind == "triples" and self.turns > 1 and not self.probe:
             raise ValueError(f"set {self.name!r}: triples have no sessions; set turns=1.")
+        if self.kind == "world" and self.probe not in ("", "done"):
+            raise ValueError(f"set {self.name!r}: the world's probe is 'done', not {self.probe!r}.")
         if self.kind == "world" and not self.num_examples:
             raise ValueError(f"set {self.name!r}: the world has no end; set num_examples.")
 
@@ -96,6 +99,15 @@ def _first(tasks: Sequence[Task], number: int) -> list[Task]:
             kept[task.id] = task
             begun += begins
     return list(kept.values())
+
+
+def triples_of(tasks: Sequence[Task]) -> list[Triple]:
+    """Those tasks that have a truth and start from what is stored, as they would be trained on."""
+    return [
+        Triple(task.id, task.truth, task.contexts, task.prompt, task.category)
+        for task in tasks
+        if task.truth is not None and not task.follows
+    ]
 
 
 def examples_of(
