@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from kontext_jax.data.packing import Plan, Shape
+from kontext_jax.data.packing import PackingConfig, Plan, Shape
 from kontext_jax.data.pipeline import DataConfig, assemble, negatives, noise_id
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images
@@ -183,8 +183,12 @@ class Batches(Sequence):
 
 
 def with_room(data: DataConfig, examples: Sequence[Example]) -> DataConfig:
-    """The settings, with rows that hold the largest of the examples if they did not before."""
+    """The settings, with rows as long as the largest of the examples, or longer.
+
+    Rows of several examples keep the length they have, if that is enough.
+    """
     side, packing = data.geometry.pixels_per_token, data.packing
+    least = packing if packing.max_examples > 1 else PackingConfig(image_tokens=0, text_tokens=0)
     images = [(example.target, *example.contexts) for example in examples]
     sizes = [sum(num_tokens(size_of(image), side) for image in each) for each in images]
     texts = [len(example.text_ids) for example in examples]
@@ -192,8 +196,8 @@ def with_room(data: DataConfig, examples: Sequence[Example]) -> DataConfig:
         data,
         packing=dataclasses.replace(
             packing,
-            image_tokens=max(packing.image_tokens, *sizes),
-            text_tokens=max(packing.text_tokens, *texts),
+            image_tokens=max(least.image_tokens, *sizes),
+            text_tokens=max(least.text_tokens, *texts),
         ),
     )
 

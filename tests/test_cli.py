@@ -80,22 +80,36 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
 
     config = tmp_path / "eval.py"
     config.write_text(
+        "from kontext_jax.cells import Cell\n"
+        "from kontext_jax.data.sets import SetConfig\n"
         "from kontext_jax.evaluate import EvalConfig\n"
         "from kontext_jax.sampler import SamplerConfig\n"
         "def get_config():\n"
-        f"    return EvalConfig(checkpoint={flow!r}, sampler=SamplerConfig(num_steps=2),\n"
-        f"                      curves=(('flow', {flow!r}),))\n"
+        "    two = SamplerConfig(num_steps=2)\n"
+        f"    edits = SetConfig(name='edits', path={data!r})\n"
+        "    return EvalConfig(\n"
+        f"        cells=(Cell(name='model', checkpoint={flow!r}, sampler=two),\n"
+        f"               Cell(name='exported', checkpoint={str(exported)!r}, sampler=two),\n"
+        "               Cell(name='copy', baseline='copy'),\n"
+        f"               Cell(name='new', checkpoint={flow!r}, baseline='untrained',\n"
+        "                    sampler=two)),\n"
+        f"        sets=(edits,), loss_sets=(edits,), curves=(('flow', {flow!r}),))\n"
     )
-    table = ok("evaluate", f"--config={config}", f"--workdir={tmp_path}", "--seconds=data=1,flow=2")
-    assert "edit success" in table
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["num_examples"] == 12
-    assert set(summary["methods"]) == {"model", "copy", "untrained"}
-    assert summary["methods"]["copy"]["edit_success"]["all"] == 0
-    assert summary["methods"]["copy"]["preservation"]["all"] == 1
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 36
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 1 and "<svg" in page
+    out = tmp_path / "out"
+    table = ok("evaluate", f"--config={config}", f"--workdir={out}", "--seconds=data=1,flow=2")
+    assert "edits: 12 tasks" in table and "edit carried out" in table
+    summary = json.loads((out / "summary.json").read_text())
+    found = {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
+    assert list(found) == ["model", "exported", "copy", "new"]
+    assert found["copy"]["metrics"]["edit_success"]["category"]["all"][0] == 0
+    assert found["copy"]["metrics"]["preservation"]["category"]["all"][0] == 1
+    scores = [(out / f"cells/edits/{name}/scores.jsonl").read_text() for name in found]
+    assert scores[0] == scores[1] != scores[3]  # the same pictures, to the last bit
+    assert [len(text.splitlines()) for text in scores] == [12] * 4
+    means = [losses["mean"] for losses in summary["losses"]["edits"].values()]
+    assert len(means) == 2 and means[0] == means[1]
+    page = (out / "report.html").read_text()
+    assert "data:image/png;base64" in page and "<svg" in page
     assert not re.search(r"(src|href)=['\"]?(http|//)", page)  # nothing is fetched
     assert "Field nonsense" in refused(
         "train", "--config=configs/quickstart.py", "--config.nonsense=1", "--workdir=x"

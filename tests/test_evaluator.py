@@ -243,3 +243,6 @@ def test_rows_get_room_for_the_largest_example():
     short = dataclasses.replace(DATA.packing, image_tokens=5, text_tokens=2)
     found = with_room(dataclasses.replace(DATA, packing=short), examples).packing
     assert (found.image_tokens, found.text_tokens, found.max_examples) == (12, 6, 3)
+    alone = dataclasses.replace(DATA, packing=PackingConfig())
+    found = with_room(alone, examples).packing  # no longer than it need be
+    assert (found.image_tokens, found.text_tokens, found.max_examples) == (12, 6, 1)
