@@ -3,12 +3,15 @@
 python -m kontext_jax.evaluate --config=configs/eval_kontext.py --workdir=runs/kontext/evaluation \\
     [--distributed]
 
-Wants local copies under ``models/`` and ``data/``: FLUX.1-Kontext-dev, facebook/dinov2-base,
-openai/clip-vit-base-patch32, FID's Inception (pytorch-fid's release), AlexNet (torchvision's) and
-fal's AuraFace-v1; black-forest-labs/kontext-bench, and MagicBrush's test set. ``pip install -e
-'.[ocr,faces]'`` brings the readers of words and faces, and ``pip install --no-deps lpips==0.1.4``
-LPIPS' heads. A picture of a megapixel in 28 steps takes 4.6 PFLOP, a v5p chip 20 s at half of its
-peak: some 7 hours of 8 chips for the 10,000 pictures of the three models.
+Wants local copies under ``models/`` and ``data/``: FLUX.1-Kontext-dev, facebook/dinov2-base and
+openai/clip-vit-base-patch32 (as safetensors, which transformers' ``save_pretrained`` writes), FID's
+Inception (pytorch-fid's release), AlexNet (torchvision's), and fal's AuraFace-v1;
+black-forest-labs/kontext-bench, and MagicBrush's test set. ``pip install -e '.[ocr,faces]'`` brings
+the readers of words and faces, ``pip install --no-deps lpips==0.1.4`` LPIPS' heads.
+
+A picture of a megapixel in 28 steps takes 4.6 PFLOP, a v5p chip 20 s at half of its peak: some 7
+hours of 8 chips for the 10,000 pictures of the three models. Judging is the hosts' work, a few
+seconds a picture of that size and process.
 """
 
 from kontext_jax.cells import Cell, grid

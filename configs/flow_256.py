@@ -12,7 +12,7 @@ gradients clipped at 1, times uniform and not shifted, a tenth of the prompts le
 0.586.
 
 Weight decay leaves biases and norms alone here, which the reference does not. The benchmark's
-validation is not here, so its target has not been tried.
+measure is ``configs/eval_mlperf.py``; its target has not been tried.
 
 `v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
 `h100_64` for 64 GPUs. README.md has the numbers of the first.

@@ -152,11 +152,11 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
                     continue
                 path = workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
                 folder = CellFolder(path, _record(cell, each, model, config))
-                if not _same_everywhere(folder.scores(record) is not None):
+                scores = folder.scores(record)
+                if not _same_everywhere(scores is not None):
                     images = _make(cell, model, each, folder, mesh, config)
-                    _judge(judges, record, each, folder, images)
-                    multihost_utils.sync_global_devices("scores are written")
-                found[each.name] = _summarised(*folder.scores(record), folder.batches())
+                    scores = _judge(judges, record, each, folder, images)
+                found[each.name] = _summarised(*scores, folder.batches())
                 _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
             found_of[cell.name] = _about(cell, model) | {"sets": found}
         learns_flow = model is not None and model.objective.kind == "flow_matching"
@@ -365,8 +365,8 @@ def _judge(
     each: Set,
     folder: CellFolder,
     images: Sequence[Picture],
-) -> None:
-    """Writes the scores of a cell's pictures."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(a line a task, what is said of all together), once they are written."""
     columns, whole = judge(judges, Lineup(each.name, each.tasks, images))
     rows = [
         {
@@ -378,7 +378,9 @@ def _judge(
         }
         for i, task in enumerate(each.tasks)
     ]
-    folder.write_scores(rows, {"judges": record, "scores": dict(whole)})
+    said = {"judges": record, "scores": dict(whole)}
+    folder.write_scores(rows, said)
+    return rows, said
 
 
 def _summarised(
