@@ -49,6 +49,9 @@ FD_INPUT = 128
 of 32 hold nothing that 128 would lose, at a third of the time. Distances of other sides do not
 compare with these."""
 
+MIN_TILES = 6
+"""Places that must agree before a picture is said to have grown; two or three lie too close."""
+
 UNCHANGED = 8
 """Levels of 255 by which truth and context may differ where an edit leaves a picture alone."""
 
@@ -269,10 +272,10 @@ def judge_drift(lineup: Lineup) -> Scores:
             moved = drift(image, truth, kept)
         except ValueError:  # nothing to hold on to
             return found
-        return found | {
-            "shift": float(np.hypot(*moved.shift)),
-            "zoom": 100 * abs(moved.scale - 1),  # outwards and inwards must not cancel out
-        }
+        found["shift"] = float(np.hypot(*moved.shift))
+        if moved.tiles >= MIN_TILES:
+            found["zoom"] = 100 * abs(moved.scale - 1)  # outwards and inwards must not cancel out
+        return found
 
     names = ("shift", "zoom", "colour_drift")
     return by_picture(look, names, lineup.images, lineup.truths, lineup.contexts)
