@@ -20,15 +20,12 @@ fi
 source .venv/bin/activate
 
 install_extra() { # NAME...: installs more extras of pyproject.toml, once
-  install_once "$*" --editable ".[$(IFS=, && echo "$*")]"
-}
-
-install_once() { # NAME ARGUMENT...: installs what pip is told to, once
-  local name=$1 stamp=.venv/installed-${1// /-}
-  shift
+  local names stamp
+  names=$(IFS=, && echo "$*")
+  stamp=.venv/installed-$names
   if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
-    echo "installing $name into .venv (once)"
-    python -m pip install -qq "$@"
+    echo "installing the extras $names into .venv (once)"
+    python -m pip install -qq --editable ".[$names]"
     touch "$stamp"
   fi
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one,
-# for which PyTorch, the TPU compiler, and all that metrics need or are compared with are installed
-# too. Further arguments go to pytest: launch/test.sh -k packing
+# for which PyTorch, the TPU compiler, and all that metrics need are installed too. Those that compare
+# networks of metrics with PyTorch's want `pip install --group references` besides, see
+# pyproject.toml. Further arguments go to pytest: launch/test.sh -k packing
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -13,6 +14,5 @@ if [[ "${1:-}" == --all ]]; then
   shift
   arguments+=(-m "")
   install_extra convert aot eval ocr faces
-  install_once references --group references
 fi
 JAX_PLATFORMS=cpu python -m pytest -q "${arguments[@]}" "$@"
