@@ -3,6 +3,8 @@
 The same functions serve training on the fly, sampling and evaluation.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,22 +17,30 @@ from kontext_jax.types import Batch, Tokens
 def encode_images(autoencoder: Autoencoder | None, batch: Batch) -> Float[Array, "B S C"]:
     """Clean latents of every image token; padding is zero.
 
-    Images of a size are encoded as one dense array; each token of the row is then fetched from
-    the encoded tokens of its own row. A batch that carries latents needs no autoencoder.
+    A batch that carries latents needs no autoencoder.
     """
     if batch.latents is not None:
         return jnp.asarray(batch.latents, jnp.float32)
+    latents = image_tokens(autoencoder.encode, batch)
+    return jnp.where(batch.segments[:, :, None] > 0, latents, 0.0)
+
+
+def image_tokens(
+    encode: Callable[[Float[Array, "n h w 3"]], Float[Array, "n _ _ _"]], batch: Batch
+) -> Float[Array, "B S C"]:
+    """What ``encode`` makes of the pixels at every image token; padding has any token's.
+
+    Images of a size are encoded as one dense array; each token of the row is then fetched from
+    the encoded tokens of its own row.
+    """
     rows = batch.source.shape[0]
     encoded = []
     for key in sorted(batch.images):
         images = batch.images[key]
         flat = to_pixels(images.reshape(-1, *images.shape[2:]))
-        tokens = pack_latents(autoencoder.encode(flat))
+        tokens = pack_latents(encode(flat))
         encoded.append(tokens.reshape(rows, -1, tokens.shape[-1]))
-    latents = jnp.take_along_axis(
-        jnp.concatenate(encoded, axis=1), batch.source[:, :, None], axis=1
-    )
-    return jnp.where(batch.segments[:, :, None] > 0, latents, 0.0)
+    return jnp.take_along_axis(jnp.concatenate(encoded, axis=1), batch.source[:, :, None], axis=1)
 
 
 def encode_text(text_encoder: T5Encoder, batch: Batch) -> Float[Array, "B L T"]:

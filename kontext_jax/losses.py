@@ -36,10 +36,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax import flow
 from kontext_jax.data.pipeline import DataConfig, noise_id
-from kontext_jax.encoders import encode_images
+from kontext_jax.encoders import encode_images, image_tokens
 from kontext_jax.evaluator import pack
 from kontext_jax.geometry import GeometryConfig
-from kontext_jax.models.autoencoder import Autoencoder, pack_latents, to_pixels
+from kontext_jax.models.autoencoder import Autoencoder
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import square_error
 from kontext_jax.objectives.transformer import NetworksConfig, per_example, target_membership
@@ -335,14 +335,12 @@ def _deviation(
     autoencoder: Autoencoder, batch: Batch, keys: Key[Array, "B N"]
 ) -> Float[Array, "B S C"]:
     """What targets' latents, drawn from the encoder's distribution, are away from its mean."""
-    encoded = []
-    for size in sorted(batch.images):
-        images = batch.images[size]
-        _, logvar = autoencoder.moments(to_pixels(images.reshape(-1, *images.shape[2:])))
-        std = pack_latents(autoencoder.config.scale_factor * jnp.exp(0.5 * logvar))
-        encoded.append(std.reshape(len(images), -1, std.shape[-1]))
-    std = jnp.concatenate(encoded, axis=1)
-    std = jnp.take_along_axis(std, batch.source[:, :, None], axis=1)
+
+    def deviation(pixels: Float[Array, "n h w 3"]) -> Float[Array, "n _ _ _"]:
+        _, logvar = autoencoder.moments(pixels)
+        return autoencoder.config.scale_factor * jnp.exp(0.5 * logvar)
+
+    std = image_tokens(deviation, batch)
     noise = flow.token_noise(keys, batch.segments, batch.offsets, std.shape[-1])
     return jnp.where(batch.is_target[:, :, None], std * noise, 0.0)
 
