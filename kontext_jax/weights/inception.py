@@ -7,16 +7,14 @@ safetensors. Only a Frechet distance of these weights' features may be called FI
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from kontext_jax.models.inception import Inception, InceptionConfig
 from kontext_jax.names import named_leaves
-from kontext_jax.sharding import shardings_of
-from kontext_jax.weights.files import TensorFiles, WeightsError
-from kontext_jax.weights.torch_legacy import read_tensors
+from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.loading import NORM, lay_out, read_file, with_norm
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -28,8 +26,6 @@ NUM_CLASSES = 1008
 
 EPSILON = 1e-3
 """Of the batch norms."""
-
-NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def load_inception(path: Path, mesh: Mesh, config: InceptionConfig | None = None) -> Inception:
@@ -64,24 +60,16 @@ def load_inception(path: Path, mesh: Mesh, config: InceptionConfig | None = None
         raise WeightsError(f"{path} does not fit FID's network: {'; '.join(wrong)}.")
     arrays = {}
     for name in convolutions:
-        arrays[f"{name}/kernel"], arrays[f"{name}/bias"] = _folded(tensors, _theirs(name))
-    leaves, treedef = jax.tree.flatten(abstract)
-    shardings = jax.tree.leaves(shardings_of(abstract, mesh))
-    on_devices = [
-        jax.device_put(arrays[name].astype(leaf.dtype), sharding)
-        for name, leaf, sharding in zip(params, leaves, shardings, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, on_devices)
+        weight = tensors[f"{_theirs(name)}.conv.weight"]
+        norm = [tensors[f"{_theirs(name)}.bn.{kind}"] for kind in NORM]
+        arrays[f"{name}/kernel"], arrays[f"{name}/bias"] = with_norm(weight, norm, EPSILON)
+    return lay_out(abstract, arrays, mesh)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     """A file's tensors, less the norms' counts of batches, which serve training alone."""
-    if path.suffix == ".safetensors":
-        files = TensorFiles(path)
-        tensors = {name: files.read(name) for name in files.entries}
-    else:
-        tensors = read_tensors(path)
-    return {name: x for name, x in tensors.items() if not name.endswith(".num_batches_tracked")}
+    tensors = read_file(path).items()
+    return {name: x for name, x in tensors if not name.endswith(".num_batches_tracked")}
 
 
 def _shapes(config: InceptionConfig, kernels: Mapping[str, tuple[int, ...]]) -> dict[str, tuple]:
@@ -103,13 +91,3 @@ def _theirs(name: str) -> str:
     Ours are the same, in small letters.
     """
     return name.capitalize().replace("/", ".")
-
-
-def _folded(tensors: Mapping[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a convolution with the norm behind it, float64."""
-    weight, gamma, beta, mean, variance = (
-        tensors[f"{name}.{part}"].astype(np.float64)
-        for part in ("conv.weight", *(f"bn.{kind}" for kind in NORM))
-    )
-    scale = gamma / np.sqrt(variance + EPSILON)
-    return weight.transpose(2, 3, 1, 0) * scale, beta - mean * scale

@@ -1,6 +1,7 @@
 """From stored weights to networks on a mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,12 +9,16 @@ from jax.sharding import Mesh, Sharding
 
 from kontext_jax.names import named_leaves
 from kontext_jax.sharding import shardings_of
-from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.files import TensorFiles, WeightsError
 from kontext_jax.weights.networks import architecture
 from kontext_jax.weights.reading import Reader
+from kontext_jax.weights.torch_legacy import read_tensors
 
 MEASURED = ("scale_factor", "shift_factor")
 """Settings that follow from an autoencoder's weights; a run measures its own."""
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+"""PyTorch's names of what makes up a batch norm that is not trained any more."""
 
 
 def check_same(reader: Reader, config, where: str, but: Sequence[str] = ()) -> None:
@@ -99,3 +104,42 @@ def _load(
 
 def _slices(span: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in span)
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a .safetensors file, or of any file of ``torch.save``, by name.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      WeightsError: it cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        files = TensorFiles(path)
+        return {name: files.read(name) for name in files.entries}
+    return read_tensors(path)
+
+
+def lay_out(abstract, arrays: Mapping[str, np.ndarray], mesh: Mesh):
+    """A network of arrays by the names of its parameters, in their dtypes, on a mesh."""
+    leaves, treedef = jax.tree.flatten(abstract)
+    shardings = jax.tree.leaves(shardings_of(abstract, mesh))
+    on_devices = [
+        jax.device_put(arrays[name].astype(leaf.dtype), sharding)
+        for name, leaf, sharding in zip(named_leaves(abstract), leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, on_devices)
+
+
+def with_norm(
+    weight: np.ndarray, norm: Sequence[np.ndarray], epsilon: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and bias of a convolution that has taken in the batch norm behind it, float64.
+
+    Args:
+      weight: PyTorch's, of a convolution without bias.
+      norm: PyTorch's weight, bias, and running mean and variance.
+      epsilon: of the norm.
+    """
+    weight, gamma, beta, mean, variance = (x.astype(np.float64) for x in (weight, *norm))
+    scale = gamma / np.sqrt(variance + epsilon)
+    return weight.transpose(2, 3, 1, 0) * scale, beta - mean * scale

@@ -8,16 +8,13 @@ are part of the package (BSD-2-Clause), which is neither imported nor otherwise 
 import importlib.util
 from pathlib import Path
 
-import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig
 from kontext_jax.names import named_leaves
-from kontext_jax.sharding import shardings_of
-from kontext_jax.weights.files import TensorFiles, WeightsError
-from kontext_jax.weights.torch_legacy import read_tensors
+from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.loading import lay_out, read_file
 
 PACKAGE = "lpips"
 
@@ -50,10 +47,10 @@ def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) ->
     heads = heads or _installed_heads(net)
     tensors = {
         name: tensor
-        for name, tensor in _read(Path(backbone)).items()
+        for name, tensor in read_file(Path(backbone)).items()
         if not name.startswith("classifier.")
     }
-    tensors |= _read(Path(heads))
+    tensors |= read_file(Path(heads))
 
     abstract = nnx.eval_shape(lambda: Lpips(config, rngs=nnx.Rngs(0)))
     params, names = named_leaves(abstract), _names(net)
@@ -68,14 +65,11 @@ def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) ->
     if wrong:
         raise WeightsError(f"{backbone} and {heads} do not fit LPIPS on {net}: {'; '.join(wrong)}.")
 
-    leaves, treedef = jax.tree.flatten(abstract)
-    shardings = jax.tree.leaves(shardings_of(abstract, mesh))
-    arrays = []
-    for (param, leaf), sharding in zip(params.items(), shardings, strict=True):
-        tensor = tensors[names[param]].astype(leaf.dtype)
-        ours = tensor.transpose(2, 3, 1, 0) if leaf.ndim == 4 else tensor.reshape(-1)
-        arrays.append(jax.device_put(ours, sharding))
-    return jax.tree.unflatten(treedef, arrays)
+    arrays = {}
+    for param, leaf in params.items():
+        tensor = tensors[names[param]]
+        arrays[param] = tensor.transpose(2, 3, 1, 0) if leaf.ndim == 4 else tensor.reshape(-1)
+    return lay_out(abstract, arrays, mesh)
 
 
 def _installed_heads(net: str) -> Path:
@@ -86,13 +80,6 @@ def _installed_heads(net: str) -> Path:
             f"of its weights/v0.1/{net}.pth."
         )
     return Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / f"{net}.pth"
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        files = TensorFiles(path)
-        return {name: files.read(name) for name in files.entries}
-    return read_tensors(path)
 
 
 def _names(net: str) -> dict[str, str]:
