@@ -142,8 +142,7 @@ def make_here(
     (first,) = generator._batches
     batches = [first] if first.negative is None else [first, unprompted(first)]
     is_target, key = first.is_target[0], jax.random.key(SEED)
-    with jax.set_mesh(mesh):
-        latents = np.asarray(generator._latents(model.networks, first, key))
+    latents = generator._sample(model.networks, first)
     keys = flow.example_keys(key, jnp.asarray(first.example_ids))
     noise = flow.token_noise(
         keys, jnp.asarray(first.segments), jnp.asarray(first.offsets), latents.shape[-1]
