@@ -10,17 +10,15 @@ Writes ``cells/SET/CELL/`` (``results.py``), ``losses/``, ``summary.json``, ``su
 """
 
 import csv
-import dataclasses
-import functools
 import io
 import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,11 +30,9 @@ from ml_collections import config_flags
 from kontext_jax import cli
 from kontext_jax.cells import Cell, check_names, folder_name, resolve
 from kontext_jax.config import to_dict, validated
-from kontext_jax.data.pipeline import DataConfig, prepare_all
-from kontext_jax.data.sets import SetConfig, examples_of, load_tasks, triples_of
-from kontext_jax.evaluator import Generator, reconstruct, with_room
-from kontext_jax.flops import num_chips
-from kontext_jax.geometry import fit, resize
+from kontext_jax.data.pipeline import prepare_all
+from kontext_jax.data.sets import Set, SetConfig, load_sets, triples_of
+from kontext_jax.evaluator import with_room
 from kontext_jax.judges import Judge, JudgesConfig, Lineup, judge, judged_by, make_judges
 from kontext_jax.losses import (
     MLPERF,
@@ -45,14 +41,13 @@ from kontext_jax.losses import (
     held_out_loss,
     summarise_losses,
 )
-from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import identity_of, load_config, split_step
+from kontext_jax.making import load_networks, make, record_of
+from kontext_jax.places import split_step
 from kontext_jax.report import table, write_report
-from kontext_jax.results import CellFolder, Picture, fingerprint_of_tasks, write_text
-from kontext_jax.runs import Model, load_model
+from kontext_jax.results import CellFolder, Picture, write_text
+from kontext_jax.runs import Model
 from kontext_jax.scores import ALL, METRICS, summarise
-from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
-from kontext_jax.types import Task
+from kontext_jax.sharding import MeshConfig, make_mesh
 
 TIMED = (
     "Seconds per image are wall time of all batches, by the number of their images. They include "
@@ -102,14 +97,6 @@ class EvalConfig:
             raise ValueError("a sweep needs one cell and one set, or more.")
 
 
-class Set(NamedTuple):
-    """The tasks of a set, in the order of their turns, and what tells them from others."""
-
-    name: str
-    tasks: list[Task]
-    fingerprint: str
-
-
 def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) -> dict:
     """Makes and judges what is missing, and writes all files.
 
@@ -127,9 +114,8 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     began = time.monotonic()
     mesh = make_mesh(config.mesh)
     cells = resolve(config.cells)  # first, for it may fail soon
-    load = functools.cache(_load_tasks)
-    sets = [_set(each, load) for each in config.sets]
-    loss_sets = [_set(each, load) for each in config.loss_sets]
+    loaded = load_sets([*config.sets, *config.loss_sets])
+    sets, loss_sets = loaded[: len(config.sets)], loaded[len(config.sets) :]
     _check(cells, sets, loss_sets, config)
     judges, left_out = make_judges(config.judges, mesh)
     record = judged_by(config.judges, left_out)
@@ -144,17 +130,17 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     for networks in dict.fromkeys(cell.networks for cell in cells):
         group = [cell for cell in cells if cell.networks == networks]
         model = None  # the last one makes room for the next
-        model = _load(group[0], mesh, config.seed)
+        model = load_networks(group[0], mesh, config.seed, config.batch_size)
         for cell in group:
             found = {}
             for each in sets:
                 if cell.sets and each.name not in cell.sets:
                     continue
                 path = workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
-                folder = CellFolder(path, _record(cell, each, model, config))
+                folder = CellFolder(path, record_of(cell, each, model, config.seed))
                 scores = folder.scores(record)
                 if not _same_everywhere(scores is not None):
-                    images = _make(cell, model, each, folder, mesh, config)
+                    images = make(cell, model, each, folder, mesh, config.seed)
                     scores = _judge(judges, record, each, folder, images)
                 found[each.name] = _summarised(*scores, folder.batches())
                 _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
@@ -180,23 +166,6 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")  # all is done
     multihost_utils.sync_global_devices("the report is written")
     return summary
-
-
-def _set(config: SetConfig, load: Callable[[SetConfig], tuple[list[Task], str]]) -> Set:
-    try:
-        return Set(config.name, *load(dataclasses.replace(config, name="")))
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"set {config.name!r}: {error}") from error
-
-
-def _load_tasks(config: SetConfig) -> tuple[list[Task], str]:
-    tasks = sorted(load_tasks(config), key=lambda task: task.turn)  # stable
-    if not tasks:
-        raise ValueError("it has no tasks.")
-    twice = [task for task, number in Counter(task.id for task in tasks).items() if number > 1]
-    if twice:
-        raise ValueError(f"the task {twice[0]!r} is there twice.")
-    return tasks, fingerprint_of_tasks(tasks)
 
 
 def _check(
@@ -228,43 +197,6 @@ def _same_everywhere(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def _load(cell: Cell, mesh: Mesh, seed: int) -> Model | None:
-    """The networks of a cell; none for a copy."""
-    if cell.baseline == "copy":
-        return None
-    try:
-        model = load_model(cell.checkpoint, mesh, cell.params)
-        return _anew(cell, model, mesh, seed) if cell.baseline == "untrained" else model
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"cell {cell.name!r}: {error}") from error
-
-
-def _anew(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
-    """With new networks in the place of those that the run trained."""
-    objective, key = load_config(cell.checkpoint).make_objective(), jax.random.key(seed)
-
-    def init(key):
-        return objective.init(key)[objective.generator]
-
-    shardings = shardings_of(jax.eval_shape(init, key), mesh)
-    fresh = jax.jit(init, out_shardings=shardings)(key)
-    if "lora" in fresh:
-        raise ValueError("new adapters change nothing; compare with what they are adapters of.")
-    networks = networks_of(fresh, model.networks)
-    return model._replace(networks=networks, identity=identity_of(networks))
-
-
-def _record(cell: Cell, each: Set, model: Model | None, config: EvalConfig) -> dict[str, Any]:
-    """All that decides what a cell's pictures look like; the weights stand for the checkpoint."""
-    names = ("params", "shift", "baseline", "sampler")
-    return {
-        **{name: value for name, value in to_dict(cell).items() if name in names},
-        "weights": model.identity if model else {},
-        "tasks": each.fingerprint,
-        "seed": config.seed,
-    }
-
-
 def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
     place, step = split_step(cell.checkpoint)
     return to_dict(cell) | {
@@ -273,90 +205,6 @@ def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
         "shift": cell.shift or (model.objective.time.shift if model else ""),
         "weights": model.identity if model else {},
     }
-
-
-def _make(
-    cell: Cell,
-    model: Model | None,
-    each: Set,
-    folder: CellFolder,
-    mesh: Mesh,
-    config: EvalConfig,
-) -> list[Picture]:
-    """A picture for each task: those that are there, and those that are made now."""
-    made: dict[str, Picture] = {}
-    for turn, group in itertools.groupby(each.tasks, key=lambda task: task.turn):
-        tasks = list(group)
-        seen = np.array([folder.has(task.id) for task in tasks])
-        seen = np.asarray(multihost_utils.broadcast_one_to_all(seen))
-        done = set(np.flatnonzero(seen).tolist())
-        made.update((tasks[i].id, folder.load(tasks[i])) for i in done)
-        if len(done) == len(tasks):
-            continue
-        if cell.baseline == "copy" or model is None:
-            new = {task.id: _copy(task) for task in tasks}
-            folder.save(new)
-        elif cell.baseline == "reconstruction":
-            new = _reconstructions(model, tasks, mesh)
-            folder.save(new)
-        else:
-            new = _sample(cell, model, tasks, turn, made, done, folder, mesh, config)
-        made.update(new)
-    return [made[task.id] for task in each.tasks]
-
-
-def _sample(
-    cell: Cell,
-    model: Model,
-    tasks: Sequence[Task],
-    turn: int,
-    made: Mapping[str, Picture],
-    done: set[int],
-    folder: CellFolder,
-    mesh: Mesh,
-    config: EvalConfig,
-) -> dict[str, Picture]:
-    """Makes the pictures of one turn that are missing; some that are not, in the same batches."""
-    data, objective = _batched(model.data, config), model.objective
-    if cell.shift:
-        objective = dataclasses.replace(
-            objective, time=dataclasses.replace(objective.time, shift=cell.shift)
-        )
-    examples = examples_of(tasks, made, data)
-    data = with_room(data, examples)
-    generate = Generator(examples, data, objective, cell.sampler, mesh, config.seed)
-    kind = mesh.devices.flat[0].device_kind
-    about = {"turn": turn, "device": kind, "chips": num_chips(mesh.size, kind)}
-    folder.log(about | {"compile_seconds": generate.warm_up(model.networks)})
-    new = {}
-    for batch in generate.batches(model.networks, done):
-        images = zip(batch.indices, batch.images, strict=True)
-        pictures = {tasks[i].id: image for i, image in images}
-        folder.save(pictures)
-        line = {"batch": batch.number, "images": len(pictures), "seconds": batch.seconds}
-        folder.log(about | line)
-        new |= pictures
-    return new
-
-
-def _batched(data: DataConfig, config: EvalConfig) -> DataConfig:
-    """A run's settings, with as many rows a batch as the sweep wants."""
-    return dataclasses.replace(data, batch_size=config.batch_size or data.batch_size)
-
-
-def _copy(task: Task) -> Picture:
-    """The context as it is; grey where there is none."""
-    if task.contexts:
-        return resize(task.contexts[0], task.size)
-    return np.full((task.size[1], task.size[0], 3), 128, np.uint8)
-
-
-def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, Picture]:
-    """The truths through the autoencoder: what no sampler can be better than."""
-    sizes = model.data.geometry.sizes
-    truths = [fit(task.truth, sizes) for task in tasks if task.truth is not None]
-    images = reconstruct(model.networks["autoencoder"], truths, mesh)
-    return {task.id: image for task, image in zip(tasks, images, strict=True)}
 
 
 def _judge(
@@ -426,7 +274,7 @@ def _losses(
     """The held-out loss of a checkpoint on the tasks that have truths."""
     triples = triples_of(each.tasks)
     examples = prepare_all(triples, model.data)
-    data = with_room(_batched(model.data, config), examples)
+    data = with_room(model.data, examples)
     file = workdir / "losses" / folder_name(each.name) / f"{folder_name(name.strip('/'))}.jsonl"
     rows = held_out_loss(model.networks, examples, data, model.objective, config.loss, mesh, file)
     kinds = {triple.id: "edit" if triple.contexts else "text_to_image" for triple in triples}

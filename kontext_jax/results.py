@@ -13,7 +13,6 @@ none to be made again. Each file appears under its name when it is complete. In 
 processes the first one writes; all read the same folder, on a file system that they share.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -116,21 +115,6 @@ class CellFolder:
 
     def _image(self, task: str) -> Path:
         return self._path / "images" / f"{quote(task, safe='')}.png"
-
-
-def fingerprint_of_tasks(tasks: Sequence[Task]) -> str:
-    """Short, of all that tasks ask for and are judged by, their images included."""
-    digest = hashlib.sha256()
-    for task in tasks:
-        for value in task:
-            images = value if isinstance(value, tuple) else (value,)
-            for image in images:
-                if isinstance(image, np.ndarray):
-                    digest.update(repr(image.shape).encode())
-                    digest.update(np.ascontiguousarray(image))
-                else:
-                    digest.update(f"{image!r},".encode())
-    return digest.hexdigest()[:16]
 
 
 def write_text(file: Path, text: str) -> None:

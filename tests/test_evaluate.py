@@ -23,7 +23,7 @@ import pytest
 from flax import nnx
 
 from kontext_jax import evaluate as evaluate_module
-from kontext_jax import judges
+from kontext_jax import judges, making
 from kontext_jax import runs as runs_module
 from kontext_jax.cells import Cell
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
@@ -104,7 +104,7 @@ def patched(random_network, tmp_path_factory):
         patch.setattr(evaluate_module, "make_mesh", lambda config: mesh_of(1))
         patch.setattr(judges, "load_lite0", lambda mesh, config: network)
         patch.setattr(runs_module, "identity_of", lambda networks: {})
-        patch.setattr(evaluate_module, "identity_of", lambda networks: {})
+        patch.setattr(making, "identity_of", lambda networks: {})
         yield
     jax.config.update("jax_compilation_cache_dir", old)
 
@@ -161,7 +161,7 @@ class Done(NamedTuple):
 @pytest.fixture(scope="module")
 def done(runs, tmp_path_factory) -> Done:
     loaded = []
-    load_model = evaluate_module.load_model
+    load_model = making.load_model
 
     def watched(place, mesh, params):
         loaded.append(place)
@@ -169,7 +169,7 @@ def done(runs, tmp_path_factory) -> Done:
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "load_model", watched)
+        patch.setattr(making, "load_model", watched)
         summary = evaluate(runs.config, folder, {"flow": 2.0})
     return Done(folder, summary, loaded)
 
@@ -231,14 +231,14 @@ def test_speed_is_told_with_compiling_apart(done):
 
 def test_a_turn_starts_from_the_picture_of_the_turn_before(runs, tmp_path, monkeypatch):
     given = {}
-    examples_of = evaluate_module.examples_of
+    examples_of = making.examples_of
 
     def watched(tasks, made, data):
         examples = examples_of(tasks, made, data)
         given.update((e.id, e.contexts[0]) for e in examples if e.contexts)
         return examples
 
-    monkeypatch.setattr(evaluate_module, "examples_of", watched)
+    monkeypatch.setattr(making, "examples_of", watched)
     config = dataclasses.replace(
         runs.config, cells=runs.config.cells[1:2], sets=runs.config.sets[1:], loss_sets=()
     )
@@ -252,14 +252,14 @@ def test_a_turn_starts_from_the_picture_of_the_turn_before(runs, tmp_path, monke
 
 def test_prompts_and_contexts_are_never_dropped(done, runs, tmp_path, monkeypatch):
     """Of a run that trained on examples without theirs: dropout left on would show."""
-    load_model = evaluate_module.load_model
+    load_model = making.load_model
 
     def dropping(place, mesh, params):
         model = load_model(place, mesh, params)
         data = dataclasses.replace(model.data, caption_dropout=1.0, context_dropout=1.0)
         return model._replace(data=data)
 
-    monkeypatch.setattr(evaluate_module, "load_model", dropping)
+    monkeypatch.setattr(making, "load_model", dropping)
     config = dataclasses.replace(
         runs.config, cells=runs.config.cells[1:2], sets=runs.config.sets[:1]
     )
@@ -312,7 +312,7 @@ def test_finished_it_samples_nothing_and_a_new_judge_looks_at_what_is_there(
 ):
     config = dataclasses.replace(runs.config, cells=runs.config.cells[1:2], loss_sets=())
     evaluate(config, tmp_path, {})
-    monkeypatch.setattr(evaluate_module, "Generator", None)
+    monkeypatch.setattr(making, "Generator", None)
     evaluate(config, tmp_path, {})
     config.judges = dataclasses.replace(config.judges, efflite0=False)
     summary = evaluate(config, tmp_path, {})

@@ -16,7 +16,7 @@ LAYERS = [
     {"checkpoint", "evaluator", "losses", "provenance", "results", "writer"},
     {"config"},
     {"places", "sheets", "judges", "scores"},
-    {"cells", "charts", "gallery", "report", "runs", "summary", "validation"},
+    {"cells", "charts", "gallery", "making", "report", "runs", "summary", "validation"},
     {"train", "sample", "evaluate", "convert", "encode", "compile"},
 ]
 

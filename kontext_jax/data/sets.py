@@ -1,7 +1,12 @@
 """What an evaluation asks for: sets of tasks, and these as examples that can be packed."""
 
+import dataclasses
+import functools
+import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -99,6 +104,62 @@ def _first(tasks: Sequence[Task], number: int) -> list[Task]:
             kept[task.id] = task
             begun += begins
     return list(kept.values())
+
+
+class Set(NamedTuple):
+    """A set as it is used.
+
+    Attributes:
+      name: what results call it.
+      tasks: in the order of their turns, each with an id of its own.
+      fingerprint: tells them from others.
+    """
+
+    name: str
+    tasks: list[Task]
+    fingerprint: str
+
+
+def load_sets(configs: Sequence[SetConfig]) -> list[Set]:
+    """All sets; those that differ by their names only are read once.
+
+    Raises:
+      FileNotFoundError, ValueError: data is missing or not what it should be, or a set is empty; it
+        names the set.
+    """
+    load = functools.cache(_load)
+    sets = []
+    for config in configs:
+        try:
+            sets.append(Set(config.name, *load(dataclasses.replace(config, name=""))))
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"set {config.name!r}: {error}") from error
+    return sets
+
+
+def _load(config: SetConfig) -> tuple[list[Task], str]:
+    tasks = sorted(load_tasks(config), key=lambda task: task.turn)  # stable
+    if not tasks:
+        raise ValueError("it has no tasks.")
+    twice = [task for task, number in Counter(task.id for task in tasks).items() if number > 1]
+    if twice:
+        raise ValueError(f"the task {twice[0]!r} is there twice.")
+    return tasks, fingerprint_of_tasks(tasks)
+
+
+def fingerprint_of_tasks(tasks: Sequence[Task]) -> str:
+    """Short, of all that tasks ask for and are judged by, their images included."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for value in task:
+            images = value if isinstance(value, tuple) else (value,)
+            for image in images:
+                if isinstance(image, np.ndarray):
+                    digest.update(repr(image.shape).encode())
+                    digest.update(np.ascontiguousarray(image))
+                else:
+                    digest.update(f"{image!r},".encode())
+    return digest.hexdigest()[:16]
 
 
 def triples_of(tasks: Sequence[Task]) -> list[Triple]:

@@ -8,7 +8,7 @@ import pytest
 from kontext_jax.data import store, world
 from kontext_jax.data.magic_brush import magic_brush
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.data.sets import SetConfig, examples_of, load_tasks
+from kontext_jax.data.sets import SetConfig, examples_of, fingerprint_of_tasks, load_tasks
 from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.geometry import GeometryConfig, fit
 from kontext_jax.types import Task, Triple
@@ -199,3 +199,100 @@ def test_a_turn_that_follows_starts_from_the_picture_that_was_made():
     assert [len(example.contexts) for example in examples] == [2, 1, 1]
     with pytest.raises(KeyError):
         examples_of(tasks, {"a/1": made["a/1"]}, DATA)
+
+
+def whole_task(name: str, **fields) -> Task:
+    """With every field filled."""
+    known = dict(
+        contexts=(image(1, 5, 4), image(2, 5, 4)),
+        prompt="make it red",
+        category="local",
+        size=(5, 4),
+        truth=image(3, 5, 4),
+        group="g",
+        turn=2,
+        follows="f",
+        source_caption="a cat",
+        target_caption="a red cat",
+        words="CAT",
+        details='{"x": 1}',
+    )
+    return Task(name, **known | fields)
+
+
+OTHER = dict(
+    id="b",
+    contexts=(image(2, 5, 4), image(1, 5, 4)),
+    prompt="make it blue",
+    category="global",
+    size=(4, 5),
+    truth=None,
+    group="h",
+    turn=3,
+    follows="",
+    source_caption="",
+    target_caption="red",
+    words="cat",
+    details="{}",
+)
+
+
+@pytest.mark.parametrize("field", Task._fields)
+def test_a_fingerprint_is_of_every_field(field):
+    assert OTHER.keys() == set(Task._fields)
+    one = whole_task("a")
+    assert fingerprint_of_tasks([one]) != fingerprint_of_tasks(
+        [one._replace(**{field: OTHER[field]})]
+    )
+
+
+def test_a_fingerprint_is_of_every_pixel_and_shape():
+    one = whole_task("a")
+    known = {fingerprint_of_tasks([one])}
+    for place in np.ndindex(2, 4, 5, 3):
+        images = np.stack(one.contexts)
+        images[place] ^= 1
+        known.add(fingerprint_of_tasks([one._replace(contexts=tuple(images))]))
+    for place in np.ndindex(4, 5, 3):
+        truth = one.truth.copy()
+        truth[place] ^= 1
+        known.add(fingerprint_of_tasks([one._replace(truth=truth)]))
+    known.add(fingerprint_of_tasks([one._replace(truth=one.truth.reshape(5, 4, 3))]))
+    assert len(known) == 1 + 120 + 60 + 1
+
+
+def test_a_fingerprint_tells_what_lies_where():
+    one, first, second = whole_task("a"), *whole_task("a").contexts
+    different = [
+        [one],
+        [one, one],
+        [one, whole_task("b")],
+        [whole_task("b"), one],
+        [],
+        [one._replace(contexts=(first,), truth=second)],
+        [one._replace(contexts=(first, second), truth=None)],
+        [one._replace(contexts=(first, second, one.truth), truth=None)],
+        [one._replace(contexts=())],
+        [one._replace(prompt="ab", category="c")],
+        [one._replace(prompt="a", category="bc")],
+        [one._replace(size=(1, 23))],
+        [one._replace(size=(12, 3))],
+    ]
+    assert len({fingerprint_of_tasks(tasks) for tasks in different}) == len(different)
+
+
+def test_a_fingerprint_is_of_values_and_not_of_arrays():
+    one = whole_task("a")
+    shared = [one, whole_task("b", contexts=one.contexts, truth=one.contexts[0])]
+    padded = np.zeros((6, 7, 3), np.uint8)
+    padded[1:5, 1:6] = one.contexts[0]
+    copied = [
+        one._replace(contexts=tuple(image.copy() for image in one.contexts)),
+        whole_task(
+            "b",
+            contexts=(padded[1:5, 1:6], np.asfortranarray(image(2, 5, 4))),
+            truth=image(1, 5, 4),
+        ),
+    ]
+    assert fingerprint_of_tasks(shared) == fingerprint_of_tasks(copied)
+    assert len(fingerprint_of_tasks(shared)) == 16
