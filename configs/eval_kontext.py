@@ -18,7 +18,6 @@ from kontext_jax.cells import Cell, grid
 from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.judges import JudgesConfig
-from kontext_jax.losses import LossConfig
 from kontext_jax.sampler import SamplerConfig
 
 RELEASED, OURS = "models/FLUX.1-Kontext-dev", "runs/kontext"
@@ -46,7 +45,6 @@ def get_config() -> EvalConfig:
             SetConfig(name="MagicBrush sessions", turns=3, **brush),
         ),
         loss_sets=(SetConfig(name="MagicBrush", **brush),),
-        loss=LossConfig(grid="middle", levels="all"),
         batch_size=8,  # a row a chip
         judges=JudgesConfig(
             efflite0=False,

@@ -62,16 +62,17 @@ class LossConfig:
 
     Attributes:
       num_times: n, the number of levels.
-      grid: "left", t = i / n, as in MLPerf, or "middle", t = (i + 1/2) / n, as in torchtitan.
-      levels: "index" takes example k of the set at level k mod n, "all" every one at every level.
+      grid: "middle", t = (i + 1/2) / n, as in torchtitan, or "left", t = i / n, as in MLPerf.
+      levels: "all" takes every example at every level, so that kinds of examples and checkpoints
+        compare at any number; "index" takes example k of the set at level k mod n, as in MLPerf.
       seed: of the noise, which else depends on the example's id and the level alone.
       sample_latents: whether targets are drawn from the autoencoder's normal distribution, as in
         MLPerf, with noise of their own; otherwise they are its mean, as in training here.
     """
 
     num_times: int = 8
-    grid: str = "left"
-    levels: str = "index"
+    grid: str = "middle"
+    levels: str = "all"
     seed: int = 0
     sample_latents: bool = False
 

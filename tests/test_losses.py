@@ -58,7 +58,7 @@ def networks(recipe):
 
 @pytest.fixture(scope="module")
 def computed(recipe, networks):
-    """A function to rows; settings are those of `LossConfig`."""
+    """A function to rows; settings are those of `LossConfig`, each example at one level."""
 
     def run(
         examples=EXAMPLES,
@@ -71,7 +71,8 @@ def computed(recipe, networks):
     ):
         mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
         objective = dataclasses.replace(recipe.objective.config, guidance=guidance)
-        return held_out_loss(networks, examples, data, objective, LossConfig(**kw), mesh, file)
+        config = LossConfig(**{"grid": "left", "levels": "index"} | kw)
+        return held_out_loss(networks, examples, data, objective, config, mesh, file)
 
     return run
 
