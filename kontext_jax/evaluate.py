@@ -33,7 +33,7 @@ from kontext_jax.config import to_dict, validated
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sets import Set, SetConfig, load_sets, triples_of
 from kontext_jax.evaluator import with_room
-from kontext_jax.judges import Judge, JudgesConfig, Lineup, judge, judged_by, make_judges
+from kontext_jax.judges import JudgesConfig, Jury, Lineup, judge, make_jury
 from kontext_jax.losses import (
     MLPERF,
     LossConfig,
@@ -117,12 +117,11 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     loaded = load_sets([*config.sets, *config.loss_sets])
     sets, loss_sets = loaded[: len(config.sets)], loaded[len(config.sets) :]
     _check(cells, sets, loss_sets, config)
-    judges, left_out = make_judges(config.judges, mesh)
-    record = judged_by(config.judges, left_out)
+    jury = make_jury(config.judges, mesh)
     summary: dict[str, Any] = {
         "sets": {each.name: {"num_tasks": len(each.tasks)} for each in sets},
-        "judges": record,
-        "left_out": left_out,
+        "judges": jury.record,
+        "left_out": jury.left_out,
         "timed": TIMED,
         "losses": {},
     }
@@ -138,10 +137,10 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
                     continue
                 path = workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
                 folder = CellFolder(path, record_of(cell, each, model, config.seed))
-                scores = folder.scores(record)
+                scores = folder.scores(jury.record)
                 if not _same_everywhere(scores is not None):
                     images = make(cell, model, each, folder, mesh, config.seed)
-                    scores = _judge(judges, record, each, folder, images)
+                    scores = _judge(jury, each, folder, images)
                 found[each.name] = _summarised(*scores, folder.batches())
                 _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
             found_of[cell.name] = _about(cell, model) | {"sets": found}
@@ -208,14 +207,10 @@ def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
 
 
 def _judge(
-    judges: Sequence[Judge],
-    record: Mapping[str, Any],
-    each: Set,
-    folder: CellFolder,
-    images: Sequence[Picture],
+    jury: Jury, each: Set, folder: CellFolder, images: Sequence[Picture]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(a line a task, what is said of all together), once they are written."""
-    columns, whole = judge(judges, Lineup(each.name, each.tasks, images))
+    columns, whole = judge(jury.judges, Lineup(each.name, each.tasks, images))
     rows = [
         {
             "id": task.id,
@@ -226,7 +221,7 @@ def _judge(
         }
         for i, task in enumerate(each.tasks)
     ]
-    said = {"judges": record, "scores": dict(whole)}
+    said = {"judges": jury.record, "scores": dict(whole)}
     folder.write_scores(rows, said)
     return rows, said
 

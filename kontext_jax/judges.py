@@ -5,9 +5,13 @@ it can; where it has nothing to go by (no truth, no face, no words) it says None
 from local files, and a number has the name of its network: ``fd_efflite0`` is no FID.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +40,8 @@ from kontext_jax.sharding import over_batches
 from kontext_jax.types import Task
 from kontext_jax.weights.clip_vision import Clip, load_clip
 from kontext_jax.weights.efficientnet import load_lite0
-from kontext_jax.weights.inception import load_inception
+from kontext_jax.weights.files import sha256_of
+from kontext_jax.weights.inception import is_fid, load_inception
 from kontext_jax.weights.loading import load
 from kontext_jax.weights.lpips import load_lpips
 from kontext_jax.weights.reading import open_folder
@@ -55,6 +60,17 @@ MIN_TILES = 6
 UNCHANGED = 8
 """Levels of 255 by which truth and context may differ where an edit leaves a picture alone."""
 
+DLIB_PACKAGES = ("dlib-bin", "dlib", "face-recognition-models")
+OCR_PACKAGES = ("rapidocr-onnxruntime",)
+LPIPS_PACKAGES = ("lpips",)
+"""What brings code and weights, so that other versions are other judges."""
+
+READ = (".safetensors", ".onnx", ".json", ".txt")
+"""Kinds of files in the folders that judges are read from."""
+
+MAX_THREADS = 32
+"""Each holds a picture's share of memory; beyond, they only wait for one another."""
+
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class JudgesConfig:
@@ -62,7 +78,8 @@ class JudgesConfig:
 
     Attributes:
       efflite0: EfficientNet-Lite0, of the extra ``eval``: a stand-in where nothing can be loaded.
-      inception: file of FID's InceptionV3, for ``fid`` and ``kid``.
+      inception: file of FID's InceptionV3. Its distances are ``fid`` and ``kid`` if this is the
+        very file of pytorch-fid, and ``fd_inception`` and ``kid_inception`` of any other.
       dino: folder of DINOv2, for ``dinov2`` and ``fd_dinov2``.
       clip: folder of OpenAI's CLIP, for ``clip_i``, ``clip_t``, ``clip_dir`` and their like.
       lpips: file of the trunk that ``lpips_net`` ("alex" or "vgg") names.
@@ -132,15 +149,31 @@ Judge = Callable[[Lineup], Scores]
 """Anything that can be called with a line-up, on all processes together."""
 
 
-def make_judges(config: JudgesConfig, mesh: Mesh) -> tuple[list[Judge], dict[str, str]]:
-    """(the judges, name -> why one is left out that was not asked for by a path).
+class Jury(NamedTuple):
+    """All judges of a sweep.
+
+    Attributes:
+      judges: who is asked.
+      left_out: name -> why there is none that was not asked for by a path.
+      record: what tells them from others, as JSON: their config, the names left out, SHA-256 of the
+        files that they are read from, and versions of packages that bring networks along.
+    """
+
+    judges: list[Judge]
+    left_out: dict[str, str]
+    record: dict[str, Any]
+
+
+def make_jury(config: JudgesConfig, mesh: Mesh) -> Jury:
+    """The judges that ``config`` asks for. All processes call it.
 
     Raises:
       FileNotFoundError, ValueError: what was asked for by a path is not there, or something else.
       ImportError: a package is not installed.
     """
     judges: list[Judge] = [judge_pixels, judge_world, judge_drift]
-    left_out = {}
+    left_out: dict[str, str] = {}
+    packages: list[str] = []
     if config.efflite0:
         try:
             network = load_lite0(mesh, EfficientNetConfig.lite0(input_size=FD_INPUT))
@@ -148,9 +181,11 @@ def make_judges(config: JudgesConfig, mesh: Mesh) -> tuple[list[Judge], dict[str
         except FileNotFoundError as error:
             left_out["efflite0"] = str(error)
     if config.inception:
-        network = load_inception(Path(config.inception), mesh)
+        path = Path(config.inception)
+        network = load_inception(path, mesh)
+        fd, kid = ("fid", "kid") if is_fid(path) else ("fd_inception", "kid_inception")
         judges.append(
-            FeatureJudge("inception", _features(network, mesh), similarity="", fd="fid", kid="kid")
+            FeatureJudge("inception", _features(network, mesh), similarity="", fd=fd, kid=kid)
         )
     if config.dino:
         network = _load_dino(Path(config.dino), mesh)
@@ -160,13 +195,41 @@ def make_judges(config: JudgesConfig, mesh: Mesh) -> tuple[list[Judge], dict[str
     if config.lpips:
         network = load_lpips(config.lpips, config.lpips_heads, config.lpips_net, mesh)
         judges.append(LpipsJudge(f"lpips_{config.lpips_net}", network, mesh))
+        packages += [] if config.lpips_heads else LPIPS_PACKAGES
     if config.auraface:
         judges.append(FaceJudge(AuraFace(Path(config.auraface))))
     if config.dlib:
         judges.append(FaceJudge(DlibFaces()))
+        packages += DLIB_PACKAGES
     if config.ocr:
         judges.append(OcrJudge(Reader()))
-    return judges, left_out
+        packages += OCR_PACKAGES
+    places = (config.inception, config.dino, config.clip, config.lpips, config.lpips_heads)
+    record = {
+        "config": to_dict(config),
+        "left_out": sorted(left_out),
+        "files": _hashes(Path(place) for place in (*places, config.auraface) if place),
+        "packages": _versions(packages),
+    }
+    return Jury(judges, left_out, record)
+
+
+def _hashes(places: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 by path: of files, and of those in a folder that networks may be read from."""
+    files = []
+    for place in places:
+        inside = sorted(place.iterdir()) if place.is_dir() else [place]
+        files += [file for file in inside if file == place or file.suffix in READ]
+    return {str(file): sha256_of(file) for file in files}
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed: dlib is there by one of two names."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _load_dino(folder: Path, mesh: Mesh) -> Dino:
@@ -198,14 +261,27 @@ def judge(judges: Sequence[Judge], lineup: Lineup) -> Scores:
 
 
 def by_picture(
-    function: Callable[..., Mapping[str, float | None]], names: Sequence[str], *given: Sequence
+    function: Callable[..., Mapping[str, float | None]],
+    names: Sequence[str],
+    *given: Sequence,
+    threads: int | None = None,
 ) -> Scores:
-    """``function`` of each picture and what goes with it; every process does its share of them."""
-    number, mine = len(given[0]), slice(jax.process_index(), None, jax.process_count())
+    """``function`` of each picture and what goes with it; every process does its share of them.
+
+    Args:
+      function: gives numbers by name; it is called by several threads at once.
+      names: of the numbers that count.
+      given: of each picture.
+      threads: one a core, up to `MAX_THREADS`, if left out; 1 for functions that only one may call
+        at a time.
+    """
+    number = len(given[0])
+    mine = range(number)[jax.process_index() :: jax.process_count()]
     values = np.zeros((number, len(names)))
-    for i in range(number)[mine]:
-        found = function(*(each[i] for each in given))
-        values[i] = [np.nan if found.get(name) is None else found[name] for name in names]
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+        said = pool.map(function, *([each[i] for i in mine] for each in given))
+        for i, found in zip(mine, said, strict=True):
+            values[i] = [np.nan if found.get(name) is None else found[name] for name in names]
     # As bits, for JAX would round float64.
     bits = multihost_utils.process_allgather(values.view(np.uint32))
     shares = np.asarray(bits).reshape(-1, number, 2 * len(names)).view(np.float64)
@@ -263,7 +339,8 @@ def judge_drift(lineup: Lineup) -> Scores:
     def look(image: Image, truth: Image | None, context: Image | None) -> dict[str, float | None]:
         if truth is None or context is None:
             return {}
-        apart = np.abs(truth.astype(np.int16) - context).max(axis=2) > UNCHANGED
+        far = np.abs(truth.astype(np.int16) - context) > UNCHANGED
+        apart = far[..., 0] | far[..., 1] | far[..., 2]
         kept = None if not apart.any() else ~apart
         found: dict[str, float | None] = {}
         if not apart.all():
@@ -429,7 +506,10 @@ def _lpips(network: Lpips, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B
 
 
 class FaceJudge:
-    """Whether the largest face is still there, and the same one's."""
+    """Whether the largest face is still there, and the same one's.
+
+    One thread asks: dlib's networks hold what they compute, and onnxruntime takes all cores itself.
+    """
 
     def __init__(self, encoder: IdentityEncoder):
         self._encoder, self._metric = encoder, encoder.metric
@@ -447,7 +527,7 @@ class FaceJudge:
             return {self._metric: similarity, f"{self._metric}_found": 1.0}
 
         names = (self._metric, f"{self._metric}_found")
-        return by_picture(look, names, lineup.images, lineup.tasks)
+        return by_picture(look, names, lineup.images, lineup.tasks, threads=1)
 
     def _of_context(self, image: Image) -> np.ndarray | None:
         """Tasks share images. The image is kept too: what is gone might lend its id to another."""
@@ -457,7 +537,10 @@ class FaceJudge:
 
 
 class OcrJudge:
-    """Whether the words that a picture should show can be read, among others or alone."""
+    """Whether the words that a picture should show can be read, among others or alone.
+
+    One thread asks: the reader keeps state, and onnxruntime takes all cores itself.
+    """
 
     def __init__(self, reader: Reader):
         self._reader = reader
@@ -473,9 +556,4 @@ class OcrJudge:
             }
 
         names = ("ocr_contains", "ocr_accuracy")
-        return by_picture(look, names, lineup.images, lineup.tasks)
-
-
-def judged_by(config: JudgesConfig, left_out: Mapping[str, str]) -> dict[str, Any]:
-    """What tells these judges from others, for the record."""
-    return {"config": to_dict(config), "left_out": sorted(left_out)}
+        return by_picture(look, names, lineup.images, lineup.tasks, threads=1)

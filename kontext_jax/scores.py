@@ -71,6 +71,8 @@ METRICS = {
     "colour_drift": Metric("colour drift of what stays, of 255", _plain(2), -1),
     "fid": Metric("FID", _plain(2), -1),
     "kid": Metric("KID", _plain(4), -1),
+    "fd_inception": Metric("FD (InceptionV3)", _plain(2), -1),
+    "kid_inception": Metric("KD (InceptionV3)", _plain(4), -1),
     "fd_dinov2": Metric("FD (DINOv2)", _plain(1), -1),
     "kid_dinov2": Metric("KD (DINOv2)", _plain(4), -1),
     "fd_efflite0": Metric("FD (EfficientNet-Lite0)", _plain(1), -1),

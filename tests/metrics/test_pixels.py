@@ -42,6 +42,29 @@ def test_ssim_is_its_formula_at_every_whole_window(pair):
     assert ssim(pair[1], pair[1]) == 1.0
 
 
+@pytest.mark.parametrize("shape", [(11, 11), (74, 13), (75, 12), (139, 20)])
+def test_ssim_leaves_out_no_window_of_a_tall_picture(shape):
+    """Which is looked at in bands: one window, one band, one row more, and two bands and a row."""
+    rng = np.random.default_rng(1)
+    image, truth = rng.integers(0, 256, (2, *shape, 3), np.uint8)
+    weights = np.exp(-np.square(np.arange(11) - 5) / (2 * 1.5**2))
+    window = np.outer(weights, weights) / weights.sum() ** 2
+
+    def mean(x):
+        boxes = np.lib.stride_tricks.sliding_window_view(x, (11, 11), axis=(0, 1))
+        return np.einsum("...ij,ij->...", boxes, window)
+
+    x, y = image.astype(np.float64), truth.astype(np.float64)
+    mean_x, mean_y = mean(x), mean(y)
+    variances = mean(x * x) - mean_x**2 + mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = 2.55**2, 7.65**2
+    values = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    values = values * (2 * covariance + c2) / (variances + c2)
+    assert values.shape == (shape[0] - 10, shape[1] - 10, 3)
+    assert ssim(image, truth) == pytest.approx(values.mean(), abs=1e-12)
+
+
 def test_other_sizes_are_refused(pair):
     image, truth = pair
     for metric in (l1, l2, psnr, ssim):

@@ -1,5 +1,6 @@
 """The weights of FID's network: names, norms folded, and what is said of files that do not fit."""
 
+import hashlib
 import re
 
 import jax
@@ -11,8 +12,9 @@ from safetensors.numpy import save_file
 from kontext_jax.models.inception import Inception, InceptionConfig
 from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.weights import inception
 from kontext_jax.weights.files import WeightsError
-from kontext_jax.weights.inception import URL, load_inception
+from kontext_jax.weights.inception import FID_SHA256, URL, is_fid, load_inception
 from tests.weights import legacy
 
 TINY = InceptionConfig.tiny()
@@ -116,3 +118,16 @@ def test_without_the_file_one_sentence_says_where_to_get_it(tmp_path, mesh):
     assert URL.startswith("https://github.com/mseitzer/pytorch-fid/releases/download/")
     with pytest.raises(FileNotFoundError, match=re.escape(f"{path} is no file; ") + f".*{URL}"):
         load_inception(path, mesh)
+
+
+def test_only_the_very_file_is_fid_s(tmp_path, tensors, monkeypatch):
+    assert len(FID_SHA256) == 64 and URL.endswith(f"-{FID_SHA256[:8]}.pth")
+    path = legacy.save(tmp_path / "file.pth", tensors)
+    assert not is_fid(path)
+    monkeypatch.setattr(inception, "FID_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert is_fid(path)
+    save_file(tensors, tmp_path / "file.safetensors")
+    assert not is_fid(tmp_path / "file.safetensors")  # who knows of what network
+    with path.open("ab") as file:
+        file.write(b"\0")
+    assert not is_fid(path)
