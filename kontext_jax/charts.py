@@ -3,14 +3,20 @@
 Words stay text, in the page's own font. Legends are the page's: it knows the colours.
 """
 
+import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from kontext_jax.labels import Box, Name, Segments, lead_of, place_names
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 Value = tuple[float, float, float]
 """A mean, and the low and high end of the interval around it."""
@@ -30,9 +36,6 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 4,
 }
-
-CORNERS = ((5, 4, "left"), (5, -11, "left"), (-5, 4, "right"), (-5, -11, "right"), (5, 14, "left"))
-"""Where the name of a point may stand: points to the right, up, and the side that is aligned."""
 
 
 class Line(NamedTuple):
@@ -74,27 +77,23 @@ class Panel(NamedTuple):
     markers: bool = True
 
 
-def panels(
-    items: Sequence[Panel], columns: int = 3, size: tuple[float, float] = (3.85, 2.4)
+def panels(items: Sequence[Panel], size: tuple[float, float] = (3.85, 2.4)) -> str:
+    """An ``<svg>`` element of ``size`` inches for each panel; as many a row as have room."""
+    charts = (_svg(functools.partial(draw_panel, panel=panel), *size) for panel in items)
+    return f"<div class=charts>{''.join(charts)}</div>"
+
+
+def bars(
+    groups: Mapping[str, str], lines: Sequence[Line], title: str, percent: bool = False
 ) -> str:
-    """Panels in rows of ``columns``, each of ``size`` inches, as an ``<svg>`` element."""
+    """Bars side by side in groups, with their intervals, as one ``<svg>`` element.
 
-    def draw(figure: "Figure") -> None:
-        grid = figure.subplots(-(-len(items) // columns), columns, squeeze=False)
-        for axes in grid.flat[len(items) :]:
-            axes.set_visible(False)
-        for axes, panel in zip(grid.flat, items, strict=False):
-            _panel(axes, panel)
-        figure.draw_without_rendering()  # places the axes, and names can keep clear of each other
-        for axes, panel in zip(grid.flat, items, strict=False):
-            _name_points(axes, panel)
-
-    columns = min(columns, len(items))
-    return _svg(draw, columns * size[0], -(-len(items) // columns) * size[1])
-
-
-def bars(groups: Sequence[str], lines: Sequence[Line], title: str, percent: bool = False) -> str:
-    """Bars side by side in groups, with their intervals, as an ``<svg>`` element."""
+    Args:
+      groups: what is written under each, by the name that points have for x.
+      lines: of each colour.
+      title: over it.
+      percent: whether values are shares of 1.
+    """
     width = 0.8 / len(lines)
 
     def draw(figure: "Figure") -> None:
@@ -107,16 +106,25 @@ def bars(groups: Sequence[str], lines: Sequence[Line], title: str, percent: bool
             axes.bar(middles, means, width * 0.88, color=line.colour)
             ends = _ends([value for _, value in here])
             axes.errorbar(middles, means, ends, fmt="none", ecolor="#333", elinewidth=0.9)
-        axes.set_xticks(range(len(groups)), groups, parse_math=False)
+        axes.set_xticks(range(len(groups)), list(groups.values()), parse_math=False)
         axes.tick_params(axis="x", length=0)
         _dress(axes, percent)
         if percent:
             axes.set_ylim(0, 1.03)
 
-    return _svg(draw, min(11.5, 1.5 + len(groups) * max(0.9, 0.28 * len(lines))), 2.6)
+    chart = _svg(draw, min(11.5, 1.5 + len(groups) * max(0.9, 0.28 * len(lines))), 2.6)
+    return f"<div class='wide bars'>{chart}</div>"
 
 
-def _panel(axes: "Axes", panel: Panel) -> None:
+def draw_panel(figure: "Figure", panel: Panel) -> None:
+    """Draws a panel in a figure of 72 dots an inch."""
+    axes = figure.subplots()
+    _draw_lines(axes, panel)
+    figure.draw_without_rendering()  # places the axes, and names can keep clear of each other
+    _name_points(axes, panel)
+
+
+def _draw_lines(axes: "Axes", panel: Panel) -> None:
     axes.set_title(panel.title, parse_math=False)
     axes.set_xlabel(panel.xlabel)
     for line in panel.lines:
@@ -126,9 +134,9 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         axes.plot(places, means, color=line.colour, linestyle=dashes, marker=marker)
         for x, (_, colour) in line.names.items():
             axes.plot(x, line.points[x][0], color=colour, marker="o")
-        if len(places) > 1:
+        if len(places) > 1 and not line.dashed:
             axes.fill_between(places, lows, highs, color=line.colour, alpha=0.13, linewidth=0)
-        else:
+        elif not line.dashed:
             ends = _ends(list(line.points.values()))
             axes.errorbar(places, means, ends, fmt="none", ecolor=line.colour, alpha=0.5)
     axes.margins(x=0.12 if any(line.names for line in panel.lines) else 0.05)
@@ -140,7 +148,10 @@ def _panel(axes: "Axes", panel: Panel) -> None:
     else:
         axes.set_ylim(*_limits(panel))
     if panel.ticks:
-        axes.set_xticks(panel.ticks, [f"{x:g}" for x in panel.ticks], minor=False)
+        axes.set_xticks(panel.ticks, [f"{x:g}" for x in panel.ticks])
+        axes.minorticks_off()
+    elif not panel.log_x:
+        axes.locator_params(axis="x", nbins=5)
 
 
 def _limits(panel: Panel) -> tuple[float, float]:
@@ -182,32 +193,45 @@ def _log(set_scale: Callable, axis: Any) -> None:
 
 
 def _name_points(axes: "Axes", panel: Panel) -> None:
-    """Writes names beside points, clear of lines and other names if there is such a place."""
-    taken = []
-    paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
-    for line in panel.lines:
-        for x, (name, colour) in line.names.items():
-            for right, up, side in CORNERS:
-                text = axes.annotate(
-                    name,
-                    (x, line.points[x][0]),
-                    (right, up),
-                    textcoords="offset points",
-                    ha=side,
-                    fontsize=8,
-                    color=colour,
-                    parse_math=False,
-                )
-                text.set_in_layout(False)
-                box = text.get_window_extent()
-                inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-                inside = inside and axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
-                crossed = any(path.intersects_bbox(box, filled=False) for path in paths)
-                if inside and not crossed and not any(box.overlaps(other) for other in taken):
-                    break
-                if (right, up, side) != CORNERS[-1]:
-                    text.remove()
-            taken.append(box)
+    """Writes names beside points or, where it is crowded, further away with a line to the point."""
+    named = [(line, x, *name) for line in panel.lines for x, name in line.names.items()]
+    texts, names = [], []
+    for line, x, name, colour in named:
+        text = _annotate(axes, name, (x, line.points[x][0]), (0, 0), color=colour, fontsize=8)
+        size, spot = text.get_window_extent(), axes.transData.transform(text.xy)
+        texts.append((text, size, colour))
+        names.append(Name(tuple(spot), size.width, size.height))
+    places = place_names(names, Box(*axes.bbox.extents), _drawn(axes))
+    for (text, size, colour), name, box in zip(texts, names, places, strict=True):
+        if box is None:
+            text.remove()
+            continue
+        text.set_position((box.left - size.x0, box.low - size.y0))
+        end = lead_of(box, name.spot)
+        if end is not None:
+            arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0}
+            _annotate(axes, "", text.xy, np.subtract(end, name.spot), arrowprops=arrow)
+
+
+def _annotate(axes: "Axes", name: str, at: tuple[Any, float], place: Any, **style) -> "Annotation":
+    """A name at a place, in points from what it is said of, which does not change the layout."""
+    text = axes.annotate(name, at, place, textcoords="offset points", parse_math=False, **style)
+    text.set_in_layout(False)
+    return text
+
+
+def _drawn(axes: "Axes") -> Segments:
+    """All lines of a chart, and the lines of intervals of single points."""
+    from matplotlib.collections import LineCollection
+
+    paths = [axes.transData.transform(line.get_xydata()) for line in axes.lines]
+    for bars in axes.collections:
+        if isinstance(bars, LineCollection):
+            paths += [axes.transData.transform(ends) for ends in bars.get_segments()]
+    pairs = [np.stack([path[:-1], path[1:]], axis=1) for path in paths if len(path) > 1]
+    pairs += [np.stack([path, path], axis=1) for path in paths]  # points themselves
+    pairs = np.concatenate([np.empty((0, 2, 2)), *pairs])
+    return pairs[np.isfinite(pairs).all(axis=(1, 2))]
 
 
 def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
@@ -216,7 +240,7 @@ def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # as SVG's points
         draw(figure)
         text = io.StringIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -22,8 +22,8 @@ from kontext_jax.scores import METRICS, spread
 from kontext_jax.summary import HEADLINE, goodness
 from kontext_jax.types import Task
 
-MAX_SIDE = 256
-"""Larger pictures are made smaller, and lose a little as JPEG."""
+MAX_SIDE, MAX_EXACT = 256, 128
+"""Larger pictures are made smaller; and those beyond the second lose a little as JPEG."""
 
 EXTREMES = 6
 """How many of the best, of the middle and of the worst are shown."""
@@ -35,7 +35,7 @@ STYLE = """
 img { display: block; object-fit: contain; object-position: left top; }
 img.small { image-rendering: pixelated; }
 .sheet td { vertical-align: top; text-align: left; border: 0; padding: 0 8px 10px 0; }
-.sheet th { text-align: left; border: 0; padding: 0 8px 6px 0; white-space: normal; }
+.sheet th { text-align: left; border: 0; padding: 0 8px 6px 0; overflow-wrap: anywhere; }
 .sheet .prompt { min-width: 9em; max-width: 15em; white-space: normal; font-size: 13px; }
 .clamp { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 5;
   overflow: hidden; }
@@ -43,11 +43,15 @@ img.small { image-rendering: pixelated; }
   white-space: normal; }
 .bad { color: #b3261e; }
 .contexts { display: flex; gap: 4px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 18px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
+  gap: 18px; }
 .card .row { display: flex; gap: 6px; } .card p { font-size: 13px; margin: 4px 0 0; }
 #pair img { width: 224px; height: 224px; } #pair .notes { max-width: 224px; }
-.choice { margin: 8px 16px 16px 0; }
-select { font: inherit; padding: 2px 4px; }
+.choice { display: inline-block; margin: 8px 16px 16px 0; }
+select { font: inherit; padding: 2px 4px; max-width: 80vw; }
+@media (max-width: 600px) {
+  #pair img { width: 140px; height: 140px; } .sheet .prompt { min-width: 7em; }
+}
 """
 
 SCRIPT = """
@@ -77,8 +81,8 @@ const compare = () => {
   };
   grid.replaceChildren();
   const head = element("tr", grid);
-  for (const name of [...(has.context ? ["context"] : []), "instruction", ...sides,
-                      ...(has.truth ? ["truth"] : [])]) element("th", head, "", name);
+  for (const name of [...(has.context ? ["context"] : []), "instruction",
+                      ...(has.truth ? ["truth"] : []), ...sides]) element("th", head, "", name);
   for (const task of tasks) {
     const row = element("tr", grid);
     if (has.context) {
@@ -86,15 +90,15 @@ const compare = () => {
       for (const number of task.contexts) show(element("img", box), number);
     }
     element("td", row, "prompt", task.prompt);
+    if (has.truth) {
+      const place = element("td", row);
+      if (task.truth !== null) show(element("img", place), task.truth);
+    }
     for (const side of sides) {
       const place = element("td", row), found = cells[side] && cells[side][task.id];
       if (!found) continue;
       show(element("img", place), found.picture);
       for (const text of found.scores) element("div", place, "notes", text);
-    }
-    if (has.truth) {
-      const place = element("td", row);
-      if (task.truth !== null) show(element("img", place), task.truth);
     }
   }
 };
@@ -127,20 +131,20 @@ class Gallery:
         return self._scores[of_set, cell]
 
     def sheet(self, of_set: str, cells: Sequence[str], number: int) -> str:
-        """Rows of context, instruction, the picture of each cell, and truth."""
+        """Rows of context, instruction, truth, and the picture of each cell."""
         tasks = chosen(list(self.tasks[of_set].values()), number)
         has_contexts = any(task.contexts for task in tasks)
         has_truths = any(task.truth is not None for task in tasks)
         side = 128 if len(cells) < 6 else 96
-        head = ["context"] * has_contexts + ["instruction", *cells] + ["truth"] * has_truths
+        head = ["context"] * has_contexts + ["instruction"] + ["truth"] * has_truths + [*cells]
         rows = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
         for task in tasks:
             prompt = html.escape(task.prompt)
             note = f"<div class=notes>{html.escape(_kind(task))}</div>"
             row = [f"<td>{self._contexts(task, side)}</td>"] * has_contexts
             row += [f"<td class=prompt><div class=clamp title='{prompt}'>{prompt}</div>{note}</td>"]
-            row += [f"<td>{self._result(of_set, cell, task, side)}</td>" for cell in cells]
             row += [f"<td>{self._truth(task, side)}</td>"] * has_truths
+            row += [f"<td>{self._result(of_set, cell, task, side)}</td>" for cell in cells]
             rows.append("".join(row))
         lines = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<div class=wide><table class=sheet>{lines}</table></div>"
@@ -262,7 +266,7 @@ def ranked(rows: Iterable[Mapping[str, Any]], metric: str) -> list[str]:
 def data_uri(image: Picture) -> str:
     """A picture as the source of an ``<img>``, no larger than the page has use for."""
     picture, buffer = Image.fromarray(image), io.BytesIO()
-    kind = "jpeg" if max(picture.size) > MAX_SIDE else "png"
+    kind = "jpeg" if max(picture.size) > MAX_EXACT else "png"
     picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     if kind == "jpeg":
         picture.save(buffer, "JPEG", quality=90)

@@ -19,8 +19,8 @@ HEADLINE = (
 """The first of these that is known says best how good a model is."""
 
 MAIN = (
-    *("edit_success", "preservation", "clip_dir", "dinov2", "l1", "psnr", "fid", "fd_dinov2"),
-    *("clip_t", "auraface", "dlib_similarity", "ocr_contains", "fd_efflite0"),
+    *("edit_success", "preservation", "clip_dir", "dinov2", "l1", "psnr", "fid", "fd_inception"),
+    *("fd_dinov2", "clip_t", "auraface", "dlib_similarity", "ocr_contains", "fd_efflite0"),
     *("clip_i_context", "dinov2_context"),
 )
 """The first of these that are known are shown where there is no room for all."""
@@ -31,7 +31,7 @@ OVER_TURNS = (
 )
 """The same of charts over turns: how much is still there of what was."""
 
-DISTANCES = ("fid", "fd_dinov2", "fd_efflite0")
+DISTANCES = ("fid", "fd_inception", "fd_dinov2", "fd_efflite0")
 
 
 def found_on(summary: Mapping[str, Any], of_set: str) -> dict[str, Mapping[str, Any]]:

@@ -16,7 +16,8 @@ LAYERS = [
     {"checkpoint", "evaluator", "losses", "provenance", "results", "writer"},
     {"config"},
     {"places", "sheets", "judges", "scores"},
-    {"cells", "charts", "gallery", "making", "report", "runs", "summary", "validation"},
+    {"cells", "charts", "labels", "making", "runs", "summary", "validation"},
+    {"gallery", "page", "report", "tables", "trends"},
     {"train", "sample", "evaluate", "convert", "encode", "compile"},
 ]
 

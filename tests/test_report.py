@@ -16,11 +16,10 @@ from PIL import Image
 
 from kontext_jax import gallery
 from kontext_jax.cells import folder_name
-from kontext_jax.charts import Line, Panel, bars, panels
-from kontext_jax.gallery import chosen, data_uri, ranked
-from kontext_jax.report import colours_of, table, write_report
+from kontext_jax.gallery import ranked
+from kontext_jax.page import COLOURS, GREYS, colours_of, distinct
+from kontext_jax.report import table, write_report
 from kontext_jax.scores import ALL, METRICS, summarise
-from kontext_jax.summary import HEADLINE, goodness, metrics_of
 from kontext_jax.types import Task
 
 NASTY = "edits </script><b>&'\"$x$"
@@ -86,7 +85,7 @@ class Sweep:
             (folder / "images").mkdir(parents=True)
             rows = []
             for i, task in enumerate(tasks):
-                picture = solid(17 * len(self.summary["cells"]) + i + len(tasks))
+                picture = solid((17 * len(self.summary["cells"]) + i + len(tasks)) % 256)
                 self.pictures[of_set, name, task.id] = picture
                 file = folder / "images" / f"{quote(task.id, safe='')}.png"
                 Image.fromarray(picture).save(file)
@@ -412,25 +411,6 @@ def test_the_script_finds_its_elements_once(full):
     assert all(ids.count(name) == 1 for name in wanted)
 
 
-def test_sessions_are_shown_with_all_turns():
-    ids = [task.id for task in chosen(session_tasks(), 4)]
-    assert ids == ["s0.1", "s0.2", "s1.1", "s1.2"]
-    assert [task.id for task in chosen(session_tasks(), 1)] == ["s0.1", "s0.2"]
-    assert [task.category for task in chosen(single_tasks(), 3)] == list(CATEGORIES)
-
-
-def test_rank_is_by_the_metric_then_by_l1():
-    rows = [
-        {"id": "a", "edit_success": 1.0, "l1": 0.2},
-        {"id": "b", "edit_success": 0.0, "l1": 0.1},
-        {"id": "c", "edit_success": 1.0, "l1": 0.1},
-        {"id": "d", "edit_success": None, "l1": 0.0},
-    ]
-    assert ranked(rows, "edit_success") == ["c", "a", "b"]
-    assert ranked(rows, "l1") == ["d", "b", "c", "a"]
-    assert goodness("zoom", 0.1) > goodness("zoom", 0.2)
-
-
 def test_best_and_worst_are_of_the_first_cell(full):
     parts = re.findall(r"<h3>([\w ]+): sessions, late</h3>(.*?)(?=<h3>|<h2)", full[1], re.S)
     assert [title for title, _ in parts] == ["Best", "Around the median", "Worst"]
@@ -440,13 +420,6 @@ def test_best_and_worst_are_of_the_first_cell(full):
     for (_, cards), ids in zip(parts, (order[:2], order[2:4], order[4:]), strict=True):
         prompts = re.findall(r"<p class=clamp title='step \d'>(step \d)</p>", cards)
         assert prompts == [tasks[i].prompt for i in ids]
-
-
-def test_large_pictures_become_small_jpegs():
-    noise = np.random.default_rng(0).integers(0, 256, (300, 600, 3)).astype(np.uint8)
-    assert data_uri(noise).startswith("data:image/jpeg;")
-    assert decoded(data_uri(noise)).shape == (128, 256, 3)
-    np.testing.assert_array_equal(decoded(data_uri(noise[:256, :256])), noise[:256, :256])
 
 
 def test_colours_are_each_cells_own_and_baselines_grey():
@@ -469,24 +442,6 @@ def test_the_tables_of_the_terminal_are_aligned(full):
     assert METRICS["l1"].show(l1) in rows[0] and "20.25" in rows[0]
 
 
-def test_metrics_come_in_the_order_asked_for():
-    found = [{"metrics": {"l1": {}}, "whole": {"fid": 1.0}}, {"metrics": {"psnr": {}}, "whole": {}}]
-    assert metrics_of(found, METRICS) == ["l1", "psnr", "fid"]
-    assert metrics_of(found, ("fid", "ssim", "l1", "fid")) == ["fid", "l1"]
-    assert set(HEADLINE) == set(METRICS)
-
-
-def test_charts_bear_odd_values_and_odd_names():
-    value = (0.5, 0.5 + 1e-17, 0.5 - 1e-17)
-    odd = Line({2: (float("nan"),) * 3, 1: value}, "#123456", names={1: ("$x$ <&>", "#654321")})
-    svg = panels([Panel("a $b$", "x", [odd]), Panel("c", "x", [Line({}, "#000000")])])
-    assert "$x$ &lt;&amp;&gt;</text>" in svg and "a $b$</text>" in svg
-    assert "#123456" in svg and "#654321" in svg
-    beyond = Line({"one": (0.5, 0.6, 0.7)}, "#123456")
-    svg = bars(["one", "t$w$o"], [beyond, Line({}, "#000000")], "title", percent=True)
-    assert "t$w$o</text>" in svg and "100%</text>" in svg
-
-
 def test_a_report_is_the_same_every_time(tmp_path):
     pages = []
     for name in "ab":
@@ -494,3 +449,93 @@ def test_a_report_is_the_same_every_time(tmp_path):
         sweep.add("one", scores=judged(0.9), speed=1.0)
         pages.append(sweep.write(sheet_rows=3))
     assert pages[0] == pages[1]
+
+
+def test_colours_of_a_chart_are_told_apart():
+    few = {"a": COLOURS[3], "b": COLOURS[1], "copy": GREYS[0], "truth": GREYS[0]}
+    assert distinct(few) == few
+    alike = distinct({"a": COLOURS[3], "copy": GREYS[1], "b": COLOURS[3]})
+    assert alike["a"] != alike["b"] and alike["copy"] == GREYS[1]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> tuple[Sweep, str]:
+    """36 cells of which later ones are better, but for the last, and two baselines."""
+    sweep = Sweep(tmp_path_factory.mktemp("many"), {"a": single_tasks(), "b": session_tasks()})
+    for run in range(3):
+        for step in (100, 200, 300):
+            for num_steps in (1, 2, 4, 8):
+                number = len(sweep.summary["cells"])
+                quality = 0.01 if number == 35 else 0.2 + number / 50
+
+                def scores(task, i, quality=quality):
+                    return {"l1": (i + 1) / 100 / quality}
+
+                name = f"r{run}@{step} {num_steps}"
+                sweep.add(name, scores=scores, step=step, num_steps=num_steps, speed=number + 1.0)
+                sweep.summary["cells"][name]["checkpoint"] = f"runs/{run}"
+    for name, kind in (("copy", "copy"), ("truth", "reconstruction")):
+        sweep.add(name, scores=lambda task, i: {"l1": 1e-3}, baseline=kind)
+    levels = {f"runs/{r}@{s} ema": losses(1 / (r + s)) for r in range(3) for s in (100, 200, 300)}
+    sweep.summary["losses"] = {"a": levels}
+    return sweep, sweep.write(sheet_rows=3)
+
+
+FIRST, LAST_BUT_ONE, WORST = "r0@100 1", "r2@300 4", "r2@300 8"
+
+
+def section(page: str, title: str) -> str:
+    return re.search(rf"<h2 id=\S+>{title}</h2>(.*?)(?=<h2 |<script)", page, re.S)[1]
+
+
+def test_of_many_cells_all_are_in_a_folded_table(many):
+    sweep, page = many
+    results = Reader(section(page, "Results")).tables
+    assert len(results) == 4
+    for shown, everything in (results[:2], results[2:]):
+        names = [row[0].removesuffix("|") for row in shown[1:]]
+        assert [row[0].removesuffix("|") for row in everything[1:]] == list(sweep.summary["cells"])
+        assert {FIRST, LAST_BUT_ONE, "copy", "truth"} <= set(names) and WORST not in names
+        assert len(names) == 18 and set(map(tuple, shown)) <= set(map(tuple, everything))
+    assert page.count("<details><summary>All 38 cells</summary>") == 2
+    assert "Of 36 cells, the first and the best by “L1 to the truth”;" in page
+
+
+def test_of_many_cells_the_first_and_the_best_are_drawn(many):
+    page = many[1]
+    for title, number in {"By category": 6, "Turn by turn": 8}.items():
+        shown = re.search(r"<div class=legend>(.*?)</div>", section(page, title))[1]
+        names = re.findall(r"</span>(.*?)</span>", shown)
+        assert names[0] == FIRST and names[-1] == LAST_BUT_ONE and len(names) == number
+        assert len(set(re.findall(r"background:(#\w+)", shown))) == number
+    heads = Reader(section(page, "Pictures")).tables[0][0]
+    turns = ["r0@300 8", *(f"r1@{step} 8" for step in (100, 200, 300)), "r2@100 8", "r2@200 8"]
+    assert heads[2:] == [f"{name}|" for name in ("truth", FIRST, *turns, LAST_BUT_ONE)]
+
+
+def test_pictures_of_many_cells_are_bounded(many):
+    sweep, page = many
+    data = data_of(page)
+    for one in data["sets"].values():
+        assert len(one["cells"]) == 16 and FIRST in one["cells"] and LAST_BUT_ONE in one["cells"]
+    options = re.findall(r"<option[^>]*>(.*?)</option>", section(page, "Side by side"))
+    assert options[:2] == ["a", "b"] and set(options[2:]) == set(data["sets"]["a"]["cells"])
+
+
+def test_many_lines_have_legends_that_say_how_they_differ(many):
+    page = many[1]
+    steps, training = section(page, "Steps and time"), section(page, "Checkpoints")
+    names = re.findall(r"</span>([^<]*)</span>", steps)[:8]
+    assert names[0] == "runs/0, step 100" and names[-1] == "runs/2, step 300"
+    assert "</text>" in steps and FIRST not in steps and LAST_BUT_ONE not in steps
+    assert "Of 9 lines, the first cell's and those best by “L1 to the truth”." in steps
+    assert "Of 12 lines, " in training
+    names = re.findall(r"</span>([^<]*)</span>", training)
+    assert len(names) == 8 * 2 and names[0] == "runs/0, 1 step" and "runs/2, 4 steps" in names
+
+
+def test_many_checkpoints_are_all_in_the_table_of_losses(many):
+    rows = Reader(section(many[1], "Held-out loss")).tables[0]
+    assert len(rows) == 1 + 9
+    colours = re.findall(r"background:(\S+?)'", section(many[1], "Held-out loss"))
+    assert colours.count("none") == 1 and len(set(colours)) == 9
