@@ -54,7 +54,7 @@ def flow(remat: str) -> Config:
             ),
         ),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=1600, b2=0.95, weight_decay=0.1),
-        checkpoint=CheckpointConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000, keep_every=5000),
         sheets=SheetConfig(
             every=1000, num_examples=12, split="train", sampler=SamplerConfig(num_steps=28)
         ),

@@ -6,10 +6,12 @@
         --distributed
 
 Starts from text-to-image weights in ``models/FLUX.1-dev``, a local copy of the diffusers pipeline;
-``--config.objective.init_from.transformer=`` (empty) starts from nothing. A row is one example:
-4096 tokens of the target, 4096 of a context or padding, 512 of text; text-to-image examples mix in.
-With ``--config.data.packing.max_examples=2 --config.data.packing.text_tokens=1024`` those without
-a context share rows.
+``--config.objective.init_from.transformer=`` (empty) starts from nothing, and such a model knows
+one value of the guidance input: draw it with ``--config.sheets.sampler.guidance=1``. A row is one
+example: 4096 tokens of the target, 4096 of a context or padding, 512 of text; text-to-image
+examples mix in. With
+``--config.data.packing.max_examples=2 --config.data.packing.text_tokens=1024`` those without a
+context share rows.
 
 `v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
 `h100_64` for 64 GPUs; each has one row a chip. The state is 190 GB of float32, split over all of
@@ -55,7 +57,7 @@ def kontext(rows: int, remat: str) -> Config:
             ),
         ),
         optim=OptimConfig(learning_rate=2e-5, warmup_steps=1000),
-        checkpoint=CheckpointConfig(every=1000),
+        checkpoint=CheckpointConfig(every=1000, keep_every=10_000),
         sheets=SheetConfig(
             every=1000, num_examples=8, split="train", sampler=SamplerConfig(num_steps=28)
         ),

@@ -64,7 +64,7 @@ def ladd(rows: int, remat: str) -> Config:
         optim=OptimConfig(
             learning_rate=2e-6, b1=0.0, b2=0.99, warmup_steps=100, weight_decay=0.0, ema_decay=0.999
         ),
-        checkpoint=CheckpointConfig(every=500),
+        checkpoint=CheckpointConfig(every=500, keep_every=5000),
         sheets=SheetConfig(
             every=500,
             num_examples=8,

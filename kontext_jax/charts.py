@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from kontext_jax.labels import Box, Name, Segments, lead_of, place_names
 
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-Value = tuple[float, float, float]
-"""A mean, and the low and high end of the interval around it."""
+
+class Value(NamedTuple):
+    """A mean, and the low and high end of the interval around it, where there is one."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
 
 STYLE = {
     "svg.fonttype": "none",
@@ -65,6 +72,7 @@ class Panel(NamedTuple):
       log_x, log_y: whether an axis is logarithmic.
       ticks: the only places that the x axis names; its own choice if empty.
       markers: whether points are marked.
+      level: a value that is marked all across, and always in sight.
     """
 
     title: str
@@ -75,6 +83,7 @@ class Panel(NamedTuple):
     log_y: bool = False
     ticks: Sequence[float] = ()
     markers: bool = True
+    level: float | None = None
 
 
 def panels(items: Sequence[Panel], size: tuple[float, float] = (3.85, 2.4)) -> str:
@@ -102,10 +111,8 @@ def bars(
         for i, line in enumerate(lines):
             here = [(k, line.points[name]) for k, name in enumerate(groups) if name in line.points]
             middles = [k + (i - (len(lines) - 1) / 2) * width for k, _ in here]
-            means = [value[0] for _, value in here]
-            axes.bar(middles, means, width * 0.88, color=line.colour)
-            ends = _ends([value for _, value in here])
-            axes.errorbar(middles, means, ends, fmt="none", ecolor="#333", elinewidth=0.9)
+            axes.bar(middles, [v.mean for _, v in here], width * 0.88, color=line.colour)
+            _intervals(axes, middles, [v for _, v in here], color="#333", linewidth=0.9)
         axes.set_xticks(range(len(groups)), list(groups.values()), parse_math=False)
         axes.tick_params(axis="x", length=0)
         _dress(axes, percent)
@@ -129,16 +136,18 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
     axes.set_xlabel(panel.xlabel)
     for line in panel.lines:
         places = sorted(line.points)
-        means, lows, highs = ([line.points[x][i] for x in places] for i in range(3))
+        values = [line.points[x] for x in places]
+        means, lows, highs = _columns(values)
         dashes, marker = "--" if line.dashed else "-", "o" if panel.markers else ""
         axes.plot(places, means, color=line.colour, linestyle=dashes, marker=marker)
         for x, (_, colour) in line.names.items():
-            axes.plot(x, line.points[x][0], color=colour, marker="o")
+            axes.plot(x, line.points[x].mean, color=colour, marker="o")
         if len(places) > 1 and not line.dashed:
             axes.fill_between(places, lows, highs, color=line.colour, alpha=0.13, linewidth=0)
         elif not line.dashed:
-            ends = _ends(list(line.points.values()))
-            axes.errorbar(places, means, ends, fmt="none", ecolor=line.colour, alpha=0.5)
+            _intervals(axes, places, values, color=line.colour, alpha=0.5)
+    if panel.level is not None:
+        axes.axhline(panel.level, color="#888", linestyle="--", linewidth=1)
     axes.margins(x=0.12 if any(line.names for line in panel.lines) else 0.05)
     _dress(axes, panel.percent)
     if panel.log_x:
@@ -155,10 +164,12 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
 
 
 def _limits(panel: Panel) -> tuple[float, float]:
-    """Of the y axis: by what is not dashed, which could else be pressed into one line."""
+    """Of the y axis: by what is not dashed, which could else be pressed into one line; and the
+    level."""
     solid = [line for line in panel.lines if not line.dashed or panel.percent] or panel.lines
     values = [value for line in solid for value in line.points.values()]
-    ends = [end for value in values for end in value if math.isfinite(end)]
+    ends = [*_columns(values).flat, math.nan if panel.level is None else panel.level]
+    ends = [end for end in ends if math.isfinite(end)]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     middle, span = (low + high) / 2, max(high - low, 0.1 if panel.percent else 1e-3 * abs(high))
     low, high = middle - 0.62 * (span or 1.0), middle + 0.62 * (span or 1.0)
@@ -167,10 +178,16 @@ def _limits(panel: Panel) -> tuple[float, float]:
     return low, high
 
 
-def _ends(values: Sequence[Value]) -> list[list[float]]:
-    """How far intervals reach below and above their means; rounding may have put one beyond."""
-    lows = [max(0.0, mean - low) for mean, low, _ in values]
-    return [lows, [max(0.0, high - mean) for mean, _, high in values]]
+def _columns(values: Sequence[Value]) -> Float[np.ndarray, "3 n"]:
+    """Means, low and high ends; NaN where there is no interval."""
+    return np.array(values, np.float64).reshape(-1, 3).T
+
+
+def _intervals(axes: "Axes", places: Sequence[Any], values: Sequence[Value], **style) -> None:
+    """Upright lines from low to high ends."""
+    _, lows, highs = _columns(values)
+    known = np.isfinite(lows + highs)
+    axes.vlines(np.asarray(places)[known], lows[known], highs[known], **style)
 
 
 def _dress(axes: "Axes", percent: bool) -> None:
@@ -197,7 +214,7 @@ def _name_points(axes: "Axes", panel: Panel) -> None:
     named = [(line, x, *name) for line in panel.lines for x, name in line.names.items()]
     texts, names = [], []
     for line, x, name, colour in named:
-        text = _annotate(axes, name, (x, line.points[x][0]), (0, 0), color=colour, fontsize=8)
+        text = _annotate(axes, name, (x, line.points[x].mean), (0, 0), color=colour, fontsize=8)
         size, spot = text.get_window_extent(), axes.transData.transform(text.xy)
         texts.append((text, size, colour))
         names.append(Name(tuple(spot), size.width, size.height))

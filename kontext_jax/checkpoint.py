@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from kontext_jax.names import by_name, look_up, paths_of
 from kontext_jax.train_state import TrainState
@@ -23,10 +24,26 @@ CHUNK_BYTES = 128 * 2**20
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class CheckpointConfig:
-    """When to save, in steps, and how many of the latest to keep. The last step is always saved."""
+    """When to save, and what to keep. The last step is always saved.
+
+    Attributes:
+      every: steps from one checkpoint to the next.
+      keep: so many of the latest.
+      keep_every: steps, of whose multiples checkpoints are kept for good; 0 for none.
+    """
 
     every: int = 1000
     keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"checkpoint.every {self.every} must be 1 or more.")
+        if self.keep_every < 0 or (self.keep_every and self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every {self.keep_every} must be 0 or a multiple of "
+                f"checkpoint.every {self.every}: there are no checkpoints in between."
+            )
 
 
 class Checkpointer:
@@ -37,14 +54,17 @@ class Checkpointer:
     ):
         """Opens the checkpoints; to read, that of ``step`` if given, else the latest."""
         self._step = step
-        keep = config.keep if config else None
         self.folder = Path(workdir).absolute() / "checkpoints"
         items = {name: ocp.PyTreeCheckpointHandler() for name in TREES}
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers=items
             | {name: ocp.JsonCheckpointHandler() for name in ("counters", "data", "meta")},
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=config is not None),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep if config else None,
+                keep_period=(config.keep_every or None) if config else None,
+                create=config is not None,
+            ),
         )
 
     def latest_step(self) -> int | None:
@@ -63,7 +83,7 @@ class Checkpointer:
           data: the loader's state.
           meta: the resolved config and the latest metrics, as JSON.
         """
-        trees = {name: _chunked(by_name(getattr(state, name))) for name in TREES}
+        trees = {name: _chunked(getattr(state, name)) for name in TREES}
         counters = {name: int(getattr(state, name)) for name in COUNTERS}
         self._manager.save(
             int(state.step),
@@ -172,9 +192,20 @@ class Checkpointer:
 
 
 def _chunked(tree) -> ocp.args.PyTreeSave:
-    """Large arrays in pieces, along the layers first: one layer can be read without the others."""
+    """Large arrays in pieces, and stacked ones by layers: one can be read without the others.
 
-    def pieces(array) -> ocp.SaveArgs:
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if array.ndim else ())
+    Layers are the axes before the named ones. All other axes are left to Orbax: one that it is told
+    to cut it cuts into single indices, be they a bias's numbers.
+    """
 
-    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(pieces, tree))
+    def pieces(variable):
+        axes = variable.get_metadata().get("axes") if isinstance(variable, nnx.Variable) else None
+
+        def args(array):
+            stacked = axes is not None and array.ndim > len(axes)
+            return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+        return jax.tree.map(args, variable)
+
+    save_args = jax.tree.map(pieces, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return ocp.args.PyTreeSave(by_name(tree), save_args=by_name(save_args))

@@ -1,18 +1,21 @@
 """What all commands share: quiet libraries, and one clear sentence for a user's mistake."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
 
-def _check_config_file(argv: list[str]) -> None:
+def check_config_file(argv: list[str]) -> None:
     """Says so in one line if there is no such file; ml_collections would list all it tried."""
-    for argument in argv:
-        if argument.startswith("--config="):
-            path = argument.removeprefix("--config=").split(":")[0]
-            if not Path(path).is_file():
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            path = (value if equals else following).split(":")[0]
+            if (equals or following) and not Path(path).is_file():
                 raise ValueError(f"there is no config file {path}.")
 
 
@@ -20,9 +23,32 @@ class UserError(Exception):
     """Something only the user can mend; the message says what and how."""
 
 
-def run(name: str, body: Callable[[], None]) -> None:
-    """Parses the flags and runs the command; its exit code is 1 after any error that it names.
+GO_ON = ("encode", "evaluate", "train")
+"""The commands that, given again after they were stopped, go on where they were."""
 
+TAKERS = {"Config": "train", "EvalConfig": "evaluate"}
+"""The kinds of config, and the command of each."""
+
+
+def check_config(config: Any, kind: type) -> None:
+    """Says so in one sentence if the config is for another command.
+
+    Raises:
+      UserError: it is not of this kind.
+    """
+    if not isinstance(config, kind):
+        made = type(config).__name__
+        command = TAKERS.get(made)
+        raise UserError(
+            f"--config makes the kind {made}, not {kind.__name__}: "
+            + (f"run kontext_jax.{command} with it." if command else "give another file.")
+        )
+
+
+def run(name: str, body: Callable[[], None]) -> None:
+    """Parses the flags and runs the command.
+
+    Its exit code is 1 after any error that it names, and 130 where the user stopped it.
     ``--verbosity=1`` shows where an error came from.
     """
 
@@ -40,10 +66,17 @@ def run(name: str, body: Callable[[], None]) -> None:
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            _check_config_file(argv)
+            check_config_file(argv)
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             # ml_collections hands on the whole traceback of a config file; its end says it all.
             sys.exit(f"{name}: {str(error.args[0] if error.args else error).splitlines()[-1]}")
 
-    app.run(main, flags_parser=parse)
+    try:
+        app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        hint = "; the same command goes on." if name in GO_ON else "."
+        sys.stdout.flush()
+        print(f"{name}: stopped{hint}", file=sys.stderr, flush=True)
+        # All is closed by now, and Python's own way out crashes where XLA was compiling.
+        os._exit(130)

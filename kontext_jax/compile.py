@@ -422,6 +422,7 @@ def main() -> None:
     options = flags.FLAGS
     if options.config is None:
         raise cli.UserError("give --config=configs/X.py[:variant].")
+    cli.check_config(options.config, Config)
     if options.num_slices > 1 and not options.topology:
         raise cli.UserError("--num_slices needs --topology: what one of them is.")
     config, devices = validated(options.config), None

@@ -84,7 +84,8 @@ class Config:
     Attributes:
       objective: what is trained and how; its ``kind`` picks the objective.
       num_steps: of the whole run, also for the learning rate's decay.
-      max_skipped_in_a_row: steps without a finite gradient, one after the other, that stop it.
+      max_skipped_in_a_row: steps without an example or a finite gradient, one after the other, that
+        stop it.
       log_every: steps between two lines of the log; metrics are averaged over them.
       compilation_cache: folder that keeps compiled programs between runs; empty for none.
       profile_steps: "10:13" traces steps 10, 11 and 12 for xprof; empty for none. Steps count

@@ -424,6 +424,7 @@ def main() -> None:
     options = flags.FLAGS
     if options.config is None:
         raise cli.UserError("give --config=configs/X.py[:variant].")
+    cli.check_config(options.config, Config)
     if options.distributed:
         jax.distributed.initialize()
     encode(validated(options.config))

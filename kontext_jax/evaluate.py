@@ -9,13 +9,16 @@ Writes ``cells/SET/CELL/`` (``results.py``), ``losses/``, ``summary.json``, ``su
 ``report.html``.
 """
 
+import copy
 import csv
+import dataclasses
+import hashlib
 import io
-import itertools
 import json
+import math
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +44,10 @@ from kontext_jax.losses import (
     held_out_loss,
     summarise_losses,
 )
-from kontext_jax.making import load_networks, make, record_of
+from kontext_jax.making import load_networks, make, record_of, takes_guidance
 from kontext_jax.places import split_step
 from kontext_jax.report import table, write_report
-from kontext_jax.results import CellFolder, Picture, write_text
+from kontext_jax.results import CellFolder, Picture, check_record, write_text
 from kontext_jax.runs import Model
 from kontext_jax.scores import ALL, METRICS, summarise
 from kontext_jax.sharding import MeshConfig, make_mesh
@@ -53,8 +56,11 @@ TIMED = (
     "Seconds per image are wall time of all batches, by the number of their images. They include "
     "encoding contexts and prompts, all sampling steps, decoding, and the way to the devices and "
     "back; not compiling, which is done before, nor loading networks, preparing the examples and "
-    "writing pictures."
+    "writing pictures. Seconds to compile are, for each turn, those of the start that took longest."
 )
+
+LOSS_NAME = 60
+"""Last characters of a checkpoint's name that the name of its losses' file has."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -62,7 +68,8 @@ class EvalConfig:
     """A sweep: every cell on every set.
 
     Attributes:
-      cells: see `cells.Cell` and `cells.grid`; the report's headline is about the first one.
+      cells: see `cells.Cell` and `cells.grid`; the report's headline is about the first one or, of
+        checkpoints that differ from it in their step alone (as `@all` gives them), the last.
       sets: see `data.sets.SetConfig`.
       judges: who looks at the pictures, beside pixels, the world's checker and drift.
       loss_sets: on whose truths the held-out loss of each checkpoint is measured.
@@ -85,6 +92,17 @@ class EvalConfig:
     curves: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
+        # Copies, for overrides change what they are given: `MLPERF`, or what cells share.
+        self.loss = copy.deepcopy(self.loss)
+        for name in ("cells", "sets", "loss_sets"):
+            setattr(self, name, tuple(map(copy.deepcopy, getattr(self, name))))
+        if self.batch_size < 0:
+            raise ValueError(
+                f"batch_size {self.batch_size} must be 0, for as many as each run trains on, or "
+                "more."
+            )
+        if self.sheet_rows < 0:
+            raise ValueError(f"sheet_rows {self.sheet_rows} must be 0 or more.")
         check_names([cell.name for cell in self.cells], "cell")
         names = [each.name for each in self.sets]
         check_names(names, "set")
@@ -112,14 +130,22 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
       FileNotFoundError, ValueError: a run, data or network is missing, or other than it was.
     """
     began = time.monotonic()
+    _check_folder(workdir)
     mesh = make_mesh(config.mesh)
-    cells = resolve(config.cells)  # first, for it may fail soon
+    cells = resolve(config.cells)  # early, for it may fail soon
+    _check_guidance(cells)
     loaded = load_sets([*config.sets, *config.loss_sets])
     sets, loss_sets = loaded[: len(config.sets)], loaded[len(config.sets) :]
-    _check(cells, sets, loss_sets, config)
+    _check(cells, sets, loss_sets, config, workdir)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
     jury = make_jury(config.judges, mesh)
+    for name, why in jury.left_out.items():
+        _say(f"judge {name} is left out: {why}")
     summary: dict[str, Any] = {
-        "sets": {each.name: {"num_tasks": len(each.tasks)} for each in sets},
+        "config": to_dict(config),
+        "sets": {each.name: _of_set(each) for each in sets},
+        "loss_sets": {each.name: _of_set(each) for each in loss_sets},
         "judges": jury.record,
         "left_out": jury.left_out,
         "timed": TIMED,
@@ -132,12 +158,10 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         model = load_networks(group[0], mesh, config.seed, config.batch_size)
         for cell in group:
             found = {}
-            for each in sets:
-                if cell.sets and each.name not in cell.sets:
-                    continue
-                path = workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
+            for each in _sets_of(cell, sets):
+                path = _folder(workdir, cell, each)
                 folder = CellFolder(path, record_of(cell, each, model, config.seed))
-                scores = folder.scores(jury.record)
+                scores = folder.scores(jury.record, [task.id for task in each.tasks])
                 if not _same_everywhere(scores is not None):
                     images = make(cell, model, each, folder, mesh, config.seed)
                     scores = _judge(jury, each, folder, images)
@@ -154,7 +178,6 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     summary["cells"] = {cell.name: found_of[cell.name] for cell in cells}
     summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - began, 1)}
     if jax.process_index() == 0:
-        write_text(workdir / "summary.csv", as_csv(summary))
         write_report(
             workdir,
             summary,
@@ -162,27 +185,85 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
             sheet_rows=config.sheet_rows,
             curves=dict(config.curves),
         )
-        write_text(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")  # all is done
+        write_text(workdir / "summary.csv", as_csv(summary))
+        text = json.dumps(_finite(summary), indent=2, allow_nan=False)
+        write_text(workdir / "summary.json", text + "\n")  # all is done
     multihost_utils.sync_global_devices("the report is written")
     return summary
 
 
+def _sets_of(cell: Cell, sets: Sequence[Set]) -> Iterator[Set]:
+    """Those that the cell makes pictures for."""
+    return (each for each in sets if not cell.sets or each.name in cell.sets)
+
+
+def _folder(workdir: Path, cell: Cell, each: Set) -> Path:
+    return workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
+
+
+def _of_set(each: Set) -> dict[str, Any]:
+    return {"num_tasks": len(each.tasks), "fingerprint": each.fingerprint}
+
+
+def _finite(value: Any) -> Any:
+    """JSON in which None stands for numbers that it cannot write."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_folder(workdir: Path) -> None:
+    nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file, and --workdir is to be a folder: give another.")
+
+
+def _check_guidance(cells: Sequence[Cell]) -> None:
+    """Refuses to compare values of an input that there is not.
+
+    Raises:
+      ValueError: cells differ by that alone.
+    """
+    alike: dict[Cell, dict[float, Cell]] = defaultdict(dict)
+    for cell in cells:
+        if cell.baseline in ("", "untrained"):
+            sampler = dataclasses.replace(cell.sampler, guidance=0.0)
+            key = dataclasses.replace(cell, name="", sampler=sampler)
+            alike[key][cell.sampler.guidance] = cell
+    for group in alike.values():
+        first, *others = group.values()
+        if others and not takes_guidance(first):
+            raise ValueError(
+                f"cells {first.name!r} and {others[0].name!r} differ by guidance alone, an input "
+                f"that the transformer of {first.checkpoint} does not have: leave one out, or vary "
+                "cfg_scale."
+            )
+
+
 def _check(
-    cells: Sequence[Cell], sets: Sequence[Set], loss_sets: Sequence[Set], config: EvalConfig
+    cells: Sequence[Cell],
+    sets: Sequence[Set],
+    loss_sets: Sequence[Set],
+    config: EvalConfig,
+    workdir: Path,
 ) -> None:
     """Refuses what could not be done, before anything is.
 
     Raises:
-      ValueError: truths are missing, or MLPerf's examples.
+      ValueError: truths are missing, or MLPerf's examples, or a folder holds other pictures.
     """
-    for cell, each in itertools.product(cells, sets):
-        if cell.baseline == "reconstruction" and each.name in (cell.sets or (each.name,)):
+    for cell in cells:
+        for each in _sets_of(cell, sets):
             missing = [task.id for task in each.tasks if task.truth is None]
-            if missing:
+            if cell.baseline == "reconstruction" and missing:
                 raise ValueError(
                     f"cell {cell.name!r}: {missing[0]} of {each.name!r} has no truth to "
                     "reconstruct; name the sets that the cell is for."
                 )
+            record = record_of(cell, each, None, config.seed)
+            check_record(_folder(workdir, cell, each), record, unknown=("weights",))
     for each in loss_sets:
         number = len(triples_of(each.tasks))
         if not number:
@@ -247,7 +328,14 @@ def _summarised(
 
 
 def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rates of the batches that were sampled; nothing where none was, as of copies."""
+    """Rates of the batches that were sampled; nothing where none was, as of copies.
+
+    A turn is compiled anew at each start, most of it from a cache: the longest time counts.
+    """
+    compiled: dict[int, float] = {}
+    for line in lines:
+        if "compile_seconds" in line:
+            compiled[line["turn"]] = max(compiled.get(line["turn"], 0.0), line["compile_seconds"])
     batches = [line for line in lines if "seconds" in line]
     if not batches:
         return {}
@@ -257,7 +345,7 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seconds_per_image": seconds / images,
         "images_per_second_per_chip": images
         / sum(line["seconds"] * line["chips"] for line in batches),
-        "compile_seconds": sum(line.get("compile_seconds", 0.0) for line in lines),
+        "compile_seconds": sum(compiled.values()),
         "device": ", ".join(sorted({line["device"] for line in batches})),
         "chips": max(line["chips"] for line in batches),
     }
@@ -266,14 +354,32 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _losses(
     name: str, model: Model, each: Set, workdir: Path, mesh: Mesh, config: EvalConfig
 ) -> dict[str, Any]:
-    """The held-out loss of a checkpoint on the tasks that have truths."""
+    """The held-out loss of a checkpoint on the tasks that have truths.
+
+    Raises:
+      ValueError: the losses are not finite, or the file is of other networks.
+    """
     triples = triples_of(each.tasks)
     examples = prepare_all(triples, model.data)
     data = with_room(model.data, examples)
-    file = workdir / "losses" / folder_name(each.name) / f"{folder_name(name.strip('/'))}.jsonl"
+    file = _losses_file(workdir, name, each, config.loss)
     rows = held_out_loss(model.networks, examples, data, model.objective, config.loss, mesh, file)
+    wrong = [row["id"] for row in rows if not math.isfinite(row["loss"])]
+    if wrong:
+        raise ValueError(
+            f"the held-out loss of {name} is not finite for {wrong[0]!r}: its weights are damaged, "
+            "or its training diverged. Take another checkpoint, or leave its cells out."
+        )
     kinds = {triple.id: "edit" if triple.contexts else "text_to_image" for triple in triples}
     return summarise_losses(rows, kinds)
+
+
+def _losses_file(workdir: Path, name: str, each: Set, loss: LossConfig) -> Path:
+    """One of its own for names that look alike, other settings, and other tasks."""
+    short = folder_name(name.strip("/"))[-LOSS_NAME:]
+    all_of_it = json.dumps([name, to_dict(loss), each.fingerprint])
+    digest = hashlib.sha256(all_of_it.encode()).hexdigest()[:8]
+    return workdir / "losses" / folder_name(each.name) / f"{short}-{digest}.jsonl"
 
 
 def _say(line: str) -> None:
@@ -333,6 +439,7 @@ def main() -> None:
     options = flags.FLAGS
     if options.config is None or options.workdir is None:
         raise cli.UserError("give --config=configs/eval_X.py and --workdir=DIR.")
+    cli.check_config(options.config, EvalConfig)
     if options.distributed:
         jax.distributed.initialize()
     workdir = Path(options.workdir)
@@ -343,8 +450,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # The module that config files import, for this one's `EvalConfig` is another class.
+    from kontext_jax import evaluate as module
+
     config_flags.DEFINE_config_file("config", help_string="a file of configs/")
     flags.DEFINE_string("workdir", None, "where the results go")
     flags.DEFINE_list("seconds", [], "what earlier stages took: data=6,flow=400")
     flags.DEFINE_bool("distributed", False, "joins the processes of a pod or cluster")
-    cli.run("evaluate", main)
+    cli.run("evaluate", module.main)

@@ -39,12 +39,14 @@ class Made(NamedTuple):
       indices: of the examples in it.
       images: theirs.
       seconds: from the batch on the host to the images on the host.
+      finite: whether all latents are numbers; of others the images show nothing.
     """
 
     number: int
     indices: list[int]
     images: list[Image]
     seconds: float
+    finite: bool
 
 
 class Generator:
@@ -114,7 +116,9 @@ class Generator:
                 for row, segment, _ in layout
             ]
             images = self._images(tokens, indices, networks["autoencoder"])
-            yield Made(number, indices, images, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            finite = all(bool(np.isfinite(each).all()) for each in tokens)
+            yield Made(number, indices, images, seconds, finite)
 
     def warm_up(self, networks: dict[str, Network]) -> float:
         """Compiles all that a call runs, on one batch; the seconds that took, its run included."""

@@ -10,14 +10,13 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from kontext_jax.cells import folder_name
-from kontext_jax.data.folder import load_image
+from kontext_jax.results import load_picture
 from kontext_jax.scores import METRICS, spread
 from kontext_jax.summary import HEADLINE, goodness
 from kontext_jax.types import Task
@@ -204,7 +203,7 @@ class Gallery:
         return self._folder / folder_name(of_set) / folder_name(cell)
 
     def _load(self, of_set: str, cell: str, task: Task) -> Picture:
-        return load_image(self._path(of_set, cell) / "images" / f"{quote(task.id, safe='')}.png")
+        return load_picture(self._path(of_set, cell), task.id)
 
     def _add(self, image: Picture) -> int:
         """The number of a picture in the data."""

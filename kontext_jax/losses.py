@@ -325,9 +325,7 @@ def _losses(
             fold(noise_keys, levels),
             objective.guidance,
         )
-        # Left to themselves, accelerators would round what they sum here to fewer bits.
-        with jax.default_matmul_precision("float32"):
-            return per_example(square, member, counts)
+        return per_example(square, member, counts)
 
     return jax.lax.map(at, levels)
 
@@ -411,12 +409,13 @@ def _read(file: Path, header: dict[str, Any]) -> dict[tuple[int, int], float]:
         changed = [key for key, value in json.loads(first).items() if begun.get(key) != value]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} is not a file of held-out losses, or is damaged: choose another, or delete it."
+            f"{file} is not a file of held-out losses, or is damaged: delete it, and it is made "
+            "anew."
         ) from error
     if changed:
         raise ValueError(
-            f"{file} holds losses of another {' and '.join(changed)}: choose another file, or "
-            "delete it."
+            f"{file} holds losses of another {' and '.join(changed)}: delete it, and it is made "
+            "anew, or write to another folder."
         )
     os.truncate(file, stored.rfind(b"\n") + 1)
     return losses

@@ -17,7 +17,7 @@ from kontext_jax.evaluator import Generator, reconstruct, with_room
 from kontext_jax.flops import num_chips
 from kontext_jax.geometry import fit, resize
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import identity_of, load_config
+from kontext_jax.places import identity_of, load_config, open_network
 from kontext_jax.results import CellFolder, Picture
 from kontext_jax.runs import Model, load_model
 from kontext_jax.sharding import shardings_of
@@ -73,6 +73,18 @@ def record_of(cell: Cell, each: Set, model: Model | None, seed: int) -> dict[str
     }
 
 
+def takes_guidance(cell: Cell) -> bool:
+    """Whether a cell's transformer has the guidance input, as its place says.
+
+    Raises:
+      ValueError: there is no transformer; it names the cell.
+    """
+    try:
+        return open_network(cell.checkpoint, "transformer", cell.params).config.guidance_embed
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"cell {cell.name!r}: {error}") from error
+
+
 def make(
     cell: Cell, model: Model | None, each: Set, folder: CellFolder, mesh: Mesh, seed: int
 ) -> list[Picture]:
@@ -85,6 +97,9 @@ def make(
       folder: where pictures are kept.
       mesh: the devices that share the work.
       seed: of the initial noise.
+
+    Raises:
+      ValueError: a picture cannot be decoded, or what was sampled is no picture.
     """
     made: dict[str, Picture] = {}
     for turn, group in itertools.groupby(each.tasks, key=lambda task: task.turn):
@@ -149,6 +164,12 @@ def _sample(
     for batch in generate.batches(model.networks, done):
         images = zip(batch.indices, batch.images, strict=True)
         pictures = {tasks[i].id: image for i, image in images}
+        if not batch.finite:
+            raise ValueError(
+                f"cell {cell.name!r}: the numbers that it samples for {next(iter(pictures))!r} are "
+                f"not finite. The weights of {cell.checkpoint} are damaged, or its training "
+                "diverged: take another checkpoint, or leave the cell out."
+            )
         folder.save(pictures)
         line = {"batch": batch.number, "images": len(pictures), "seconds": batch.seconds}
         folder.log(about | line)

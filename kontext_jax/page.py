@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from kontext_jax.gallery import Gallery
 from kontext_jax.scores import METRICS
-from kontext_jax.summary import HEADLINE, alike, estimate_of, found_on, goodness, metrics_of
+from kontext_jax.summary import (
+    HEADLINE,
+    alike,
+    estimate_of,
+    finite,
+    first_cell,
+    found_on,
+    goodness,
+    loss_name,
+)
 
 COLOURS = (
     *("#2a5db0", "#d9730d", "#2e8b57", "#b5348c", "#0d93a1", "#7a4fc4", "#b3872a", "#c03a3a"),
@@ -86,21 +95,32 @@ class Sweep(NamedTuple):
         """What is known on a set of each cell that is for it."""
         return found_on(self.summary, of_set)
 
+    def losses(self, of_set: str) -> dict[str, float | None]:
+        """Mean loss of each cell that has one on a loss set; None if it is not finite."""
+        losses = self.summary["losses"].get(of_set, {})
+        names = {n: loss_name(about) for n, about in self.cells.items() if not about["baseline"]}
+        return {n: finite(losses[loss]["mean"]) for n, loss in names.items() if loss in losses}
+
+    def first(self, of_set: str) -> str:
+        """The cell of a set, or of a loss set, that the headline is about."""
+        known = self.found(of_set) or self.losses(of_set)
+        return first_cell({name: self.cells[name] for name in known})
+
     def is_baseline(self, cell: str) -> bool:
         return bool(self.cells[cell]["baseline"])
 
     def ranked(self, of_set: str) -> list[str]:
-        """A set's first cell, then the best by its headline's metric; baselines last.
+        """The headline's cell, then the best by the headline's metric; baselines last.
 
         Cells that differ in their sampling steps alone take turns: the best of each of these
         families comes before the second best of any.
         """
         found, metric = self.found(of_set), self.headline(of_set)
-        first = next(iter(found))
+        first = self.first(of_set)
 
         def worth(name: str) -> float:
             value = estimate_of(found[name], metric) if metric else None
-            return goodness(metric, value[0]) if value else -math.inf
+            return goodness(metric, value.mean) if value else -math.inf
 
         turns = {}
         for family in alike({name: self.cells[name] for name in found}, "num_steps"):
@@ -113,7 +133,7 @@ class Sweep(NamedTuple):
         return sorted(found, key=rank)
 
     def some(self, of_set: str, number: int) -> list[str]:
-        """A set's cells in order, baselines last; the first ranks if there are too many."""
+        """A set's cells in order, baselines last; those that rank first if there are too many."""
         kept = self.ranked(of_set)[:number]
         return sorted(filter(kept.__contains__, self.cells), key=self.is_baseline)
 
@@ -125,13 +145,14 @@ class Sweep(NamedTuple):
             return ""
         by = escape(METRICS[metric].title)
         return (
-            f"<p class=quiet>Of {len(models)} cells, the first and the best by “{by}”; those that "
-            "differ in their steps alone take turns.</p>"
+            f"<p class=quiet>Of {len(models)} cells, the headline's and the best by “{by}”; those "
+            "that differ in their steps alone take turns.</p>"
         )
 
     def headline(self, of_set: str) -> str | None:
-        """The metric that says best how good the first cell is; None if nothing is known."""
-        return next(iter(metrics_of([next(iter(self.found(of_set).values()))], HEADLINE)), None)
+        """The metric that says best how good the headline's cell is; None if none is known."""
+        first = self.found(of_set)[self.first(of_set)]
+        return next((metric for metric in HEADLINE if estimate_of(first, metric)), None)
 
 
 def colours_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

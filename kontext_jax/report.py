@@ -27,13 +27,16 @@ from kontext_jax.scores import ALL, CONFIDENCE, DRAWS, METRICS
 from kontext_jax.summary import (
     DISTANCES,
     MAIN,
+    count_of,
     describe,
     estimate_of,
     found_on,
     interval_of,
     is_percent,
+    loss_name,
     metrics_of,
     points_of,
+    target_of,
 )
 from kontext_jax.tables import category_table, set_table, speed_of, times_table
 from kontext_jax.types import Task
@@ -97,7 +100,7 @@ def table(summary: Mapping[str, Any]) -> str:
         for name, numbers in found.items():
             values = [estimate_of(numbers, metric) for metric in metrics]
             shown = [
-                METRICS[metric].show(value[0]) if value else "–"
+                METRICS[metric].show(value.mean) if value else "–"
                 for metric, value in zip(metrics, values, strict=True)
             ]
             rows.append([name, *shown, speed_of(numbers, "seconds_per_image")])
@@ -122,24 +125,20 @@ def _head(sweep: Sweep) -> list[str]:
     )
     if sweep.sets:
         return [*_headline(sweep), cells]
-    of_set, losses = next(iter(sweep.summary["losses"].items()))
-    name, loss = next(iter(losses.items()))
-    title = f"Held-out loss {loss['mean']:.4f} over {loss['count']} losses of {of_set}"
-    return [f"<h1>{escape(title)}</h1>", f"<p><b>{escape(name)}</b></p>", cells]
+    return [*_headline_of_losses(sweep), cells]
 
 
 def _headline(sweep: Sweep) -> list[str]:
     of_set = sweep.sets[0]
-    first = next(iter(sweep.found(of_set)))
-    found, metric = sweep.found(of_set)[first], sweep.headline(of_set)
+    first, metric = sweep.first(of_set), sweep.headline(of_set)
+    found = sweep.found(of_set)[first]
     value = estimate_of(found, metric) if metric else None
     what = "tasks" if "text_to_image" in found["count"] else "edits"
     if metric is None or value is None:
         title = f"{found['count'][ALL]} held-out {what}, and no judge that has a number for them"
     else:
-        rows = sweep.gallery.scores(of_set, first).values()
-        number = sum(row.get(metric) is not None for row in rows) or found["count"][ALL]
-        shown, interval = METRICS[metric].show(value[0]), interval_of(found, metric)
+        number = count_of(found, metric) or found["count"][ALL]
+        shown, interval = METRICS[metric].show(value.mean), interval_of(found, metric)
         interval = f" ({interval})" if interval else ""
         if metric == "edit_success":
             title = f"{shown} of {number} held-out {what} carried out{interval}"
@@ -153,7 +152,26 @@ def _headline(sweep: Sweep) -> list[str]:
     ]
 
 
+def _headline_of_losses(sweep: Sweep) -> list[str]:
+    """Of a sweep that makes no pictures."""
+    of_set = next(iter(sweep.summary["losses"]), None)
+    if of_set is None:
+        return ["<h1>No pictures, and no networks that have a held-out loss</h1>"]
+    first, target = sweep.first(of_set), target_of(sweep.summary)
+    mean, about = sweep.losses(of_set)[first], sweep.cells[first]
+    shown = "that is not finite" if mean is None else f"{mean:.4f}"
+    number = sweep.summary["losses"][of_set][loss_name(about)]["count"]
+    title = f"Held-out loss {shown} over {number} losses of {of_set}"
+    said = describe(about)[0]
+    if target is not None:
+        verb = "is not reached" if mean is None or mean > target else "is reached"
+        said += f"; MLPerf's target, {target} or below, {verb}"
+    return [f"<h1>{escape(title)}</h1>", f"<p><b>{escape(first)}</b>: {escape(said)}.</p>"]
+
+
 def _results(sweep: Sweep) -> list[str]:
+    if not sweep.sets:
+        return []
     parts = []
     for of_set in sweep.sets:
         found = sweep.found(of_set)
@@ -172,8 +190,10 @@ def _results(sweep: Sweep) -> list[str]:
     notes = [
         f"Small numbers, and those in brackets, are {CONFIDENCE:.0%} intervals by a bootstrap of "
         f"{DRAWS} draws of whole groups, for tasks that share an image or a session are not "
-        "independent. Arrows say whether more (↑) or less (↓) is better; the best of each column "
-        "is bold, baselines aside."
+        "independent; of a single group there is none. Arrows say whether more (↑) or less (↓) is "
+        "better; the best of each column is bold, baselines aside.",
+        "“3 of 18” under a number: only three of the tasks have one, as where a face is lost in "
+        "the pictures of the others. Nothing is bold where the best has fewer than another.",
     ]
     if metrics_of(known, DISTANCES):
         notes.append(
@@ -195,7 +215,7 @@ def _categories(sweep: Sweep) -> list[str]:
     parts = []
     for of_set in sweep.sets:
         found, metric = sweep.found(of_set), sweep.headline(of_set)
-        first = next(iter(found))
+        first = sweep.first(of_set)
         categories = [name for name in found[first]["count"] if name != ALL]
         metrics = [m for m in metrics_of([found[first]], MAIN) if m in found[first]["metrics"]][:3]
         if len(categories) < 2 or not metrics:
@@ -223,8 +243,7 @@ def _categories(sweep: Sweep) -> list[str]:
 def _sheets(sweep: Sweep) -> list[str]:
     parts = []
     for of_set in sweep.sets:
-        first = next(iter(sweep.found(of_set)))
-        cells = sweep.some(of_set, MAX_PICTURES)
+        first, cells = sweep.first(of_set), sweep.some(of_set, MAX_PICTURES)
         tasks = sweep.gallery.tasks[of_set].values()
         note = "The first tasks of each category in turn, not chosen by their results."
         if any(task.follows for task in tasks):

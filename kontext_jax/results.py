@@ -9,15 +9,18 @@
                        whole.json      scores of the set as a whole, and by whom it was judged
 
 Pictures are the record: a sweep that was killed makes those that are missing, and a new judge needs
-none to be made again. Each file appears under its name when it is complete. In a job of several
-processes the first one writes; all read the same folder, on a file system that they share.
+none to be made again. Each file appears under its name when it is complete and on the disk. In a
+job of several processes the first one writes; all read the same folder, on a file system that they
+share.
 """
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 import jax
@@ -31,6 +34,9 @@ from kontext_jax.types import Task
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 
+MAX_NAME = 200
+"""Characters of a picture's name; file systems take 255 bytes, ends included."""
+
 
 class CellFolder:
     """The folder of one cell on one set."""
@@ -43,26 +49,19 @@ class CellFolder:
           record: JSON of all that decides what its pictures look like.
 
         Raises:
-          ValueError: it holds pictures that something else made.
+          ValueError: it holds pictures that something else made, or nothing tells what did.
         """
         self._path, self._writes = path, jax.process_index() == 0
-        file = path / "record.json"
-        text = json.dumps(record, indent=2) + "\n"
-        mine = json.loads(text)
-        if file.is_file() and (stored := json.loads(file.read_text())) != mine:
-            changed = [key for key in mine | stored if stored.get(key) != mine.get(key)]
-            raise ValueError(
-                f"{path} holds pictures of another {' and '.join(changed)}: give another --workdir,"
-                " or delete that folder."
-            )
+        check_record(path, record)
         if self._writes:
             (path / "images").mkdir(parents=True, exist_ok=True)
-            write_text(file, text)
+            write_text(path / "record.json", json.dumps(record, indent=2) + "\n")
         multihost_utils.sync_global_devices(f"folder {path}")
 
     def has(self, task: str) -> bool:
         """Whether a task's picture is there."""
-        return self._image(task).is_file()
+        file = picture_file(self._path, task)
+        return file.is_file() and file.stat().st_size > 0
 
     def load(self, task: Task) -> Picture:
         """A task's picture.
@@ -70,17 +69,15 @@ class CellFolder:
         Raises:
           FileNotFoundError, ValueError: it is missing, or cannot be decoded.
         """
-        return load_image(self._image(task.id))
+        return load_picture(self._path, task.id)
 
     def save(self, pictures: Mapping[str, Picture]) -> None:
         """Writes pictures, by the ids of their tasks."""
         if not self._writes:
             return
         for task, picture in pictures.items():
-            file = self._image(task)
-            temporary = file.with_suffix(".tmp")
-            Image.fromarray(np.asarray(picture)).save(temporary, "PNG", compress_level=1)
-            os.replace(temporary, file)
+            with _whole(picture_file(self._path, task)) as file:
+                Image.fromarray(np.asarray(picture)).save(file, "PNG", compress_level=1)
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Adds a line about a batch."""
@@ -91,8 +88,7 @@ class CellFolder:
 
     def batches(self) -> list[dict[str, Any]]:
         """The lines about batches; what a kill cut short is left out."""
-        file = self._path / "batches.jsonl"
-        lines = file.read_text().splitlines() if file.is_file() else []
+        lines = _text(self._path / "batches.jsonl").splitlines()
         return [line for line in map(_json, lines) if line is not None]
 
     def write_scores(self, rows: Sequence[Mapping], whole: Mapping[str, Any]) -> None:
@@ -103,29 +99,100 @@ class CellFolder:
             write_text(self._path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             write_text(self._path / "whole.json", json.dumps(whole, indent=2) + "\n")
 
-    def scores(self, judges: Mapping[str, Any]) -> tuple[list[dict], dict] | None:
-        """(rows, whole) by these judges; None if they have not judged yet."""
-        files = self._path / "scores.jsonl", self._path / "whole.json"
-        if not all(file.is_file() for file in files):
-            return None
-        whole = json.loads(files[1].read_text())
-        if whole["judges"] != json.loads(json.dumps(judges)):
-            return None
-        return [json.loads(line) for line in files[0].read_text().splitlines()], whole
+    def scores(
+        self, judges: Mapping[str, Any], tasks: Sequence[str]
+    ) -> tuple[list[dict], dict] | None:
+        """(rows, whole) by these judges; None if there is anything to make or to judge.
 
-    def _image(self, task: str) -> Path:
-        return self._path / "images" / f"{quote(task, safe='')}.png"
+        Args:
+          judges: what tells them from others.
+          tasks: ids of all tasks, in order: each has a row, and its picture is there.
+        """
+        whole = _json(_text(self._path / "whole.json"))
+        if whole is None or whole.get("judges") != json.loads(json.dumps(judges)):
+            return None
+        rows = [row for row in map(_json, _text(self._path / "scores.jsonl").splitlines()) if row]
+        if [row.get("id") for row in rows] != list(tasks) or not all(map(self.has, tasks)):
+            return None
+        return rows, whole
+
+
+def check_record(path: Path, record: Mapping[str, Any], unknown: Container[str] = ()) -> None:
+    """Refuses a cell's folder that another record is of; there need be none.
+
+    Args:
+      path: of the folder.
+      record: JSON of all that decides what its pictures look like.
+      unknown: keys of a record that cannot be told yet.
+
+    Raises:
+      ValueError: it holds pictures that something else made, or nothing tells what did.
+    """
+    file = path / "record.json"
+    if not file.is_file():
+        return
+    stored, mine = _json(_text(file)), json.loads(json.dumps(record))
+    if stored is None:
+        raise ValueError(
+            f"{file} is damaged, and nothing else tells what made the pictures: delete {path}."
+        )
+    keys = [key for key in mine | stored if key not in unknown]
+    changed = [key for key in keys if stored.get(key) != mine.get(key)]
+    if changed:
+        raise ValueError(
+            f"{path} holds pictures of another {' and '.join(changed)}: give another --workdir, or "
+            "delete that folder."
+        )
+
+
+def picture_file(folder: Path, task: str) -> Path:
+    """Where a cell's folder has the picture of a task, by the task's id."""
+    name = quote(task, safe="")
+    if len(name) > MAX_NAME:
+        name = f"{name[:MAX_NAME]}-{hashlib.sha256(task.encode()).hexdigest()[:16]}"
+    return folder / "images" / f"{name}.png"
+
+
+def load_picture(folder: Path, task: str) -> Picture:
+    """The picture of a task in a cell's folder.
+
+    Raises:
+      FileNotFoundError, ValueError: it is missing, or cannot be decoded.
+    """
+    try:
+        return load_image(picture_file(folder, task))
+    except ValueError as error:
+        message = f"{str(error).removesuffix('.')}; delete it, and it is made again."
+        raise ValueError(message) from error
 
 
 def write_text(file: Path, text: str) -> None:
     """Writes a file that appears under its name when it is complete."""
+    with _whole(file) as whole:
+        whole.write(text.encode())
+
+
+@contextlib.contextmanager
+def _whole(file: Path) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name at the end, if all went well."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
+    with temporary.open("wb") as out:
+        yield out
+        # Else the name may reach the disk before the bytes, and a crash leaves an empty file.
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(temporary, file)
 
 
-def _json(line: str) -> dict | None:
+def _text(file: Path) -> str:
+    """A file's text, empty if there is none; what is damaged stays so."""
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
+def _json(text: str) -> dict | None:
+    """An object; None of what is torn."""
     try:
-        return json.loads(line)
+        value = json.loads(text)
     except json.JSONDecodeError:
         return None
+    return value if isinstance(value, dict) else None

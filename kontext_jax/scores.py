@@ -82,11 +82,11 @@ METRICS = {
 
 
 class Estimate(NamedTuple):
-    """A mean, and the interval of confidence around it."""
+    """A mean of ``count`` values, and the interval of confidence around it, where there is one."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
 
 
@@ -96,7 +96,8 @@ def estimate(
     """The mean of values, with a percentile bootstrap over groups (Efron 1979).
 
     Values of one group (prompts of one image, turns of one session) are not independent, so whole
-    groups are drawn, with replacement; a draw's mean is that of all of its values.
+    groups are drawn, with replacement; a draw's mean is that of all of its values. One group says
+    nothing of how others would differ: there is no interval.
 
     Args:
       values: one or more.
@@ -106,6 +107,8 @@ def estimate(
     """
     _, inverse = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(inverse, values), np.bincount(inverse)
+    if len(sums) < 2:
+        return Estimate(float(values.mean()), None, None, len(values))
     rng = np.random.default_rng(seed)
     at_once = max(1, DRAWN_AT_ONCE // len(sums))
     means = []

@@ -3,12 +3,15 @@
 *Found* is the part of ``summary.json`` about one cell on one set, *about* that about one cell.
 """
 
+import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kontext_jax.charts import Value
+from kontext_jax.losses import MLPERF, MLPERF_TARGET
 from kontext_jax.scores import ALL, METRICS
 
 HEADLINE = (
@@ -31,6 +34,8 @@ OVER_TURNS = (
 )
 """The same of charts over turns: how much is still there of what was."""
 
+PARAMS = {"ema": "averaged", "params": "raw"}
+
 DISTANCES = ("fid", "fd_inception", "fd_dinov2", "fd_efflite0")
 
 
@@ -43,11 +48,19 @@ def found_on(summary: Mapping[str, Any], of_set: str) -> dict[str, Mapping[str, 
 def estimate_of(
     found: Mapping[str, Any], metric: str, by: str = "category", key: str = ALL
 ) -> Value | None:
-    """(mean, low, high) of a metric; all three the same for one of the set as a whole."""
+    """A metric's value; None if it is not known, or not finite."""
     if key == ALL and metric in found["whole"]:
-        return (found["whole"][metric],) * 3
-    values = found["metrics"].get(metric, {}).get(by, {}).get(key)
-    return None if values is None else (values[0], values[1], values[2])
+        values = [found["whole"][metric]]
+    else:
+        values = found["metrics"].get(metric, {}).get(by, {}).get(key, [None])[:3]
+    mean, *ends = map(finite, values)
+    return None if mean is None else Value(mean, *ends)
+
+
+def count_of(found: Mapping[str, Any], metric: str, key: str = ALL) -> int:
+    """Of how many tasks a metric's value is; 0 if it is of the set as a whole, or not known."""
+    estimate = found["metrics"].get(metric, {}).get("category", {}).get(key)
+    return estimate[3] if estimate else 0
 
 
 def metrics_of(found: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
@@ -59,18 +72,18 @@ def metrics_of(found: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list
 
 
 def interval_of(found: Mapping[str, Any], metric: str, key: str = ALL) -> str:
-    """Low and high end; empty for metrics of a set as a whole."""
+    """Low and high end; empty where there is no interval, as of a set as a whole."""
     value = estimate_of(found, metric, key=key)
-    if value is None or metric in found["whole"]:
+    if value is None or value.low is None or value.high is None:
         return ""
-    low, high = map(METRICS[metric].show, value[1:])
-    return f"{low.removesuffix('%')} – {high}"
+    show = METRICS[metric].show
+    return f"{show(value.low).removesuffix('%')} – {show(value.high)}"
 
 
 def points_of(
     found: Mapping[str, Any], metric: str, by: str, keys: Sequence[Any]
 ) -> dict[Any, Value]:
-    """key -> (mean, low, high), of those keys of which something is known."""
+    """key -> value, of those keys of which something is known."""
     values = {key: estimate_of(found, metric, by, str(key)) for key in keys}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -92,6 +105,13 @@ def alike(cells: Mapping[str, Mapping[str, Any]], differing: str) -> list[list[s
     return list(groups.values())
 
 
+def first_cell(cells: Mapping[str, Mapping[str, Any]]) -> str:
+    """The cell that the headline is about: the first, or the last step of the first one's run."""
+    first = next(iter(cells))
+    steps = next((names for names in alike(cells, "step") if first in names), [first])
+    return max(steps, key=lambda name: cells[name]["step"] or 0)
+
+
 def loss_name(about: Mapping[str, Any]) -> str:
     """What the summary's losses call the networks of a cell."""
     step = "" if about["step"] is None else f"@{about['step']}"
@@ -108,8 +128,7 @@ def describe(about: Mapping[str, Any]) -> tuple[str, str, str]:
     if about["baseline"] == "untrained":
         networks = f"new networks of the sizes of {networks}"
     elif about["step"] is not None:
-        params = {"ema": "averaged", "params": "raw"}[about["params"]]
-        networks += f", step {about['step']}, {params} parameters"
+        networks += f", step {about['step']}, {PARAMS[about['params']]} parameters"
     sampling = (
         f"{sampler['num_steps']} step{'s' if sampler['num_steps'] > 1 else ''}, "
         f"{sampler['method']}, guidance {sampler['guidance']:g}, cfg {sampler['cfg_scale']:g}, "
@@ -119,6 +138,17 @@ def describe(about: Mapping[str, Any]) -> tuple[str, str, str]:
     return networks, sampling, weights
 
 
+def finite(value: float | None) -> float | None:
+    """A number; None where it is not finite, which JSON has no words for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def goodness(metric: str, value: float) -> float:
     """A number that is larger where a metric's value is better, or if it cannot be, is more."""
     return (METRICS[metric].better or 1) * value
+
+
+def target_of(summary: Mapping[str, Any]) -> float | None:
+    """The loss at which a run is done, if losses are measured in MLPerf's way."""
+    is_mlperf = summary.get("config", {}).get("loss") == dataclasses.asdict(MLPERF)
+    return MLPERF_TARGET if is_mlperf else None

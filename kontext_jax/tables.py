@@ -6,7 +6,14 @@ from typing import Any
 
 from kontext_jax.page import MAX_ROWS, Sweep, dot, row_of
 from kontext_jax.scores import ALL, METRICS
-from kontext_jax.summary import estimate_of, goodness, interval_of, metrics_of
+from kontext_jax.summary import (
+    count_of,
+    estimate_of,
+    finite,
+    goodness,
+    interval_of,
+    metrics_of,
+)
 
 SPEED = {
     "seconds_per_image": "seconds an image",
@@ -16,7 +23,7 @@ SPEED = {
 
 
 def set_table(sweep: Sweep, of_set: str) -> str:
-    """Cells by metrics, then their speed; the first and the best, if there are many, then all."""
+    """Cells by metrics, then their speed; the best, if there are many, then all."""
     found = sweep.found(of_set)
     metrics = metrics_of(found.values(), METRICS)
     speeds = SPEED if any(numbers["speed"] for numbers in found.values()) else {}
@@ -27,7 +34,7 @@ def set_table(sweep: Sweep, of_set: str) -> str:
     head += "".join(f"<th{_first(i)}>{title}</th>" for i, title in enumerate(speeds.values()))
     rows = {}
     for name, numbers in found.items():
-        cells = [_cell(numbers, metric, name in bold[metric]) for metric in metrics]
+        cells = [_cell(found, name, metric, name in bold[metric]) for metric in metrics]
         for i, speed in enumerate(speeds):
             cells.append(f"<td{_first(i)}>{speed_of(numbers, speed)}</td>")
         rows[name] = row_of(sweep, name, "".join(cells))
@@ -47,28 +54,42 @@ def set_table(sweep: Sweep, of_set: str) -> str:
 
 
 def _cell(
-    found: Mapping[str, Any], metric: str, is_best: bool = False, key: str = ALL, css: str = ""
+    found: Mapping[str, Mapping[str, Any]],
+    name: str,
+    metric: str,
+    is_best: bool = False,
+    key: str = ALL,
+    css: str = "",
 ) -> str:
-    """A value and its interval."""
-    value = estimate_of(found, metric, key=key)
+    """A value, its interval, and of how many tasks it is where not all cells, or few, have it."""
+    value = estimate_of(found[name], metric, key=key)
     if value is None:
         return f"<td{css}>–</td>"
-    shown = METRICS[metric].show(value[0])
+    shown = METRICS[metric].show(value.mean)
     shown = f"<b>{shown}</b>" if is_best else shown
-    interval = interval_of(found, metric, key)
-    return f"<td{css}>{shown}{f'<small>{interval}</small>' if interval else ''}</td>"
+    count, tasks = count_of(found[name], metric, key), found[name]["count"][key]
+    differ = len({count_of(numbers, metric, key) for numbers in found.values()} - {0}) > 1
+    few = f"{count} of {tasks}" if count and (differ or 2 * count < tasks) else ""
+    small = filter(None, (interval_of(found[name], metric, key), few))
+    return f"<td{css}>{shown}{''.join(f'<small>{text}</small>' for text in small)}</td>"
 
 
 def _best(sweep: Sweep, found: Mapping[str, Mapping[str, Any]], metric: str) -> set[str]:
-    """The cells that are best; none where there are no two to compare, or none can be."""
+    """The cells that are best; none where there are no two to compare, or none can be.
+
+    Pictures of which a metric says nothing, as of a face that is lost, are not in a cell's mean;
+    who has such a mean of fewer pictures than another is not called best, and nobody else is.
+    """
     if not METRICS[metric].better:
         return set()
     worth = {
-        name: goodness(metric, value[0])
+        name: goodness(metric, value.mean)
         for name, numbers in found.items()
         if not sweep.is_baseline(name) and (value := estimate_of(numbers, metric))
     }
-    return {n for n, value in worth.items() if value == max(worth.values()) and len(worth) > 1}
+    counts = {name: count_of(found[name], metric) for name in worth}
+    best = {n for n, value in worth.items() if value == max(worth.values()) and len(worth) > 1}
+    return {name for name in best if counts[name] == max(counts.values())}
 
 
 def category_table(
@@ -92,7 +113,7 @@ def category_table(
             for i, name in enumerate(cells):
                 words = ["first"] * (i == 0) + ["baseline"] * sweep.is_baseline(name)
                 css = f" class='{' '.join(words)}'"
-                values.append(_cell(found[name], metric, key=category, css=css))
+                values.append(_cell(found, name, metric, key=category, css=css))
         count = found[cells[0]]["count"][category]
         label = escape(category.replace("_", " "))
         css = " class=total" if category == ALL else ""
@@ -113,6 +134,7 @@ def losses_table(
     for name, one in losses.items():
         known = one.get("kinds", {})
         values = [one["mean"], *(known[kind]["mean"] if kind in known else None for kind in kinds)]
+        values = map(finite, values)
         cells = "".join(f"<td>{'–' if v is None else f'{v:.4f}'}</td>" for v in values)
         shown = dot(colours.get(name, "none")) + escape(name)
         rows.append(f"<tr><td>{shown}</td><td>{one['count']}</td>{cells}</tr>")
@@ -122,12 +144,13 @@ def losses_table(
     )
 
 
-def times_table(seconds: Mapping[str, float]) -> str:
+def times_table(seconds: Mapping[str, float | None]) -> str:
     """What each stage took; empty if nothing is known."""
-    if not seconds:
+    known = {name: time for name, time in seconds.items() if finite(time) is not None}
+    if not known:
         return ""
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{v:.0f} s</td></tr>" for k, v in seconds.items())
-    total = sum(seconds.values())
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{v:.0f} s</td></tr>" for k, v in known.items())
+    total = sum(known.values())
     return (
         f"<table><tr><th>stage</th><th></th></tr>{rows}"
         f"<tr class=total><td>together</td><td>{total:.0f} s</td></tr></table>"
@@ -136,7 +159,7 @@ def times_table(seconds: Mapping[str, float]) -> str:
 
 def speed_of(found: Mapping[str, Any], name: str) -> str:
     """One of ``SPEED`` as text."""
-    speed = found["speed"].get(name)
+    speed = finite(found["speed"].get(name))
     return "–" if speed is None else f"{speed:.3g}"
 
 

@@ -5,34 +5,29 @@ same arguments, it goes on exactly where its last checkpoint was taken.
 """
 
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kontext_jax import cli
 from kontext_jax.checkpoint import Checkpointer
 from kontext_jax.config import Config, from_dict, to_dict, validated
-from kontext_jax.data.pipeline import Loader, check_readable
-from kontext_jax.flops import chip_peak, num_chips
+from kontext_jax.data.pipeline import Loader
 from kontext_jax.places import identity_of, usage_of
 from kontext_jax.runs import load_frozen, load_initial
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
 from kontext_jax.sheets import make_sheet_maker
 from kontext_jax.train_state import (
-    TrainState,
     abstract_state,
     init_state,
     jit_train_step,
     make_optimizers,
 )
-from kontext_jax.types import Metrics
 from kontext_jax.validation import make_validation
+from kontext_jax.watch import Preemption, Profiler, TrainingStopped, Window
 from kontext_jax.writer import Writer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, :variant.")
@@ -44,15 +39,12 @@ DISTRIBUTED = flags.DEFINE_bool(
 )
 
 
-class TrainingStopped(cli.UserError):
-    """The run cannot go on; the message says why and what to do."""
-
-
 def train(config: Config, workdir: Path) -> dict[str, float | int]:
     """Runs to ``config.num_steps`` and returns the last logged metrics.
 
     Raises:
-      TrainingStopped: too many steps without a finite gradient, or too many unreadable records.
+      TrainingStopped: it was told to end, or there were too many steps without an example or a
+        finite gradient, or too many unreadable records.
       FileNotFoundError, ValueError: bad data, checkpoint or settings.
     """
     if config.compilation_cache:
@@ -82,15 +74,12 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     _announce(config, mesh, loader, abstract, start)
 
     writer = Writer(workdir, config.num_steps, start)
+    preemption = Preemption()
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     window = Window(config, mesh)
-
-    def pause(seconds: float) -> None:
-        window.pause(seconds)
-        writer.pause(seconds)
-
-    profiler = Profiler(config.profiled, workdir / "profile", pause)
+    profiler = Profiler(config.profiled, workdir / "profile", window.pause)
     with (
+        closing(preemption),
         closing(checkpointer),
         closing(writer),
         closing(loader),
@@ -100,7 +89,9 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
         for step in range(start + 1, config.num_steps + 1):
             profiler.before(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                began = time.monotonic()
                 local = next(loader)
+                window.wait(time.monotonic() - began)
                 batch = jax.tree.map(
                     lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
                 )
@@ -112,129 +103,29 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 meta["metrics"] = window.summary(meta["metrics"])
                 writer.metrics(step, meta["metrics"])
                 window.stop_if_hopeless()
+            validates, saves, draws = (
+                every and (step % every == 0 or last)
+                for every in (config.validation.every, config.checkpoint.every, config.sheets.every)
+            )
+            if preemption.reached(step) and not last:
+                checkpointer.save(state, loader.state(), meta)
+                raise TrainingStopped(
+                    f"the run was told to end (SIGTERM). Step {step} is saved; the same command "
+                    "goes on from there."
+                )
+            if validates or saves or draws:
+                # Waiting for the device is training time: it comes before the clock of the pause.
+                jax.block_until_ready(state)
             began = time.monotonic()
-            if validate and (step % config.validation.every == 0 or last):
+            if validates:
                 writer.metrics(step, validate(state.ema, frozen), log="validation")
             # After it: who is stopped meanwhile, takes the step again, and measures again.
-            if step % config.checkpoint.every == 0 or last:
+            if saves:
                 checkpointer.save(state, loader.state(), meta)
-            if make_sheet and (step % config.sheets.every == 0 or last):
+            if draws:
                 writer.image("sheet", step, make_sheet(state.ema, frozen))
-            pause(time.monotonic() - began)
+            window.pause(time.monotonic() - began)
     return meta["metrics"]
-
-
-class Profiler:
-    """Traces some steps for xprof, their reading of data included. Each host writes its own file.
-
-    A run that goes on within these steps traces the rest of them.
-    """
-
-    def __init__(self, steps: range, folder: Path, pause: Callable[[float], None]):
-        """``pause`` is told the seconds spent on the trace itself."""
-        self._steps, self._folder, self._pause = steps, folder, pause
-        self._on = False
-
-    def before(self, step: int, state: TrainState) -> None:
-        """Starts before the first of the steps."""
-        if step in self._steps and not self._on:
-            # Waiting for the device is training time, so it comes before the clock of the pause.
-            jax.block_until_ready(state)
-            began = time.monotonic()
-            jax.profiler.start_trace(str(self._folder))
-            self._on = True
-            self._pause(time.monotonic() - began)
-
-    def after(self, step: int, state: TrainState) -> None:
-        """Writes the trace once the device is done with the last of the steps."""
-        if self._on and step + 1 not in self._steps:
-            jax.block_until_ready(state)
-            self.close()
-
-    def close(self) -> None:
-        """Writes what there is if the run ends among the steps."""
-        if self._on:
-            began = time.monotonic()
-            jax.profiler.stop_trace()
-            self._on = False
-            self._pause(time.monotonic() - began)
-            print(f"wrote {self._folder}", flush=True)
-
-
-class Window:
-    """Gathers the metrics of the steps between two lines of the log, without waiting for them."""
-
-    def __init__(self, config: Config, mesh: Mesh):
-        kind = mesh.devices.flat[0].device_kind
-        self._config, self._chips, self._peak = config, num_chips(mesh.size, kind), chip_peak(kind)
-        self._seen = self._unreadable = self._in_a_row = 0
-        self._start()
-
-    def _start(self) -> None:
-        self._metrics: list[Metrics] = []
-        self._began, self._paused = time.monotonic(), 0.0
-
-    def add(self, metrics: Metrics) -> None:
-        """Takes the metrics of one step."""
-        self._metrics.append(metrics)
-
-    def pause(self, seconds: float) -> None:
-        """Keeps time spent on saving and pictures out of the rates."""
-        self._paused += seconds
-
-    def summary(self, before: dict[str, float | int]) -> dict[str, float | int]:
-        """Means over the window's good steps, and rates; starts the next window.
-
-        What had no value in any of them, of a player that was not due, or for all were skipped, is
-        as it was ``before``.
-        """
-        steps = jax.device_get(self._metrics)
-        seconds = time.monotonic() - self._began - self._paused
-        good = [step for step in steps if not step["skipped"]]
-        examples = sum(int(step["examples"]) for step in steps)
-        unreadable = sum(int(step["skipped_records"]) for step in steps)
-        flops = sum(float(step.pop("model_flops")) for step in steps)
-        self._seen += examples + unreadable
-        self._unreadable += unreadable
-        self._in_a_row = max(int(step["skipped_in_a_row"]) for step in steps)
-        self._start()
-        values = {name: [step[name] for step in good] for name in steps[0] if name != "skipped"}
-        finite = {name: [x for x in given if not np.isnan(x)] for name, given in values.items()}
-        means = {name: float(np.mean(given)) for name, given in finite.items() if given}
-        return (
-            before
-            | means
-            | {
-                "examples": examples,
-                "skipped_records": unreadable,
-                "skipped_in_a_row": self._in_a_row,
-                "steps_per_second": len(steps) / seconds,
-                "examples_per_second": examples / seconds,
-                **self._per_chip(examples / seconds, flops / seconds),
-            }
-        )
-
-    def _per_chip(self, examples: float, flops: float) -> dict[str, float]:
-        """Rates of one chip, from those of all; without FLOPs, or a known peak, it says less."""
-        rates = {"examples_per_second_per_chip": examples / self._chips}
-        if flops:
-            rates["model_tflop_per_second_per_chip"] = flops / self._chips / 1e12
-        if flops and self._peak:
-            rates["mfu"] = flops / self._chips / self._peak
-        return rates
-
-    def stop_if_hopeless(self) -> None:
-        """Raises TrainingStopped if the run should not go on; all processes agree on it."""
-        if self._in_a_row >= self._config.max_skipped_in_a_row:
-            raise TrainingStopped(
-                f"{self._in_a_row} steps in a row had a loss or gradient that is not finite, and "
-                "were skipped. Go on from the last checkpoint with a lower optim.learning_rate, or "
-                "look at the data of these steps."
-            )
-        try:
-            check_readable(self._unreadable, self._seen, self._config.data)
-        except ValueError as error:
-            raise TrainingStopped(str(error)) from error
 
 
 def _check_same_run(stored: dict, current: dict) -> None:
@@ -254,13 +145,14 @@ def _what_counts(config: dict) -> dict:
     """The settings that a run cannot change. One younger than the checkpoint has its default.
 
     Where networks come from does not count: the frozen are known by their values, and what the
-    others started from is past. Nor does which kernel is used, or what the backward pass keeps.
+    others started from is past. Nor does which kernel is used, or what the backward pass keeps; and
+    how far a step goes may change, where it went too far.
     """
     settings = to_dict(from_dict(config))
     objective = {k: v for k, v in settings["objective"].items() if k != "init_from"}
-    for part in objective.values():
+    for part in (*objective.values(), settings["optim"]):
         if isinstance(part, dict):
-            for name in ("remat", "attention"):
+            for name in ("remat", "attention", "learning_rate", "clip_norm"):
                 part.pop(name, None)
     return {"objective": objective, "optim": settings["optim"], "seed": settings["seed"]}
 
@@ -288,6 +180,7 @@ def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> Non
 def main() -> None:
     if WORKDIR.value is None or CONFIG.value is None:
         raise cli.UserError("give --config=configs/X.py[:variant] and --workdir=DIR.")
+    cli.check_config(CONFIG.value, Config)
     if DISTRIBUTED.value:
         jax.distributed.initialize()
     train(validated(CONFIG.value), Path(WORKDIR.value))

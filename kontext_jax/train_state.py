@@ -24,7 +24,8 @@ class TrainState:
 
     Attributes:
       step: steps taken, skipped ones included.
-      skipped: steps whose loss or gradient was not finite, and which changed no parameter.
+      skipped: steps without an example, or whose loss or gradient was not finite, and which changed
+        no parameter.
       skipped_in_a_row: how many of these were the last steps, one after the other.
       params, opt_state, ema: by player.
     """
@@ -107,15 +108,15 @@ def make_train_step(
     """The train step of any objective: ``(state, frozen, batch) -> (state, metrics)``.
 
     Each player in turn: gradient of its loss over all microbatches, clipping, update, average.
-    A player whose loss or gradient is not finite keeps what it has, and the step counts as
-    skipped. A player that is not due (`Objective.every`) keeps what it has too; its metrics are
-    NaN then.
+    A player that has no example, or whose loss or gradient is not finite, keeps what it has, and
+    the step counts as skipped. A player that is not due (`Objective.every`) keeps what it has too;
+    its metrics are NaN then.
     """
 
     def train_step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params, opt_state, ema = dict(state.params), dict(state.opt_state), dict(state.ema)
-        metrics, all_finite, all_due = {}, jnp.asarray(True), jnp.asarray(True)
+        metrics, all_good, all_due = {}, jnp.asarray(True), jnp.asarray(True)
         inputs = _over_microbatches(
             lambda microbatch: objective.prepare(frozen, microbatch),
             _split(batch, config.accumulate_steps),
@@ -133,10 +134,10 @@ def make_train_step(
             every = objective.every.get(player, 1)
             due = state.step % every == 0
             if every == 1:
-                loss, sums, grads, handed_on = gradient(inputs)
+                loss, weight, sums, grads, handed_on = gradient(inputs)
             else:
                 nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
-                loss, sums, grads, handed_on = jax.lax.cond(due, gradient, nothing, inputs)
+                loss, weight, sums, grads, handed_on = jax.lax.cond(due, gradient, nothing, inputs)
             if handed_on and every > 1:
                 raise ValueError(f"{player} hands on, and is not due in every step.")
             inputs = inputs | handed_on
@@ -145,28 +146,30 @@ def make_train_step(
                 grads, opt_state[player], params[player]
             )
             finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
+            # Zeros are finite: without an example, momentum and weight decay would go on alone.
+            good = finite & (weight > 0)
             ema_decay = objective.optim.get(player, config).ema_decay
             decay = ema_decay_at(state.step // every, ema_decay)
             new = optax.apply_updates(params[player], updates)
             new_ema = optax.incremental_update(new, ema[player], 1 - decay)
 
-            keep = lambda new, old, ok=finite & due: jax.tree.map(  # noqa: E731
+            keep = lambda new, old, ok=good & due: jax.tree.map(  # noqa: E731
                 lambda a, b: jnp.where(ok, a, b), new, old
             )
             params[player] = keep(new, params[player])
             opt_state[player] = keep(new_opt_state, opt_state[player])
             ema[player] = keep(new_ema, ema[player])
-            all_finite &= finite | ~due
+            all_good &= good | ~due
             all_due &= due
             named = {"loss": loss, "grad_norm": grad_norm} | sums
             metrics |= {
                 f"{player}/{name}": jnp.where(due, value, jnp.nan) for name, value in named.items()
             }
 
-        bad = 1 - all_finite.astype(jnp.int32)
+        bad = 1 - all_good.astype(jnp.int32)
         # A player that is not due proves nothing: it may have been bad in each of its steps.
         in_a_row = jnp.where(all_due, 0, state.skipped_in_a_row)
-        skipped_in_a_row = jnp.where(all_finite, in_a_row, state.skipped_in_a_row + 1)
+        skipped_in_a_row = jnp.where(all_good, in_a_row, state.skipped_in_a_row + 1)
         metrics |= {
             "examples": jnp.sum(batch.example_ids >= 0),
             "skipped_records": jnp.sum(batch.skipped),
@@ -224,9 +227,10 @@ def _over_microbatches(function, split):
 
 
 def _accumulate(loss_fn, network, inputs):
-    """(loss, metrics, gradient, what is handed on) of all microbatches, one after the other.
+    """(loss, weight, metrics, gradient, what is handed on) of all microbatches, one by one.
 
     Sums are added up and divided by the total weight once, so that any split gives the same.
+    Without any weight they are zeros, and stay so.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -248,8 +252,9 @@ def _accumulate(loss_fn, network, inputs):
 
         sums, handed_on = jax.lax.scan(add, zeros, inputs)
     loss, weight, metrics, grads = sums
-    scale = 1.0 / jnp.maximum(weight, 1.0)
-    return loss * scale, *jax.tree.map(lambda x: x * scale, (metrics, grads)), handed_on
+    scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+    metrics, grads = jax.tree.map(lambda x: x * scale, (metrics, grads))
+    return loss * scale, weight, metrics, grads, handed_on
 
 
 def _nothing(shapes, inputs):

@@ -1,26 +1,30 @@
 """The sections of the page about what grows: turns, sampling steps, training, and noise."""
 
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from kontext_jax import charts
-from kontext_jax.charts import Line, Panel
+from kontext_jax.charts import Line, Panel, Value
 from kontext_jax.page import COLOURS, GREYS, MAX_LINES, MAX_NAMES, Sweep, distinct, legend
 from kontext_jax.scores import ALL, CONFIDENCE, METRICS
 from kontext_jax.summary import (
     DISTANCES,
     HEADLINE,
     OVER_TURNS,
+    PARAMS,
     alike,
     describe,
     estimate_of,
+    finite,
     is_percent,
     loss_name,
     metrics_of,
     points_of,
+    target_of,
 )
 from kontext_jax.tables import losses_table
 
@@ -57,8 +61,9 @@ def turns(sweep: Sweep) -> list[str]:
         ]
     if parts:
         parts.append(
-            f"<p class=quiet>Bands are {CONFIDENCE:.0%} intervals. Baselines are dashed, without "
-            "them, and left out where they are beyond the scale of the others.</p>"
+            f"<p class=quiet>Bands are {CONFIDENCE:.0%} intervals, of which a single session has "
+            "none. Baselines are dashed, without them, and left out where they are beyond the "
+            "scale of the others.</p>"
         )
     return parts
 
@@ -80,11 +85,8 @@ def steps(sweep: Sweep) -> list[str]:
         by_steps, by_time, ticks = [], [], set()
         for names, colour in zip(shown, _colours(sweep, shown), strict=True):
             steps = {name: sweep.cells[name]["sampler"]["num_steps"] for name in names}
-            times = {
-                name: found[name]["speed"]["seconds_per_image"]
-                for name in names
-                if found[name]["speed"]
-            }
+            times = {name: finite(found[name]["speed"].get("seconds_per_image")) for name in names}
+            times = {name: seconds for name, seconds in times.items() if seconds is not None}
             ticks |= set(steps.values())
             for places, lines in ((steps, by_steps), (times, by_time)):
                 points = {x: estimate_of(found[name], metric) for name, x in places.items()}
@@ -102,42 +104,79 @@ def steps(sweep: Sweep) -> list[str]:
 
 def checkpoints(sweep: Sweep) -> list[str]:
     """Quality and held-out loss against the step of training."""
-    runs = {name: about for name, about in sweep.cells.items() if about["step"] is not None}
-    groups = alike(runs, "step")
-    groups = [names for names in groups if len({runs[name]["step"] for name in names}) > 1]
-    if not groups:
-        return []
     parts = []
-    for of_set in sweep.sets:
-        found, losses = sweep.found(of_set), sweep.summary["losses"].get(of_set, {})
-        wanted = [sweep.headline(of_set), "l1", *DISTANCES]
-        metrics = metrics_of(found.values(), filter(None, wanted))[:3]
-        shown = _best(sweep, of_set, groups)
-        colours = _colours(sweep, shown)
-        items = []
-        for metric in metrics:
-            lines = []
-            for names, colour in zip(shown, colours, strict=True):
-                known = [name for name in names if name in found]
-                values = {sweep.cells[n]["step"]: estimate_of(found[n], metric) for n in known}
-                points = {step: value for step, value in values.items() if value}
-                lines += [Line(points, colour)] if points else []
-            items.append(_panel(metric, "training step", lines))
-        lines = []
-        for names, colour in zip(shown, colours, strict=True):
-            cells = [sweep.cells[name] for name in names]
-            means = {
-                c["step"]: losses[loss_name(c)]["mean"] for c in cells if loss_name(c) in losses
-            }
-            points = {step: (mean,) * 3 for step, mean in means.items()}
-            if points and all(points != line.points for line in lines):  # sampled otherwise only
-                lines.append(Line(points, colour))
-        if lines:
-            items.append(Panel("held-out loss", "training step", lines))
-        if items:
-            parts += [f"<h3>{escape(of_set)}</h3>", _note(sweep, of_set, groups)]
-            parts += [_legend(sweep, shown), charts.panels(items)]
+    for of_set in dict.fromkeys([*sweep.sets, *sweep.summary["losses"]]):
+        here = _quality_by_step(sweep, of_set) if of_set in sweep.sets else []
+        here += _loss_by_step(sweep, of_set)
+        parts += [f"<h3>{escape(of_set)}</h3>", *here] if here else []
     return parts
+
+
+def _quality_by_step(sweep: Sweep, of_set: str) -> list[str]:
+    found = sweep.found(of_set)
+    runs = {name: sweep.cells[name] for name in found if sweep.cells[name]["step"] is not None}
+    groups = [names for names in alike(runs, "step") if len(names) > 1]
+    wanted = [sweep.headline(of_set), "l1", *DISTANCES]
+    shown = _best(sweep, of_set, groups)
+    items = []
+    for metric in metrics_of(found.values(), filter(None, wanted))[:3]:
+        lines = []
+        for names, colour in zip(shown, _colours(sweep, shown), strict=True):
+            values = {runs[name]["step"]: estimate_of(found[name], metric) for name in names}
+            points = {step: value for step, value in values.items() if value}
+            lines += [Line(points, colour)] if points else []
+        items += [_panel(metric, "training step", lines)] if lines else []
+    if not items:
+        return []
+    return [_note(sweep, of_set, groups), _legend(sweep, shown), charts.panels(items)]
+
+
+def _loss_by_step(sweep: Sweep, of_set: str) -> list[str]:
+    """Of each run; where they are too many for a chart, of the headline's and the best."""
+    means: dict[str, dict[int, float | None]] = defaultdict(dict)
+    colours: dict[str, str] = {}
+    for name, mean in sweep.losses(of_set).items():
+        about = sweep.cells[name]
+        if about["step"] is not None:
+            run = _run(about)
+            means[run][about["step"]] = mean
+            colours.setdefault(run, sweep.colours[name])
+    points = {
+        run: line
+        for run, by_step in means.items()
+        if len(by_step) > 1 and (line := _points(by_step))
+    }
+    if not points:
+        return []
+    first = _run(sweep.cells[sweep.first(of_set)])
+    order = sorted(points, key=lambda run: (run != first, min(points[run].values())))
+    drawn = [run for run in points if run in order[:MAX_LINES]]
+    colours = distinct({run: colours[run] for run in drawn})
+    target = target_of(sweep.summary)
+    lines = [Line(points[run], colour) for run, colour in colours.items()]
+    parts = [
+        legend(colours),
+        charts.panels([Panel("held-out loss", "training step", lines, level=target)], WIDE),
+    ]
+    if len(points) > len(drawn):
+        note = f"Of {len(points)} runs, the headline's and those of the lowest loss."
+        parts.insert(0, f"<p class=quiet>{note}</p>")
+    if target is not None:
+        reached = {run: _first_below(points[run], target) for run in drawn}
+        said = "; ".join(
+            f"{run}: " + ("not reached" if step is None else f"first reached at step {step}")
+            for run, step in reached.items()
+        )
+        parts.append(f"<p>MLPerf's target (dashed) is {target} or below. {escape(said)}.</p>")
+    return parts
+
+
+def _run(about: Mapping[str, Any]) -> str:
+    return f"{about['checkpoint']}, {PARAMS[about['params']]} parameters"
+
+
+def _first_below(points: Mapping[int, Value], target: float) -> int | None:
+    return min((step for step, value in points.items() if value.mean <= target), default=None)
 
 
 def _best(sweep: Sweep, of_set: str, groups: Sequence[Sequence[str]]) -> list[Sequence[str]]:
@@ -157,7 +196,7 @@ def _note(sweep: Sweep, of_set: str, groups: Sequence[Sequence[str]]) -> str:
     if number <= MAX_LINES or metric is None:
         return ""
     by = escape(METRICS[metric].title)
-    return f"<p class=quiet>Of {number} lines, the first cell's and those best by “{by}”.</p>"
+    return f"<p class=quiet>Of {number} lines, the headline's and those best by “{by}”.</p>"
 
 
 def _colours(sweep: Sweep, groups: Sequence[Sequence[str]]) -> list[str]:
@@ -189,9 +228,10 @@ def held_out_losses(sweep: Sweep) -> list[str]:
     for of_set, losses in sweep.summary["losses"].items():
         kinds = sorted({kind for one in losses.values() for kind in one.get("kinds", {})})
         views = kinds if len(kinds) > 1 else [ALL]
-        first, *others = losses
-        others.sort(key=lambda name: losses[name]["mean"])
-        drawn = [first, *others][:MAX_LINES]
+        first = loss_name(sweep.cells[sweep.first(of_set)])
+        means = {name: finite(one["mean"]) for name, one in losses.items()}
+        known = [name for name, mean in means.items() if mean is not None]
+        drawn = sorted(known, key=lambda name: (name != first, means[name]))[:MAX_LINES]
         colours = distinct({n: colours_of.get(n, GREYS[0]) for n in losses if n in drawn})
         items = []
         for view in views:
@@ -199,10 +239,10 @@ def held_out_losses(sweep: Sweep) -> list[str]:
             for name, colour in colours.items():
                 part = losses[name] if view == ALL else losses[name]["kinds"].get(view)
                 if part:
-                    points = {level["t"]: (level["mean"],) * 3 for level in part["levels"]}
+                    points = _points({level["t"]: level["mean"] for level in part["levels"]})
                     lines.append(Line(points, colour))
             title = "all" if view == ALL else view.replace("_", " ")
-            positive = all(p[0] > 0 for line in lines for p in line.points.values())
+            positive = all(p.mean > 0 for line in lines for p in line.points.values())
             items.append(Panel(title, "time t, from 0 (clean) to 1 (noise)", lines, log_y=positive))
         parts += [
             f"<h3>{escape(of_set)}</h3>",
@@ -226,15 +266,15 @@ def training(title: str, run: Path) -> str:
         return f"<p>{escape(title)}: no losses in {escape(str(run / 'metrics.jsonl'))}.</p>"
     items = []
     for name in losses:
-        points = {line["step"]: (line[name],) * 3 for line in trained if name in line}
+        points = _points({line["step"]: line.get(name) for line in trained})
         # It may fall by magnitudes.
-        positive = all(value > 0 for value, _, _ in points.values())
+        positive = all(value.mean > 0 for value in points.values())
         lines = [Line(points, COLOURS[0])]
         items.append(Panel(f"{title}: {name}", "step", lines, log_y=positive, markers=False))
     known = held_out[0] if held_out else {}
     judged = [name for name in HEADLINE if name in known][:1]
     for name in ["loss"] * ("loss" in known) + judged:
-        points = {line["step"]: (line[name],) * 3 for line in held_out}
+        points = _points({line["step"]: line.get(name) for line in held_out})
         shown = METRICS[name].title if name in METRICS else name
         percent = name in METRICS and is_percent(name)
         lines = [Line(points, COLOURS[0])]
@@ -245,6 +285,11 @@ def training(title: str, run: Path) -> str:
 def _log(file: Path) -> list[dict[str, Any]]:
     """The lines that a run has told; none if there is no such file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _points(values: Mapping[Any, float | None]) -> dict[Any, Value]:
+    """Values without intervals, but for what is not finite."""
+    return {x: Value(y) for x, y in values.items() if finite(y) is not None}
 
 
 def _panel(metric: str, xlabel: str, lines: Sequence[Line], **settings) -> Panel:

@@ -30,10 +30,13 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
     where it learns by flow matching, and what judges say of its pictures.
 
     Raises:
-      FileNotFoundError, ValueError: the held-out data is missing.
+      FileNotFoundError, ValueError: the held-out data is missing or cannot be read.
     """
     settings, data = config.validation, config.data
-    tasks = triples(data.path, settings.split, settings.num_examples)
+    try:
+        tasks = list(triples(data.path, settings.split, settings.num_examples))
+    except ValueError as error:
+        raise ValueError(f"validation.split {settings.split!r}: {error}") from error
     examples = prepare_all(triples_of(tasks), data)
     if config.objective.kind == "autoencoder":
         targets = [example.target for example in examples]

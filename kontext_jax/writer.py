@@ -29,8 +29,8 @@ class Writer:
         self._active = jax.process_index() == 0
         self._num_steps = num_steps
         self._folder = Path(workdir)
-        self._started, self._first = time.monotonic(), start_step
-        self._paused = 0.0
+        self._since = time.monotonic(), start_step
+        self._warm = False
         if not self._active:
             return
         # Imported here: it takes a second, and readers of the package need not pay for it.
@@ -67,18 +67,17 @@ class Writer:
         self._board.add_image(name, image, step, dataformats="HWC")
         print(f"wrote {path}", flush=True)
 
-    def pause(self, seconds: float) -> None:
-        """Keeps time spent on saving and pictures out of the estimate."""
-        self._paused += seconds
-
     def close(self) -> None:
         """Closes the files."""
         if self._active:
             self._board.close()
 
     def _eta(self, step: int) -> str:
-        spent = time.monotonic() - self._started - self._paused
-        left = spent / max(step - self._first, 1) * (self._num_steps - step)
+        """By the pace since the first line: compiling, before it, does not come again."""
+        now, (began, first) = time.monotonic(), self._since
+        if not self._warm and step > first:
+            self._since, self._warm = (now, step), True
+        left = (now - began) / max(step - first, 1) * (self._num_steps - step)
         return str(datetime.timedelta(seconds=round(left)))
 
 

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from kontext_jax import charts
-from kontext_jax.charts import Line, Panel, bars, panels
+from kontext_jax.charts import Line, Panel, Value, bars, panels
 
 WIDE = (5.6, 3.0)
 NUMBERS = range(8)
 
 
-def value(mean: float) -> charts.Value:
-    return mean, mean - 0.02, mean + 0.02
+def value(mean: float) -> Value:
+    return Value(mean, mean - 0.02, mean + 0.02)
 
 
 def apart(places, name="student {}") -> list[Line]:
@@ -122,14 +122,40 @@ def test_only_the_ticks_that_are_asked_for():
 
 
 def test_charts_bear_odd_values_and_odd_names():
-    middle = (0.5, 0.5 + 1e-17, 0.5 - 1e-17)
-    odd = Line({2: (float("nan"),) * 3, 1: middle}, "#123456", names={1: ("$x$ <&>", "#654321")})
+    middle, unknown = Value(0.5, 0.5 + 1e-17, 0.5 - 1e-17), Value(float("nan"))
+    odd = Line({2: unknown, 1: middle}, "#123456", names={1: ("$x$ <&>", "#654321")})
     svg = panels([Panel("a $b$", "x", [odd]), Panel("c", "x", [Line({}, "#000000")])])
     assert "$x$ &lt;&amp;&gt;</text>" in svg and "a $b$</text>" in svg
     assert "#123456" in svg and "#654321" in svg
-    nowhere = Line({1: middle, 2: (float("nan"),) * 3}, "#123456", names={2: ("gone", "#654321")})
+    nowhere = Line({1: middle, 2: unknown}, "#123456", names={2: ("gone", "#654321")})
     assert "gone" not in panels([Panel("a", "x", [nowhere]), Panel("no lines", "x", [])])
-    beyond = Line({"one_": (0.5, 0.6, 0.7)}, "#123456")
+    beyond = Line({"one_": Value(0.5, 0.6, 0.7)}, "#123456")
     groups = {"one_": "one", "two_": "t$w$o"}
     svg = bars(groups, [beyond, Line({}, "#000000")], "title", percent=True)
     assert "t$w$o</text>" in svg and "100%</text>" in svg and "one_" not in svg
+
+
+def test_what_has_no_interval_has_none_drawn():
+    def one(points) -> str:
+        return panels([Panel("a", "x", [Line(points, "#123456")])])
+
+    band, bar = "fill: #123456; fill-opacity: 0.13", "stroke: #123456; stroke-opacity: 0.5"
+    pair, bare = {1: value(0.2), 2: value(0.3)}, {1: Value(0.2), 2: Value(0.3)}
+    assert one(pair | {3: Value(0.4)}).count(band) == 1 and band not in one(bare)
+    assert bar in one({1: value(0.2)}) and bar not in one({1: Value(0.2)})
+    for known, number in ((pair, 2), (bare | {1: value(0.2)}, 1), (bare, 0)):
+        points = {str(x): each for x, each in known.items()}
+        svg = bars({"1": "one", "2": "two"}, [Line(points, "#123456")], "title")
+        assert svg.count("stroke: #333333") == number
+
+
+def test_a_level_is_drawn_and_in_sight():
+    points = {1: value(0.9), 2: value(0.8)}
+    for level in (None, 0.586):
+        with matplotlib.rc_context(charts.STYLE):
+            figure = Figure(figsize=WIDE, dpi=72, layout="constrained")
+            charts.draw_panel(figure, Panel("a", "b", [Line(points, "#123456")], level=level))
+        [axes] = figure.axes
+        dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+        assert dashed == ([] if level is None else [level])
+        assert (axes.get_ylim()[0] < 0.586) == (level is not None)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from contextlib import closing
 from pathlib import Path
 
@@ -6,14 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore as ts
+from flax import nnx
 
+from kontext_jax import checkpoint
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
-from kontext_jax.names import by_name
+from kontext_jax.names import by_name, named_leaves
 from kontext_jax.objectives.flow_matching import FlowMatching
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.places import is_run, load_meta, split_step, step_at, steps_at
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.train_state import TrainState, abstract_state
+from kontext_jax.weights.networks import ALL_NETWORKS
+from tests.weights.small import CONFIGS
 
 OPTIMIZERS = {"model": make_optimizer(OptimConfig(), num_steps=10)}
 
@@ -43,6 +49,26 @@ def saved(workdir, state, **config) -> None:
     checkpointer = Checkpointer(workdir, CheckpointConfig(**config))
     checkpointer.save(state, {"position": 3}, {"config": {"seed": 5}, "metrics": {"loss": 0.5}})
     checkpointer.close()
+
+
+def small_state(step: int, params) -> TrainState:
+    """One of these parameters, and of nothing else to speak of."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        jnp.asarray(step), zero, zero, {"model": params}, {"model": zero}, {"model": zero}
+    )
+
+
+def stored_chunks(item: Path) -> dict[str, tuple[int, ...]]:
+    """What the arrays of a checkpoint's tree are cut into: the shape of a piece, by name."""
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"{item.as_uri()}/"}).result()
+    arrays = [key.decode() for key in store.list().result() if key.endswith(b"/.zarray")]
+    return {
+        name.removesuffix("/.zarray").replace(".", "/"): tuple(
+            json.loads(store.read(name).result().value)["chunks"]
+        )
+        for name in arrays
+    }
 
 
 def assert_same(a, b):
@@ -96,6 +122,83 @@ def test_meta_and_the_latest_steps_are_kept(state, tmp_path):
     assert reader.meta() == {"config": {"sizes": [[1, 2]]}, "metrics": {"loss": 1.5}}
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
     assert kept == ["2", "3"]
+
+
+def test_milestones_are_kept_for_good(tmp_path):
+    """By the process that goes on, too."""
+    config = CheckpointConfig(every=1, keep=2, keep_every=3)
+    for steps, kept in ((range(1, 6), [3, 4, 5]), (range(6, 9), [3, 6, 7, 8])):
+        with closing(Checkpointer(tmp_path, config)) as checkpointer:
+            for step in steps:
+                checkpointer.save(small_state(step, {"kernel": jnp.ones(2)}), {}, {})
+        assert steps_at(tmp_path) == kept
+
+
+def test_milestones_are_among_the_checkpoints():
+    for keep_every in (0, 1000, 3000):
+        assert CheckpointConfig(every=1000, keep_every=keep_every).keep_every == keep_every
+    for keep_every in (-1000, 500, 1500):
+        with pytest.raises(ValueError, match=f"keep_every {keep_every} must be 0 or a multiple of"):
+            CheckpointConfig(every=1000, keep_every=keep_every)
+    with pytest.raises(ValueError, match="every 0 must be 1 or more"):
+        CheckpointConfig(every=0)
+
+
+@pytest.mark.parametrize(("fsdp", "optimizer"), [(1, "muon"), (8, "adamw")])
+def test_a_layer_is_a_piece_and_so_is_all_that_has_none(tmp_path, fsdp, optimizer):
+    """Of parameters and moments; within a device's shard."""
+
+    def ones(abstract):
+        shardings = shardings_of(abstract, mesh_of(fsdp, fsdp=fsdp))
+        make = lambda x, place: jax.device_put(np.ones(x.shape, x.dtype), place)  # noqa: E731
+        return jax.tree.map(make, abstract, shardings)
+
+    networks = [ALL_NETWORKS[name] for name in ("transformer", "dino")]
+    params = ones({network.name: network.abstract(CONFIGS[network.name]) for network in networks})
+    expected = {}
+    for network in networks:
+        layers = dict(network.places(CONFIGS[network.name]))  # as the tables of names have them
+        for name, array in named_leaves(params[network.name]).items():
+            shard = array.sharding.shard_shape(array.shape)
+            stacked = layers[name] is not None
+            expected[f"{network.name}/{name}"] = (1, *shard[1:]) if stacked else shard
+    for name, shape in {
+        "transformer/single_blocks/linear2/kernel": (1, 80, 16 // fsdp),
+        "transformer/single_blocks/linear2/bias": (1, 16 // fsdp),
+        "transformer/img_in/bias": (16 // fsdp,),
+        "dino/patch_embedding/kernel": (14, 14, 3, 16 // fsdp),
+        "dino/patch_embedding/bias": (16 // fsdp,),
+    }.items():
+        assert expected[name] == shape
+
+    optimizer = make_optimizer(OptimConfig(optimizer=optimizer), num_steps=10)
+    moments = ones(jax.eval_shape(optimizer.init, params))
+    saved(tmp_path, small_state(1, params).replace(opt_state={"model": moments}))
+    folder = tmp_path / "checkpoints" / "1"
+    assert stored_chunks(folder / "params") == {f"model/{k}": v for k, v in expected.items()}
+    assert stored_chunks(folder / "opt_state") == {
+        f"model/{name}": next(
+            (shape for param, shape in expected.items() if name.endswith(f"/{param}")), array.shape
+        )
+        for name, array in named_leaves(moments).items()
+    }
+
+
+def test_no_piece_is_larger_than_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1024)
+    kernels = {
+        "whole": nnx.Param(jnp.ones((16, 16)), axes=("embed", "mlp")),
+        "large": nnx.Param(jnp.ones((64, 8)), axes=("embed", "mlp")),
+        "layers": nnx.Param(jnp.ones((2, 4, 4)), axes=("embed", "mlp")),
+        "large_layers": nnx.Param(jnp.ones((2, 8, 64)), axes=("embed", "mlp")),
+    }
+    saved(tmp_path, small_state(1, kernels))
+    assert stored_chunks(tmp_path / "checkpoints" / "1" / "params") == {
+        "model/whole": (16, 16),
+        "model/large": (32, 8),
+        "model/layers": (1, 4, 4),
+        "model/large_layers": (1, 8, 32),
+    }
 
 
 def other_objective(recipe, **sizes):

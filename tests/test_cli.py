@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kontext_jax import cli
+from kontext_jax.cells import Cell
+from kontext_jax.config import Config
+from kontext_jax.data.sets import SetConfig
+from kontext_jax.evaluate import EvalConfig
 from kontext_jax.provenance import read_provenance
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +121,74 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
     )
 
 
+INTERRUPTED = """
+import signal, sys
+from kontext_jax.cli import run
+
+def body():
+    signal.raise_signal(signal.SIGINT)
+
+run(sys.argv.pop(1), body)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("train", "train: stopped; the same command goes on."),
+        ("evaluate", "evaluate: stopped; the same command goes on."),
+        ("encode", "encode: stopped; the same command goes on."),
+        ("sample", "sample: stopped."),
+    ],
+)
+def test_who_stops_a_command_is_told_whether_it_can_go_on(name, sentence):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, name], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (130, f"{sentence}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config=configs/no.py:x"],
+        ["--workdir=x", "--config", "configs/no.py"],
+        ["-config", "configs/no.py", "--workdir=x"],
+    ],
+)
+def test_a_config_file_that_is_missing_is_named_in_every_form(arguments):
+    with pytest.raises(ValueError, match=r"^there is no config file configs/no\.py\.$"):
+        cli.check_config_file(["train", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config=configs/quickstart.py:flow"],
+        ["--config", "configs/quickstart.py", "--config.seed", "3"],
+        ["--workdir=x", "--config"],
+        [],
+    ],
+)
+def test_config_files_that_are_there_are_passed_on(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cli.check_config_file(["train", *arguments])
+
+
+def test_a_config_of_another_command_is_named_with_its_own():
+    cli.check_config(Config(), Config)
+    with pytest.raises(cli.UserError, match="the kind Config, .* run kontext_jax.train with it"):
+        cli.check_config(Config(), EvalConfig)
+    sweep = EvalConfig(
+        cells=(Cell(name="copy", baseline="copy"),), sets=(SetConfig(name="x", path="x"),)
+    )
+    message = "^--config makes the kind EvalConfig, not Config: run kontext_jax.evaluate with it.$"
+    with pytest.raises(cli.UserError, match=message):
+        cli.check_config(sweep, Config)
+    with pytest.raises(cli.UserError, match="makes the kind int, not Config: give another file"):
+        cli.check_config(3, Config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -130,6 +203,10 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
         (["sample", "--checkpoint=no", "--output=a.png", "--strength=0.5"], "name it with --init."),
         (["sample", "--checkpoint=no", "--output=a.png", "--strength=2"], "at most 1"),
         (["evaluate", "--workdir=x"], "evaluate: give --config"),
+        (
+            ["evaluate", "--workdir=x", "--config=configs/quickstart.py"],
+            "evaluate: --config makes the kind Config, not EvalConfig: run kontext_jax.train",
+        ),
         (
             ["convert", "--input=no", "--output=x", "--format=bfl"],
             "convert: There are no weights at 'no'",

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kontext_jax import cli, judges, making
 from kontext_jax import evaluate as evaluate_module
-from kontext_jax import judges, making
 from kontext_jax import runs as runs_module
 from kontext_jax.cells import Cell
 from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
@@ -31,7 +32,7 @@ from kontext_jax.config import Config, to_dict
 from kontext_jax.data.folder import load_image
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.data.sets import SetConfig
+from kontext_jax.data.sets import Set, SetConfig, load_sets
 from kontext_jax.evaluate import EvalConfig, evaluate
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.losses import MLPERF, LossConfig
@@ -320,10 +321,249 @@ def test_finished_it_samples_nothing_and_a_new_judge_looks_at_what_is_there(
     assert not found["whole"] and "efflite0" not in found["metrics"] and "l1" in found["metrics"]
 
 
-def test_pictures_of_other_settings_are_refused(done, runs):
+def of_copies(runs: Runs) -> EvalConfig:
+    """What needs no network, on one set."""
+    cells, sets = runs.config.cells[3:4], runs.config.sets[:1]
+    config = dataclasses.replace(runs.config, cells=cells, sets=sets, loss_sets=())
+    config.judges = dataclasses.replace(config.judges, efflite0=False)
+    return config
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "whole.json"])
+def test_what_was_damaged_is_judged_again(runs, tmp_path, name):
+    first = evaluate(of_copies(runs), tmp_path, {})
+    before = files(tmp_path)
+    file = tmp_path / "cells" / "edits" / "copy" / name
+    file.write_bytes(file.read_bytes()[:-30])
+    again = evaluate(of_copies(runs), tmp_path, {})
+    assert files(tmp_path) == before and again["cells"] == first["cells"]
+
+
+def test_a_finished_cell_gets_back_a_picture_that_is_lost(runs, tmp_path, monkeypatch):
+    evaluate(of_copies(runs), tmp_path, {})
+    before = files(tmp_path)
+    first, second, *_ = sorted((tmp_path / "cells" / "edits" / "copy" / "images").iterdir())
+    asked = []
+    decide = evaluate_module._same_everywhere
+
+    def watched(value):
+        asked.append(value)
+        return decide(value)
+
+    monkeypatch.setattr(evaluate_module, "_same_everywhere", watched)
+    evaluate(of_copies(runs), tmp_path, {})
+    first.unlink()
+    second.write_bytes(b"")
+    evaluate(of_copies(runs), tmp_path, {})
+    assert files(tmp_path) == before
+    assert asked == [True, False]  # of the first process, for all
+
+
+def test_pictures_of_other_settings_are_refused_before_anything_is_made(
+    done, runs, tmp_path, monkeypatch
+):
+    """Even those of the last cell, whose networks would be loaded last."""
+    (tmp_path / "cells" / "edits").mkdir(parents=True)
+    (tmp_path / "cells" / "edits" / "untrained").symlink_to(done.cell("untrained"))
+    before = files(tmp_path)
+    monkeypatch.setattr(evaluate_module, "load_networks", None)
     config = dataclasses.replace(runs.config, seed=1)
-    with pytest.raises(ValueError, match="holds pictures of another seed: give another --workdir"):
-        evaluate(config, done.folder, {})
+    with pytest.raises(ValueError, match="untrained holds pictures of another seed: give another"):
+        evaluate(config, tmp_path, {})
+    assert files(tmp_path) == before and len(list((tmp_path / "cells" / "edits").iterdir())) == 1
+
+
+def test_other_weights_are_refused_once_they_are_known(runs, tmp_path):
+    evaluate(of_copies(runs), tmp_path, {})
+    file = tmp_path / "cells" / "edits" / "copy" / "record.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"weights": {"transformer": ["0"]}}))
+    with pytest.raises(ValueError, match="copy holds pictures of another weights: "):
+        evaluate(of_copies(runs), tmp_path, {})
+
+
+@pytest.mark.parametrize("inside", ["", "below/it"])
+def test_a_file_is_no_workdir(runs, tmp_path, monkeypatch, inside):
+    monkeypatch.setattr(evaluate_module, "load_sets", None)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes is a file, and --workdir is to be a folder"):
+        evaluate(runs.config, tmp_path / "notes" / inside, {})
+
+
+def test_losses_that_are_not_the_same_have_files_of_their_own(tmp_path):
+    """Names that look alike or are too long; then other settings, other tasks, another set."""
+    mine, each = LossConfig(), Set("edits", [], "0")
+    asked = [
+        ("r/x@30 ema", each, mine),
+        ("r_x@30 ema", each, mine),
+        ("/" + "夜" * 300 + "@30 ema", each, mine),
+        ("/" + "夜" * 301 + "@30 ema", each, mine),
+        ("r/x@30 ema", each, LossConfig(num_times=3)),
+        ("r/x@30 ema", each._replace(fingerprint="1"), mine),
+        ("r/x@30 ema", each._replace(name="others"), mine),
+    ]
+    made = [evaluate_module._losses_file(tmp_path, *one) for one in asked]
+    for file in made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert len(set(made)) == len(asked)
+    assert made[0].parent == tmp_path / "losses" / "edits"
+    assert made[0].name.startswith("r_x@30_ema-")
+    assert made == [evaluate_module._losses_file(tmp_path, *one) for one in asked]
+
+
+def not_numbers(monkeypatch) -> None:
+    """What a run that diverged has in the place of its transformer's weights."""
+    load_model = making.load_model
+
+    def diverged(place, mesh, params):
+        model = load_model(place, mesh, params)
+        broken = jax.tree.map(lambda x: x * jnp.nan, model.networks["transformer"])
+        return model._replace(networks=model.networks | {"transformer": broken})
+
+    monkeypatch.setattr(making, "load_model", diverged)
+
+
+def test_pictures_of_what_is_not_finite_are_refused(runs, tmp_path, monkeypatch):
+    not_numbers(monkeypatch)
+    config = dataclasses.replace(runs.config, cells=runs.config.cells[1:2], loss_sets=())
+    with pytest.raises(ValueError, match=f"^cell '{NAMES[1]}': the numbers .* are not finite. The"):
+        evaluate(config, tmp_path, {})
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_losses_that_are_not_finite_are_refused(runs, tmp_path, monkeypatch):
+    not_numbers(monkeypatch)
+    config = dataclasses.replace(runs.config, cells=runs.config.cells[1:2], sets=())
+    with pytest.raises(ValueError, match="held-out loss of .*teacher@0 ema is not finite for "):
+        evaluate(config, tmp_path, {})
+
+
+def test_the_summary_is_json_that_everyone_reads(runs, tmp_path):
+    def constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    evaluate(of_copies(runs), tmp_path, {"data": float("inf"), "flow": float("nan"), "rest": 2.5})
+    text = (tmp_path / "summary.json").read_text()
+    seconds = json.loads(text, parse_constant=constant)["seconds"]
+    assert (seconds["data"], seconds["flow"], seconds["rest"]) == (None, None, 2.5)
+
+
+def test_the_summary_says_what_was_measured(done, runs, tmp_path):
+    found = json.loads((done.folder / "summary.json").read_text())
+    assert found["config"] == to_dict(runs.config)
+    record = json.loads((done.cell("copy") / "record.json").read_text())
+    assert found["sets"]["edits"] == {"num_tasks": 6, "fingerprint": record["tasks"]}
+    assert found["loss_sets"] == {"edits": found["sets"]["edits"]}
+    assert found["sets"]["sessions"]["fingerprint"] != record["tasks"]
+
+
+def test_a_judge_that_is_left_out_is_told(runs, tmp_path, monkeypatch, capsys):
+    def missing(mesh, config):
+        raise FileNotFoundError("there is no file of it.")
+
+    monkeypatch.setattr(judges, "load_lite0", missing)
+    config = of_copies(runs)
+    config.judges = dataclasses.replace(config.judges, efflite0=True)
+    evaluate(config, tmp_path, {})
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "judge efflite0 is left out: there is no file of it."
+    assert len(others) == 1
+
+
+def test_tables_are_written_when_the_report_is(runs, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, "write_report", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(of_copies(runs), tmp_path, {})
+    assert not (tmp_path / "summary.csv").exists() and not (tmp_path / "summary.json").exists()
+
+
+def test_a_turn_s_longest_compilation_counts():
+    def turn(number: int, seconds: float) -> dict:
+        return {"turn": number, "device": "x", "chips": 1, "compile_seconds": seconds}
+
+    batch = {"turn": 1, "device": "x", "chips": 2, "batch": 0, "images": 4, "seconds": 8.0}
+    lines = [turn(1, 40.0), batch, turn(1, 3.0), turn(2, 2.0), batch, turn(2, 5.0)]
+    speed = evaluate_module._speed(lines)
+    assert speed["compile_seconds"] == 45.0 and speed["seconds_per_image"] == 2.0
+
+
+def test_overrides_change_this_sweep_alone():
+    """A config holds MLPerf's own settings, and cells may share theirs."""
+    sampler, each = SamplerConfig(), SetConfig(name="a", path="a")
+    cell = Cell(name="x", checkpoint="x", sampler=sampler)
+    config = EvalConfig(
+        cells=(cell, Cell(name="y", checkpoint="y", sampler=sampler)),
+        sets=(each,),
+        loss_sets=(each,),
+        loss=MLPERF,
+    )
+    assert config.loss == MLPERF
+    config.loss.num_times = 4
+    config.cells[0].sampler.num_steps = 1
+    config.sets[0].num_examples = 7
+    assert MLPERF.num_times == 8 and config.loss != MLPERF
+    assert cell.sampler.num_steps == config.cells[1].sampler.num_steps == 28
+    assert each.num_examples == config.loss_sets[0].num_examples == 0
+
+
+def test_a_changed_protocol_is_not_mlperf_s(runs, tmp_path, monkeypatch):
+    config = dataclasses.replace(runs.config, sets=(), loss=MLPERF)
+    checked = []
+    monkeypatch.setattr(evaluate_module, "check_mlperf", checked.append)
+    loss_sets = load_sets(config.loss_sets)
+    evaluate_module._check([], [], loss_sets, config, tmp_path)
+    assert checked == [6]
+    config.loss.num_times = 4
+    evaluate_module._check([], [], loss_sets, config, tmp_path)
+    assert checked == [6]
+
+
+@pytest.mark.parametrize("setting", ["batch_size", "sheet_rows"])
+def test_negative_numbers_are_refused(runs, setting):
+    with pytest.raises(ValueError, match=f"{setting} -3 must be 0"):
+        dataclasses.replace(runs.config, **{setting: -3})
+
+
+def test_a_config_of_training_is_refused(tmp_path, monkeypatch):
+    flags = SimpleNamespace(config=Config(), workdir=str(tmp_path), distributed=False, seconds=[])
+    monkeypatch.setattr(evaluate_module, "flags", SimpleNamespace(FLAGS=flags))
+    with pytest.raises(cli.UserError, match="EvalConfig"):
+        evaluate_module.main()
+
+
+def test_values_of_an_input_that_there_is_not_are_not_compared(runs, tmp_path, monkeypatch):
+    def cell(name: str, guidance: float, **more) -> Cell:
+        sampler = SamplerConfig(num_steps=1, guidance=guidance)
+        return Cell(name=name, checkpoint=runs.teacher, sampler=sampler, **more)
+
+    check = evaluate_module._check_guidance
+    same, other = cell("2.5", 2.5), cell("4", 4.0)
+    sentence = "cells '2.5' and '4' differ by guidance alone, .* leave one out"
+    config = dataclasses.replace(runs.config, cells=(same, other))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=sentence):
+        patch.setattr(evaluate_module, "load_sets", None)
+        evaluate(config, tmp_path, {})
+    check([same, cell("again", 2.5)])
+    check([same, cell("raw", 4.0, params="params")])
+    check([same, cell("shifted", 4.0, shift="resolution")])
+    check([cell("a", 1.0, baseline="reconstruction"), cell("b", 2.0, baseline="reconstruction")])
+    with pytest.raises(ValueError, match="cells 'a' and 'b' differ"):
+        check([cell("a", 1.0, baseline="untrained"), cell("b", 2.0, baseline="untrained")])
+    monkeypatch.setattr(evaluate_module, "takes_guidance", lambda cell: True)
+    check([same, other])
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_place_says_whether_guidance_is_an_input(monkeypatch, takes):
+    transformer = SimpleNamespace(config=SimpleNamespace(guidance_embed=takes))
+    monkeypatch.setattr(making, "open_network", lambda place, name, params: transformer)
+    assert making.takes_guidance(Cell(name="x", checkpoint="x")) is takes
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cell 'x': There are no weights at "):
+        making.takes_guidance(Cell(name="x", checkpoint="no/where"))
 
 
 @pytest.mark.slow

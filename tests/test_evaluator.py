@@ -154,6 +154,29 @@ def test_what_is_done_is_left_out_and_the_rest_stays_the_same(recipe):
     assert list(again.batches(networks, range(8))) == []
 
 
+@pytest.mark.parametrize("what", ["is_target", "padding"])
+def test_numbers_that_are_not_finite_are_told_apart_from_padding(recipe, what):
+    examples = [example(i) for i in range(5)]
+    generate = Generator(
+        examples, DATA, recipe.objective.config, SamplerConfig(num_steps=1), one_device()
+    )
+    networks, sample = networks_of(recipe.params["model"], recipe.frozen), generate._latents
+
+    def broken(networks, batch, *args, **kwargs):
+        latents = np.array(sample(networks, batch, *args, **kwargs))
+        if what == "padding":
+            latents[np.asarray(batch.segments) == 0] = np.nan
+        else:
+            latents[tuple(np.argwhere(np.asarray(batch.is_target))[-1])] = np.inf
+        return latents
+
+    assert all(made.finite for made in generate.batches(networks))
+    generate._latents = broken
+    padded = [(generate._batches[i].segments == 0).any() for i in range(len(generate._batches))]
+    assert all(padded)
+    assert {made.finite for made in generate.batches(networks)} == {what == "padding"}
+
+
 def test_after_warming_up_nothing_is_compiled(recipe, caplog):
     examples = [example(i) for i in range(5)]
     mesh = one_device()

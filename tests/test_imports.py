@@ -15,7 +15,7 @@ LAYERS = [
     {"train_state"},
     {"checkpoint", "evaluator", "losses", "provenance", "results", "writer"},
     {"config"},
-    {"places", "sheets", "judges", "scores"},
+    {"places", "sheets", "judges", "scores", "watch"},
     {"cells", "charts", "labels", "making", "runs", "summary", "validation"},
     {"gallery", "page", "report", "tables", "trends"},
     {"train", "sample", "evaluate", "convert", "encode", "compile"},

@@ -38,10 +38,11 @@ def test_against_a_bootstrap_in_loops():
     np.testing.assert_allclose(estimate(values, groups)[1:3], again[1:3], atol=0.15 * width)
 
 
-def test_an_interval_of_one_value_or_group_is_a_point():
+def test_one_group_has_no_interval():
     assert estimate(np.full(7, 0.25), names(range(7))) == (0.25, 0.25, 0.25, 7)
-    assert estimate(np.array([3.0]), ["a"]) == (3.0, 3.0, 3.0, 1)
-    assert estimate(np.array([1.0, 2.0]), ["a", "a"]) == (1.5, 1.5, 1.5, 2)
+    assert estimate(np.array([3.0]), ["a"]) == (3.0, None, None, 1)
+    assert estimate(np.array([1.0, 2.0]), ["a", "a"]) == (1.5, None, None, 2)
+    assert None not in estimate(np.array([1.0, 2.0]), ["a", "b"])
 
 
 def test_copies_within_a_group_say_nothing_new():

@@ -1,5 +1,6 @@
 """One step: exact updates with a toy of two players, and accumulation on packed rows."""
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -50,6 +51,14 @@ class Seldom(Chase):
     """The leader runs in every second step."""
 
     every = MappingProxyType({"leader": 2})
+
+
+class Light(Chase):
+    """An example weighs an eighth."""
+
+    def prepare(self, frozen, batch):
+        inputs = super().prepare(frozen, batch)
+        return inputs | {"weight": inputs["weight"] / 8}
 
 
 class Telling(Seldom):
@@ -126,6 +135,59 @@ def test_a_player_that_is_bad_whenever_it_is_due_is_bad_in_a_row(recipe):
     assert (state.step, state.skipped, state.skipped_in_a_row) == (5, 3, 3)
 
 
+def test_a_batch_without_examples_changes_nothing_but_the_counters(recipe):
+    """All is finite there, but momentum, weight decay, schedule and average must wait."""
+    optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
+    state, step, batch = start(recipe, optimizer)
+    good, _ = step(state, target(1.0), batch)
+    state = good
+    for count in (1, 2):
+        state, metrics = step(state, target(1.0), recipe.rows([0, 0]))
+        for name in ("params", "opt_state", "ema"):
+            before, after = getattr(good, name), getattr(state, name)
+            jax.tree.map(np.testing.assert_array_equal, before, after)
+        assert (state.step, state.skipped, state.skipped_in_a_row) == (1 + count, count, count)
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, count)
+        assert (metrics["examples"], metrics["leader/loss"]) == (0, 0)
+        assert all(np.isfinite(value) for value in metrics.values())
+
+    state, metrics = step(state, target(1.0), batch)
+    assert (state.step, state.skipped, state.skipped_in_a_row) == (4, 2, 0)
+    expected, _ = step(good, target(1.0), batch)
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+
+
+def test_steps_without_examples_are_skipped_whoever_is_due(recipe):
+    state, step, _ = start(recipe, optax.sgd(0.5), Seldom)
+    before = state.params
+    for count in (1, 2, 3):
+        state, metrics = step(state, target(1.0), recipe.rows([0, 0]))
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, count)
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 3])
+def test_rows_without_examples_change_nothing(recipe, accumulate_steps):
+    """Nor do microbatches, as long as others have examples."""
+    optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
+    state, step, batch = start(recipe, optimizer)
+    expected, without = step(state, target(1.0), batch)
+    *_, step, _ = start(recipe, optimizer, accumulate_steps=accumulate_steps)
+    result, metrics = step(state, target(1.0), recipe.rows([1, 0, 3]))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(close, (result, metrics), (expected, without))
+    assert (result.skipped, metrics["skipped"], metrics["examples"]) == (0, 0, 4)
+
+
+def test_an_example_may_weigh_less_than_one(recipe):
+    """Sums are divided by their weight, 1/2 here, whatever it is."""
+    (state, step, batch), light = (start(recipe, optax.sgd(0.5), kind) for kind in (Chase, Light))
+    expected, _ = step(state, target(4.0), batch)
+    result, metrics = light.step(state, target(4.0), batch)
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
+    assert metrics["leader/loss"] == 16
+
+
 def test_who_hands_on_must_be_due_in_every_step(recipe):
     state, step, batch = start(recipe, optax.sgd(0.5), Telling)
     with pytest.raises(ValueError, match="leader hands on, and is not due in every step"):
@@ -146,10 +208,13 @@ def packed_step(recipe):
     moments = {"model": optimizers["model"].init(recipe.params["model"])}
     state = TrainState(zero, zero, zero, recipe.params, moments, recipe.params)
 
-    def run(accumulate_steps, batch):
+    @functools.cache
+    def compiled(accumulate_steps):
         config = OptimConfig(accumulate_steps=accumulate_steps)
-        step = make_train_step(recipe.objective, optimizers, config, seed=0)
-        return jax.jit(step)(state, recipe.frozen, batch)
+        return jax.jit(make_train_step(recipe.objective, optimizers, config, seed=0))
+
+    def run(accumulate_steps, batch):
+        return compiled(accumulate_steps)(state, recipe.frozen, batch)
 
     return run
 
@@ -172,3 +237,12 @@ def test_accumulation_weighs_examples_not_rows(recipe, packed_step, accumulate_s
         np.testing.assert_allclose(split, leaf, rtol=1e-4, atol=1e-6)
         moved |= bool(np.abs(leaf - old).max() > 1e-5)
     assert moved
+
+
+def test_rows_of_padding_teach_a_network_nothing(recipe, packed_step):
+    """The rows that a plan does not fill, alone."""
+    state, metrics = packed_step(1, recipe.rows([0, 0, 0, 0]))
+    jax.tree.map(np.testing.assert_array_equal, state.params, recipe.params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+    assert (state.step, state.skipped, metrics["model/loss"]) == (1, 1, 0)
+    assert all(np.isfinite(value) for value in metrics.values())

@@ -5,14 +5,18 @@ The public benchmarks have modules of their own: `kontext_bench` and `magic_brus
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from kontext_jax.data.sources import TripleSource
-from kontext_jax.types import Task
+from kontext_jax.types import Task, Triple
 
 
-def triples(path: os.PathLike | str, split: str, num: int = 0) -> list[Task]:
+def triples(path: os.PathLike | str, split: str, num: int = 0) -> Iterator[Task]:
     """The triples of a data set as tasks whose right picture is known; each is a group of its own.
+
+    The data set is opened at once, and each triple read when its turn comes.
 
     Args:
       path: the data set's folder.
@@ -27,26 +31,24 @@ def triples(path: os.PathLike | str, split: str, num: int = 0) -> list[Task]:
     if num < 0:
         raise ValueError(f"num must be 0, for all, or the number of triples, not {num}.")
     source = TripleSource(path, split)
-    tasks = []
-    for index in range(min(num or len(source), len(source))):
-        triple = source[index]
-        height, width, _ = triple.target.shape
-        tasks.append(
-            Task(
-                id=triple.id,
-                contexts=triple.contexts,
-                prompt=triple.prompt,
-                category=triple.category,
-                size=(width, height),
-                truth=triple.target,
-                group=triple.id,
-                details=triple.details,
-            )
-        )
-    return tasks
+    return (_task(source[index]) for index in range(min(num or len(source), len(source))))
 
 
-def identity_probe(tasks: Sequence[Task], prompt: str, turns: int = 1) -> list[Task]:
+def _task(triple: Triple) -> Task:
+    height, width, _ = triple.target.shape
+    return Task(
+        id=triple.id,
+        contexts=triple.contexts,
+        prompt=triple.prompt,
+        category=triple.category,
+        size=(width, height),
+        truth=triple.target,
+        group=triple.id,
+        details=triple.details,
+    )
+
+
+def identity_probe(tasks: Iterable[Task], prompt: str, turns: int = 1, num: int = 0) -> list[Task]:
     """Asks for no change of each different first context: what comes back should be that picture.
 
     Over several turns each starts from the picture made in the turn before, and the truth stays the
@@ -57,20 +59,21 @@ def identity_probe(tasks: Sequence[Task], prompt: str, turns: int = 1) -> list[T
         caption of the first task that has them.
       prompt: the instruction to change nothing.
       turns: how often it is given.
+      num: the first so many pictures, and no task is asked for after them; 0 for all.
 
     Raises:
       ValueError: no task has a context, or `turns` is below 1.
     """
     if turns < 1:
         raise ValueError(f"turns must be 1 or more, not {turns}.")
-    arrays: dict[int, Task] = {}  # tasks may share arrays: no need to read them over and over
-    for task in tasks:
-        if task.contexts:
-            arrays.setdefault(id(task.contexts[0]), task)
+    seen: dict[int, np.ndarray] = {}  # tasks may share arrays: no need to read them over and over
     distinct: dict[tuple, Task] = {}
-    for task in arrays.values():
-        image = task.contexts[0]
-        distinct.setdefault((image.shape, hashlib.sha256(image.tobytes()).digest()), task)
+    for task in tasks:
+        if task.contexts and id(image := task.contexts[0]) not in seen:
+            seen[id(image)] = image
+            distinct.setdefault((image.shape, hashlib.sha256(image.tobytes()).digest()), task)
+            if len(distinct) == num:
+                break
     if not distinct:
         raise ValueError("A probe of identity needs tasks with a context, and there is none.")
     probes = []

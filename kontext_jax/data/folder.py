@@ -10,10 +10,11 @@ path), ``split`` ("train"), ``details`` (an object for the user's own use), and 
 ("local", or "text_to_image" where there is no context).
 """
 
+import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,10 +95,7 @@ def triples(lines: Sequence[Line]) -> Iterator[Triple]:
 
 
 def _parse(text: bytes, where: str, folder: pathlib.Path) -> Line:
-    try:
-        fields = json.loads(text.decode())
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{where}: this is not JSON in UTF-8: {error}.") from error
+    fields = json_object(text, where, 'such as {"target": ..., ...}')
     _check(fields, where)
     contexts = fields.get("contexts", [])
     line = Line(
@@ -116,23 +114,48 @@ def _parse(text: bytes, where: str, folder: pathlib.Path) -> Line:
     return line
 
 
-def _check(fields: Any, where: str) -> None:
-    if not isinstance(fields, dict):
-        raise ValueError(f'{where}: this is not an object such as {{"target": ..., ...}}.')
+def _check(fields: dict[str, Any], where: str) -> None:
     for key, value in fields.items():
         if key not in _TYPES:
             raise ValueError(f'{where}: unknown key "{key}"; the keys are {", ".join(_TYPES)}.')
         if not isinstance(value, _TYPES[key]):
             raise ValueError(f'{where}: "{key}" must be a {_TYPES[key].__name__}, not {value!r}.')
-    for key in ("target", "prompt"):
-        if key not in fields:
-            raise ValueError(f'{where}: the key "{key}" is missing.')
+    check_strings(fields, ("target", "prompt"), where)
     if not all(isinstance(context, str) for context in fields.get("contexts", [])):
         raise ValueError(f'{where}: "contexts" must be a list of paths.')
     if fields.get("category", CATEGORIES[0]) not in CATEGORIES:
         raise ValueError(
             f'{where}: the category "{fields["category"]}" is none of {", ".join(CATEGORIES)}.'
         )
+
+
+def json_object(text: bytes, where: str, kind: str) -> dict[str, Any]:
+    """Parses a table, or a line of one.
+
+    Args:
+      text: JSON in UTF-8.
+      where: names it in messages.
+      kind: what object it should be, to end the sentence "this is not an object".
+
+    Raises:
+      ValueError: it is something else.
+    """
+    try:
+        fields = json.loads(text.decode())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{where}: this is not JSON in UTF-8: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: this is not an object {kind}.")
+    return fields
+
+
+def check_strings(fields: dict[str, Any], keys: Iterable[str], where: str) -> None:
+    """Raises ValueError for a key that is missing or of which the value is no string."""
+    for key in keys:
+        if key not in fields:
+            raise ValueError(f'{where}: the key "{key}" is missing.')
+        if not isinstance(fields[key], str):
+            raise ValueError(f'{where}: "{key}" must be a str, not {fields[key]!r}.')
 
 
 def _load(path: pathlib.Path, where: str) -> UInt8[np.ndarray, "h w 3"]:
@@ -143,7 +166,7 @@ def _load(path: pathlib.Path, where: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def load_image(path: os.PathLike | str) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image file, upright, transparency laid on white.
+    """Decodes an image file, upright, as `to_rgb` does.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -151,12 +174,34 @@ def load_image(path: os.PathLike | str) -> UInt8[np.ndarray, "h w 3"]:
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"There is no image {path}.")
+    return decode_image(path, f"the image {path}")
+
+
+def decode_image(file: os.PathLike | str | io.BytesIO, name: str) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes an image, upright, as `to_rgb` does.
+
+    Raises:
+      ValueError: it cannot be decoded; the message begins with `name`.
+    """
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on bad bytes
-        raise ValueError(f"the image {path} cannot be decoded: {error}.") from error
+        with Image.open(file) as opened:
+            return to_rgb(ImageOps.exif_transpose(opened))
+    # What Pillow raises on bad bytes, and on those that would fill the memory.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} cannot be decoded: {error}.") from error
+
+
+def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of an image: transparency laid on white, of 16 bits the upper 8.
+
+    Raises:
+      ValueError: its pixels have no known range: whole numbers of 32 bits, or fractions.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow would clip it to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))

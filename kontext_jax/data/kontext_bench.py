@@ -12,7 +12,6 @@ folder with pictures and one table, of which each line is one instruction::
 Nobody knows the right pictures: there is no truth to compare with.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from kontext_jax.data.folder import load_image
+from kontext_jax.data.folder import check_strings, json_object, load_image
 from kontext_jax.types import Task
 
 TABLE = "metadata.jsonl"
@@ -177,17 +176,8 @@ def _read(table: pathlib.Path) -> list[_Line]:
 
 
 def _parse(text: bytes, where: str, folder: pathlib.Path) -> _Line:
-    try:
-        fields = json.loads(text.decode())
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{where}: this is not JSON in UTF-8: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f'{where}: this is not an object such as {{"file_name": ..., ...}}.')
-    for key in _KEYS:
-        if key not in fields:
-            raise ValueError(f'{where}: the key "{key}" is missing.')
-        if not isinstance(fields[key], str):
-            raise ValueError(f'{where}: "{key}" must be a str, not {fields[key]!r}.')
+    fields = json_object(text, where, 'such as {"file_name": ..., ...}')
+    check_strings(fields, _KEYS, where)
     if fields["category"] not in CATEGORIES:
         raise ValueError(
             f'{where}: the category "{fields["category"]}" is none of {", ".join(CATEGORIES)}.'

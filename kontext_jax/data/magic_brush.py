@@ -17,7 +17,6 @@ captions. Masks are in both, and are not read: an instruction is all that the mo
 import functools
 import hashlib
 import io
-import json
 import os
 import pathlib
 import re
@@ -26,9 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
-from kontext_jax.data.folder import load_image
+from kontext_jax.data.folder import check_strings, decode_image, json_object, load_image
 from kontext_jax.types import Task
 
 SPLITS = ("dev", "test")
@@ -150,11 +148,7 @@ def _from_files(folder: pathlib.Path) -> Iterator[_Turn]:
 def _check(edit: Any, where: str) -> None:
     if not isinstance(edit, dict):
         raise ValueError(f'{where}: this is not an object such as {{"input": ..., ...}}.')
-    for key in ("input", "output", "instruction"):
-        if key not in edit:
-            raise ValueError(f'{where}: the key "{key}" is missing.')
-        if not isinstance(edit[key], str):
-            raise ValueError(f'{where}: "{key}" must be a str, not {edit[key]!r}.')
+    check_strings(edit, ("input", "output", "instruction"), where)
 
 
 def _captions(path: pathlib.Path) -> dict[str, str]:
@@ -168,13 +162,7 @@ def _captions(path: pathlib.Path) -> dict[str, str]:
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_bytes())
-    except ValueError as error:  # of JSON or of UTF-8
-        raise ValueError(f"{path}: this is not JSON in UTF-8: {error}.") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: this is not an object of sessions.")
-    return fields
+    return json_object(path.read_bytes(), str(path), "of sessions")
 
 
 def _from_tables(tables: list[pathlib.Path]) -> Iterator[_Turn]:
@@ -224,9 +212,5 @@ def _decode(
         raise ValueError(f"{where}: an image has no bytes.")
     digest = hashlib.sha256(data).digest()
     if digest not in images:
-        try:
-            with Image.open(io.BytesIO(data)) as opened:
-                images[digest] = np.array(opened.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on bad bytes
-            raise ValueError(f"{where}: an image cannot be decoded: {error}.") from error
+        images[digest] = decode_image(io.BytesIO(data), f"{where}: an image")
     return images[digest]

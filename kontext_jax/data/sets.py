@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,11 +90,11 @@ def load_tasks(config: SetConfig) -> list[Task]:
         tasks = magic_brush(config.path, config.split, sessions=turns > 1)
         tasks = [task for task in tasks if task.turn <= turns or turns == 1]
     if config.probe:
-        tasks = identity_probe(tasks, config.probe, config.turns)
+        tasks = identity_probe(tasks, config.probe, config.turns, config.num_examples)
     return _first(tasks, config.num_examples)
 
 
-def _first(tasks: Sequence[Task], number: int) -> list[Task]:
+def _first(tasks: Iterable[Task], number: int) -> list[Task]:
     """The first so many tasks that follow none, and those that follow them; 0 for all."""
     kept: dict[str, Task] = {}
     begun = 0
@@ -133,7 +133,8 @@ def load_sets(configs: Sequence[SetConfig]) -> list[Set]:
         try:
             sets.append(Set(config.name, *load(dataclasses.replace(config, name=""))))
         except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"set {config.name!r}: {error}") from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"set {config.name!r}: {error}") from error
     return sets
 
 

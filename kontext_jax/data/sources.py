@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
+from kontext_jax.data.folder import to_rgb
 from kontext_jax.data.index import Index, Record, Row, index_path
 from kontext_jax.types import Triple
 
@@ -38,7 +39,8 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
 
         Raises:
           FileNotFoundError: there is no data set at `path`, or not all of its files.
-          ValueError: the data set has no such split, nothing in it, or another schema.
+          ValueError: the data set has no such split, nothing in it, or another schema, or its JSON
+            is damaged.
         """
         self.path = pathlib.Path(path)
         self.split = split
@@ -142,7 +144,13 @@ def _open(path: pathlib.Path) -> tfds.core.DatasetBuilder:
             f"There is no data set in {path}: make one with"
             f" `python -m kontext_jax.data.build --source=... --output={path}`."
         )
-    builder = tfds.builder_from_directory(path)
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:  # TFDS and protobuf share no class of errors
+        raise ValueError(
+            f"dataset_info.json or features.json of the data set in {path} is missing or damaged"
+            f" ({error}): copy or build it anew."
+        ) from error
     missing = Record.__annotations__.keys() - builder.info.features.keys()
     if missing:
         raise ValueError(f"The records of {path} lack the fields {', '.join(sorted(missing))}.")
@@ -170,4 +178,4 @@ def _triple(record: Record) -> Triple:
 
 def _decode(image: bytes) -> UInt8[np.ndarray, "h w 3"]:
     with Image.open(io.BytesIO(image)) as opened:
-        return np.array(opened.convert("RGB"))
+        return to_rgb(opened)  # not turned upright: the index has the sizes of its header

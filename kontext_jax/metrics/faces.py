@@ -86,7 +86,7 @@ class AuraFace:
         Raises:
           ImportError: onnxruntime is not installed.
           FileNotFoundError: a file is missing.
-          ValueError: the detector is another one.
+          ValueError: a file is no network, or the detector is another one.
         """
         missing = [name for name in (DETECTOR, RECOGNISER) if not (folder / name).is_file()]
         if missing:
@@ -94,15 +94,8 @@ class AuraFace:
                 f"{folder} lacks {' and '.join(missing)}: "
                 "copy them from https://huggingface.co/fal/AuraFace-v1"
             )
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError(
-                f"AuraFace needs onnxruntime ({error}): pip install -e '.[faces]'"
-            ) from error
         self._detector, self._recogniser = (
-            onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
-            for name in (DETECTOR, RECOGNISER)
+            _session(folder / name) for name in (DETECTOR, RECOGNISER)
         )
         outputs = len(self._detector.get_outputs())
         if outputs != 3 * len(STRIDES):
@@ -132,6 +125,22 @@ class AuraFace:
         faces = Faces(boxes / scale, points / scale, scores)
         kept = distinct(faces)
         return Faces(*(field[kept] for field in faces))
+
+
+def _session(path: Path):
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(
+            f"AuraFace needs onnxruntime ({error}): pip install -e '.[faces]'"
+        ) from error
+    try:
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no class
+        raise ValueError(
+            f"{path}, of {path.stat().st_size} bytes, is no ONNX network that can be read: copy it "
+            "anew from https://huggingface.co/fal/AuraFace-v1, itself and not its Git LFS pointer."
+        ) from error
 
 
 def _run(session, image: UInt8[np.ndarray, "s s 3"], deviation: float) -> list[np.ndarray]:

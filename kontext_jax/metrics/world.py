@@ -45,6 +45,9 @@ from kontext_jax.data.scene import (
 READ_SIZE = 32
 UNREADABLE = "?"
 
+DETAILS = frozenset(("category", "size", "names", "free", "before", "after"))
+"""What is read of the world's details; those of other data sets may have some of these."""
+
 # Tolerances, for values of 0 to 1; THING, LETTER and FIGURE bound the root mean square difference
 # between the softened picture and the best drawing over the region of the factor. Each is set
 # above what honest pictures leave (gaussian grain of 0.04; a blur of 0.7 pixels; 24 principal
@@ -82,7 +85,7 @@ def check(image: UInt8[np.ndarray, "height width 3"], details: str) -> Verdict:
 
     Args:
       image: what the model made of the example's contexts and prompt.
-      details: those of the example; only `data.world.triple` tells what can be checked.
+      details: those of the example; of others than `data.world` writes there is no verdict.
 
     Returns:
       The verdict; see there.
@@ -91,7 +94,7 @@ def check(image: UInt8[np.ndarray, "height width 3"], details: str) -> Verdict:
       ValueError: the picture is not of the size of the example's target.
     """
     facts = json.loads(details)
-    if "after" not in facts:
+    if not isinstance(facts, dict) or not facts.keys() >= DETAILS:
         return Verdict(None, None)
     size = facts["size"]
     if image.shape[:2] != (size, size):

@@ -95,7 +95,9 @@ class Head(nnx.Module):
         shift, scale = (per_token(part, segments) for part in jnp.split(vec, 2, axis=-1))
         around = gather(jax.nn.silu(modulate(h, shift, scale)), neighbours)
         h = h + self.conv(around.reshape(*around.shape[:2], -1))
-        return self.out_layer(jax.nn.silu(layer_norm(h.astype(jnp.float32))))[:, :, 0]
+        h = jax.nn.silu(layer_norm(h.astype(jnp.float32)))
+        with jax.default_matmul_precision("highest"):  # a TPU would round its factors to bfloat16
+            return self.out_layer(h)[:, :, 0]
 
 
 class BlockHeads(nnx.Module):

@@ -20,7 +20,7 @@ class Sums(NamedTuple):
     """What a loss says beside its value.
 
     Attributes:
-      weight: the step divides all sums by it.
+      weight: the step divides all sums by it; where it is 0 the step is skipped.
       metrics: to log, sums as the loss is.
       handed_on: entries added to the inputs of the players after this one, which need not compute
         again what it has at hand; without gradient.

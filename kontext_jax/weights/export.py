@@ -170,7 +170,10 @@ def write_orbax(
         (_Layers, _LayersHandler()),
     )
     save_args = jax.tree.map(
-        lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,)), tree
+        lambda array: ocp.SaveArgs(
+            chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if array.stacked else ()
+        ),
+        tree,
     )
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
     handlers = {

@@ -6,6 +6,7 @@ import pytest
 from kontext_jax.data import store
 from kontext_jax.data.benchmarks import identity_probe, triples
 from kontext_jax.data.kontext_bench import kontext_bench
+from kontext_jax.data.sources import TripleSource
 from kontext_jax.types import Task, Triple
 from tests.data.miniature import picture, write_miniature_kontext_bench
 
@@ -50,6 +51,16 @@ def test_the_first_triples(path):
         triples(path, "test")
 
 
+def test_triples_are_read_when_they_are_asked_for(path, monkeypatch):
+    read = []
+    get = TripleSource.__getitem__
+    monkeypatch.setattr(TripleSource, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    probes = identity_probe(triples(path, "validation"), "same", turns=2, num=1)
+    assert [probe.id for probe in probes] == ["a/same/1", "a/same/2"] and read == [0]
+    probes = identity_probe(triples(path, "validation"), "same", num=2)
+    assert [probe.id for probe in probes] == ["a/same/1", "c/same/1"] and read == [0, 0, 1, 2]
+
+
 def test_probes_ask_for_each_first_context_once(tmp_path):
     write_miniature_kontext_bench(tmp_path)
     tasks = kontext_bench(tmp_path)
@@ -78,6 +89,13 @@ def test_probes_compare_pixels_and_shapes():
     assert len(probes[0].contexts) == 1
     assert probes[0].source_caption == probes[0].target_caption == "a cat"
     assert [probe.size for probe in probes[-2:]] == [(6, 4), (4, 6)]
+
+
+def test_probes_of_pictures_that_are_read_one_by_one():
+    """A picture is known by its pixels, and not by the place in memory that another one left."""
+    seeds = [seed for number in range(20) for seed in (0, 0, 0, number)]
+    probes = identity_probe((task(f"{i}", image(seed)) for i, seed in enumerate(seeds)), "same")
+    assert len(probes) == 20
 
 
 def test_probes_are_chained_over_turns():

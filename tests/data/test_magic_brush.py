@@ -1,11 +1,13 @@
 """MagicBrush: both layouts give the same tasks, alone and in sessions; what is wrong is named."""
 
+import io
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from kontext_jax.data.magic_brush import magic_brush
 from tests.data.miniature import (
@@ -154,6 +156,23 @@ def test_bad_rows_are_named(tmp_path, row, change, message):
     rows[row] |= change
     write_table(tmp_path, rows)
     with pytest.raises(ValueError, match=message):
+        magic_brush(tmp_path, "dev")
+
+
+def test_pictures_in_tables_are_decoded_as_those_in_files(tmp_path):
+    rows, buffer = magic_brush_rows(), io.BytesIO()
+    Image.new("RGBA", (32, 24), (0, 0, 0, 0)).save(buffer, "PNG")
+    rows[0]["source_img"]["bytes"] = buffer.getvalue()
+    write_table(tmp_path, rows)
+    name = f"{rows[0]['img_id']}/{rows[0]['turn_index']}"
+    [task] = (task for task in magic_brush(tmp_path, "dev") if task.id == name)
+    assert (task.contexts[0] == 255).all()
+
+
+def test_pictures_in_tables_too_large_for_the_memory_are_named(tmp_path, monkeypatch):
+    write_table(tmp_path, magic_brush_rows())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="row 1: an image cannot be decoded: .*768 pixels"):
         magic_brush(tmp_path, "dev")
 
 

@@ -1,6 +1,7 @@
 """Sets of every kind; sessions stay whole; examples hold what a model may see, and nothing else."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,14 @@ import pytest
 from kontext_jax.data import store, world
 from kontext_jax.data.magic_brush import magic_brush
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.data.sets import SetConfig, examples_of, fingerprint_of_tasks, load_tasks
+from kontext_jax.data.sets import (
+    SetConfig,
+    examples_of,
+    fingerprint_of_tasks,
+    load_sets,
+    load_tasks,
+)
+from kontext_jax.data.sources import TripleSource
 from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.geometry import GeometryConfig, fit
 from kontext_jax.types import Task, Triple
@@ -134,6 +142,31 @@ def test_sessions_stay_whole_when_their_turns_are_mixed(folder, monkeypatch):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=f"^set 'mine': {message}"):
         SetConfig(**{"name": "mine", "path": "x"} | settings)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (json.JSONDecodeError("bad", "x", 0), ValueError),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), ValueError),
+        (FileNotFoundError("bad"), FileNotFoundError),
+    ],
+)
+def test_an_error_names_the_set_whatever_its_kind(monkeypatch, error, kind):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("kontext_jax.data.sets.kontext_bench", broken)
+    with pytest.raises(kind, match="^set 'mine': .*bad"):
+        load_sets([SetConfig(name="mine", kind="kontext_bench", path="x")])
+
+
+def test_a_probe_of_few_reads_few(folder, monkeypatch):
+    read = []
+    get = TripleSource.__getitem__
+    monkeypatch.setattr(TripleSource, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    probe = dict(path=f"{folder}/triples", probe="same")
+    assert ids(**probe, num_examples=2) == ["a/same/1", "c/same/1"] and read == [0, 1, 2]
 
 
 # ---- examples -----------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Reading: what comes out is what went in, and a broken record is named and nothing more."""
 
+import io
 import pickle
 from concurrent import futures
 
 import grain
 import numpy as np
 import pytest
+from PIL import Image
 
 from kontext_jax.data import store
 from kontext_jax.data.index import index_path
@@ -203,6 +205,33 @@ def test_a_data_set_of_another_schema_is_refused(path):
     features.write_text(features.read_text().replace('"contexts"', '"inputs"'))
     with pytest.raises(ValueError, match="lack the fields contexts"):
         TripleSource(path, "train")
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: ""])
+def test_damaged_json_is_named_with_its_folder(path, name, damage):
+    file = path / name
+    file.write_text(damage(file.read_text()))
+    message = f"^dataset_info.json or features.json of the data set in {path} is missing or damaged"
+    with pytest.raises(ValueError, match=message):
+        TripleSource(path, "train")
+
+
+def test_images_of_other_modes_are_read_as_they_look(tmp_path, monkeypatch):
+    """Such as other programs may write: of 16 bits, or turned by a note, by which nothing goes."""
+
+    def encode(image):
+        exif, buffer = Image.Exif(), io.BytesIO()
+        exif[0x0112] = 6
+        Image.fromarray(image[..., 0].astype(np.uint16) * 257).save(buffer, "PNG", exif=exif)
+        return buffer.getvalue()
+
+    monkeypatch.setattr(store, "encode_png", encode)
+    store.write({"train": [make(3)]}, tmp_path / "set")
+    source = TripleSource(tmp_path / "set", "train")
+    for channel in range(3):
+        np.testing.assert_array_equal(source[0].target[..., channel], make(3).target[..., 0])
+    assert source[0].target.shape[:2] == tuple(source.index.target_sizes[0])
 
 
 def test_the_index_of_another_data_set_is_refused(path):

@@ -351,6 +351,18 @@ def test_a_detector_of_other_outputs_is_refused(tmp_path):
         AuraFace(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid 1\n"])
+@pytest.mark.parametrize("broken", [DETECTOR, RECOGNISER])
+def test_files_that_are_no_networks_are_named(tmp_path, broken, content):
+    pytest.importorskip("onnxruntime", reason="loads networks with onnxruntime")
+    for name in (DETECTOR, RECOGNISER):
+        write_recogniser(tmp_path / name)
+    (tmp_path / broken).write_bytes(content)
+    message = f"{tmp_path / broken}, of {len(content)} bytes, is no ONNX network that can be read: "
+    with pytest.raises(ValueError, match=re.escape(message) + ".*copy it anew from https://"):
+        AuraFace(tmp_path)
+
+
 def test_without_dlib_or_its_weights_the_error_names_them(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
     with pytest.raises(ImportError, match=r"needs dlib-bin .*pip install -e '.\[faces\]'"):

@@ -23,7 +23,7 @@ from kontext_jax.data.scene import (
     Thing,
     render,
 )
-from kontext_jax.metrics.world import UNREADABLE, check, read
+from kontext_jax.metrics.world import DETAILS, UNREADABLE, check, read
 
 VALUES = {
     "background": BACKGROUNDS,
@@ -235,3 +235,26 @@ def test_larger_pictures():
 def test_a_picture_of_another_size_is_an_error(examples):
     with pytest.raises(ValueError, match="image is 64x64; its truth is 32x32"):
         check(np.zeros((64, 64, 3), np.uint8), examples[0].details)
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        {},
+        {"before": "a street", "after": "a street by night"},
+        {"after": "a street", "size": 32},
+        {"after": 1, "before": None, "names": [], "size": 32, "category": "local"},
+        ["after", "size"],
+    ],
+)
+def test_details_of_others_get_no_verdict(details):
+    assert check(np.zeros((8, 9, 3), np.uint8), json.dumps(details)) == (None, None)
+
+
+def test_all_of_the_worlds_details_are_known_as_such(examples):
+    assert all(json.loads(triple.details).keys() >= DETAILS for triple in examples)
+    for triple in examples[:20]:
+        facts = json.loads(triple.details)
+        for name in ("category", "size", "names", "free", "before", "after"):
+            fewer = json.dumps({key: value for key, value in facts.items() if key != name})
+            assert check(triple.target, fewer) == (None, None)

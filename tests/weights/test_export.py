@@ -17,6 +17,7 @@ from kontext_jax.weights.export import check_copy, write_bfl, write_diffusers, w
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.networks import NETWORKS, architecture
 from kontext_jax.weights.reading import ArrayReader, OrbaxReader, open_file, open_folder
+from tests.test_checkpoint import stored_chunks
 from tests.weights.small import CONFIGS, assert_same, reader_of, tensors_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -225,6 +226,19 @@ def test_we_read_it_layer_by_layer(checkpoint):
         reader = reader_of(network)
         item = folder / "checkpoints" / "5" / "params"
         assert_same(OrbaxReader(item, [name], reader.network, reader.config, {}), reader)
+
+
+def test_orbax_has_a_layer_a_piece_and_the_rest_whole(checkpoint):
+    folder, networks = checkpoint
+    expected = {}
+    for name, network in networks.items():
+        layers = dict(all_places(reader_of(network)))
+        for param, array in named_leaves(network).items():
+            shape = array.shape if layers[param] is None else (1, *array.shape[1:])
+            expected[f"{name}/{param}"] = shape
+    assert expected["transformer/single_blocks/linear2/bias"] == (1, 16)
+    assert expected["clip/token_embedding/embedding"] == (24, 16)
+    assert stored_chunks(folder / "checkpoints" / "5" / "params") == expected
 
 
 def test_a_bfl_file_is_one_file_of_our_record(networks, tmp_path):

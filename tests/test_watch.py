@@ -1,0 +1,129 @@
+"""What watches a run: rates of chips, traces of whole steps, data that breaks late."""
+
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax import flops, watch
+from kontext_jax.config import Config
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.train_state import TrainState
+from kontext_jax.watch import Profiler, TrainingStopped, Window
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (range(1, 6), ["wait for 1", "start DIR", "wait for 3", "stop"]),
+        (range(3, 6), ["wait for 2", "start DIR", "wait for 3", "stop"]),  # goes on within them
+        (range(1, 3), ["wait for 1", "start DIR", "stop"]),  # ends within them
+        (range(4, 6), []),
+    ],
+)
+def test_a_trace_holds_whole_steps_and_its_own_time_is_paused(monkeypatch, run, expected):
+    told, paused, clock = [], [], itertools.count()
+    monkeypatch.setattr(jax, "block_until_ready", lambda s: told.append(f"wait for {s.step}"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append(f"start {folder}"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+    monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
+
+    def after(step):
+        return TrainState(step, 0, 0, {}, {}, {})
+
+    profiler = Profiler(Config(profile_steps="2:4").profiled, Path("DIR"), paused.append)
+    for step in run:
+        profiler.before(step, after(step - 1))
+        profiler.after(step, after(step))
+    profiler.close()
+    assert told == expected
+    assert paused == [1] * (2 * bool(expected))
+
+
+@pytest.mark.parametrize("peak", [None, 5e12])
+def test_a_window_rates_chips_by_the_flops_of_all_its_steps(monkeypatch, peak):
+    """Steps that were skipped were computed too. MFU needs a chip whose peak is known."""
+    if peak:
+        monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, peak)
+    window = Window(Config(), make_mesh(MeshConfig()))
+    metrics = {"loss": 2.0, "model_flops": 4e12, "examples": 16, "skipped_records": 0}
+    for skipped_in_a_row in range(3):
+        skipped = int(skipped_in_a_row > 0)
+        values = metrics | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+        window.add({name: jnp.asarray(value) for name, value in values.items()})
+    summary = window.summary({})
+    rate = summary["examples_per_second"]
+    assert (summary["loss"], summary["examples"]) == (2.0, 48)
+    assert "model_flops" not in summary
+    np.testing.assert_allclose(summary["examples_per_second_per_chip"], rate / 8)
+    np.testing.assert_allclose(summary["model_tflop_per_second_per_chip"], rate / 8 * 4 / 16)
+    assert ("mfu" in summary) == bool(peak)
+    if peak:
+        np.testing.assert_allclose(summary["mfu"], rate / 8 * 4 / 16 / 5)
+
+
+def good_step(**changed) -> dict:
+    values = {"loss": 2.0, "model_flops": 0.0, "examples": 256, "skipped_records": 0}
+    values |= {"skipped": 0, "skipped_in_a_row": 0} | changed
+    return {name: jnp.asarray(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("windows_before", [1, 1000])
+def test_data_that_breaks_stops_a_run_however_long_it_went_well(windows_before):
+    window = Window(Config(data=DataConfig(max_skipped=0.01)), make_mesh(MeshConfig()))
+    for _ in range(windows_before):
+        for _ in range(20):
+            window.add(good_step())
+        window.summary({})
+        window.stop_if_hopeless()
+    with pytest.raises(TrainingStopped, match="records could not be read"):
+        for _ in range(10):
+            window.add(good_step(examples=0, skipped_records=256))
+            window.summary({})
+            window.stop_if_hopeless()
+
+
+def test_a_share_of_lost_records_that_is_allowed_never_stops_a_run():
+    window = Window(Config(data=DataConfig(max_skipped=0.01)), make_mesh(MeshConfig()))
+    for _ in range(2000):
+        window.add(good_step(examples=498, skipped_records=2))
+        window.summary({})
+        window.stop_if_hopeless()
+
+
+def test_a_window_tells_how_long_data_was_waited_for_and_what_was_skipped(monkeypatch):
+    """Of its own time: pauses do not count."""
+    clock = iter([0.0, 10.0, 10.0, 14.0, 14.0])
+    monkeypatch.setattr(watch.time, "monotonic", lambda: next(clock))
+    window = Window(Config(), make_mesh(MeshConfig()))
+    window.wait(1.5)
+    window.wait(0.5)
+    window.pause(2.0)
+    for skipped in (0, 1, 0, 1):
+        window.add(good_step(skipped=skipped))
+    summary = window.summary({})
+    assert (summary["data_wait"], summary["steps_per_second"]) == (0.25, 0.5)
+    assert summary["skipped_steps"] == 2
+    window.add(good_step())
+    summary = window.summary(summary)
+    assert (summary["data_wait"], summary["skipped_steps"]) == (0.0, 0)
+
+
+def test_a_window_tells_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, peak):
+            self.peak = peak
+
+        def memory_stats(self):
+            return self.peak and {"peak_bytes_in_use": self.peak}
+
+    window = Window(Config(), make_mesh(MeshConfig()))
+    window.add(good_step())
+    assert "device_memory_gb" not in window.summary({})
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2e9), Device(5e9), Device(None)])
+    window.add(good_step())
+    assert window.summary({})["device_memory_gb"] == 5.0
