@@ -38,6 +38,7 @@ from kontext_jax.train_state import TrainState
 from kontext_jax.watch import TrainingStopped
 from kontext_jax.weights.fingerprint import fingerprint_of
 from kontext_jax.writer import Writer
+from tests.logs import timeless
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,11 +97,6 @@ def flow_config(folder: Path, autoencoder: Path) -> Config:
 
 def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(line: dict) -> dict:
-    """What does not depend on how fast the machine was."""
-    return {k: v for k, v in line.items() if "per_second" not in k and k != "data_wait"}
 
 
 @pytest.fixture(scope="module")

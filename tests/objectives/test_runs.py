@@ -28,6 +28,7 @@ from kontext_jax.runs import load_frozen, load_initial, load_model, teacher_time
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import train
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
+from tests.logs import timeless
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +96,7 @@ def ladd(teacher: Config, num_steps: int) -> Config:
 
 def lines(workdir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "per_second" not in k} for line in lines]
+    return list(map(timeless, lines))
 
 
 def test_a_student_starts_as_its_teacher(teacher):
