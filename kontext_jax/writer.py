@@ -20,6 +20,9 @@ SHORT = {
 }
 """What the console calls a number, where that is not the last part of its name."""
 
+SHARES = {"mfu": "MFU", "data_wait": "data wait"}
+"""What it shows in percent, and how it calls that."""
+
 
 class Writer:
     """Logs a run in its workdir. Only the first process writes; on the others all is silent."""
@@ -95,7 +98,7 @@ def _shown(values: dict[str, float | int]) -> list[str]:
 
 def _text(name: str, value: float | int) -> str:
     """A number as the console shows it."""
-    return f"MFU {value:.1%}" if name == "mfu" else f"{name} {value:.4g}"
+    return f"{SHARES[name]} {value:.1%}" if name in SHARES else f"{name} {value:.4g}"
 
 
 def _drop_after(path: Path, step: int) -> None:

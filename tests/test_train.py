@@ -378,11 +378,13 @@ def test_a_run_needs_its_autoencoder(world_folder, tmp_path):
 def test_the_console_shows_rates_under_short_names(tmp_path, capsys):
     writer = Writer(tmp_path, num_steps=9)
     rates = {"examples_per_second_per_chip": 2.25, "model_tflop_per_second_per_chip": 502.1}
-    writer.metrics(2, rates | {"mfu": 0.5077, "model/loss": 0.5})
+    shares = {"data_wait": 0.0123, "mfu": 0.5077}
+    writer.metrics(2, rates | shares | {"model/loss": 0.5})
     writer.close()
-    expected = "step 2/9  loss 0.5  samples/s/chip 2.25  TFLOP/s/chip 502.1  MFU 50.8%  ETA"
+    expected = "step 2/9  loss 0.5  samples/s/chip 2.25  TFLOP/s/chip 502.1  data wait 1.2%  "
+    expected += "MFU 50.8%  ETA"
     assert capsys.readouterr().out.startswith(expected)
-    assert lines(tmp_path) == [{"step": 2} | rates | {"mfu": 0.5077, "model/loss": 0.5}]
+    assert lines(tmp_path) == [{"step": 2} | rates | shares | {"model/loss": 0.5}]
 
 
 def test_the_log_forgets_steps_that_are_run_again(tmp_path):
