@@ -80,6 +80,13 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, rest], [config.warmup_steps])
 
 
+def last_learning_rate(config: OptimConfig, num_steps: int, opt_state: optax.OptState) -> float:
+    """The rate of the last update in ``opt_state``; a skipped step was none."""
+    # Every part of an optimizer counts, and all count the same.
+    (_, updates), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    return float(learning_rate(config, num_steps)(max(int(updates) - 1, 0)))
+
+
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping, then the update."""
     rate = learning_rate(config, num_steps)

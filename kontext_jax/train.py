@@ -24,6 +24,7 @@ from kontext_jax.train_state import (
     abstract_state,
     init_state,
     jit_train_step,
+    learning_rates,
     make_optimizers,
 )
 from kontext_jax.validation import make_validation
@@ -101,6 +102,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
             last = step == config.num_steps
             if step % config.log_every == 0 or last:
                 meta["metrics"] = window.summary(meta["metrics"])
+                meta["metrics"] |= learning_rates(objective, config.optim, config.num_steps, state)
                 writer.metrics(step, meta["metrics"])
                 window.stop_if_hopeless()
             validates, saves, draws = (

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from kontext_jax.objectives import Network, Objective
-from kontext_jax.optim import OptimConfig, ema_decay_at, make_optimizer
+from kontext_jax.optim import OptimConfig, ema_decay_at, last_learning_rate, make_optimizer
 from kontext_jax.sharding import shardings_of
 from kontext_jax.types import Batch, Metrics
 
@@ -91,9 +91,29 @@ def make_optimizers(
     objective: Objective, config: OptimConfig, num_steps: int
 ) -> dict[str, optax.GradientTransformation]:
     """Each player's optimizer, for a run of ``num_steps``; a player counts its own updates only."""
+    plans = _plans(objective, config, num_steps)
+    return {player: make_optimizer(*plan) for player, plan in plans.items()}
+
+
+def learning_rates(
+    objective: Objective, config: OptimConfig, num_steps: int, state: TrainState
+) -> dict[str, float]:
+    """The learning rate of each player's last update, as metrics."""
+    plans = _plans(objective, config, num_steps)
     return {
-        player: make_optimizer(
-            objective.optim.get(player, config), -(-num_steps // objective.every.get(player, 1))
+        f"{player}/learning_rate": last_learning_rate(*plan, state.opt_state[player])
+        for player, plan in plans.items()
+    }
+
+
+def _plans(
+    objective: Objective, config: OptimConfig, num_steps: int
+) -> dict[str, tuple[OptimConfig, int]]:
+    """The settings of each player's optimizer, and how many updates it makes in ``num_steps``."""
+    return {
+        player: (
+            objective.optim.get(player, config),
+            -(-num_steps // objective.every.get(player, 1)),
         )
         for player in objective.players
     }

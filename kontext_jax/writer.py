@@ -15,6 +15,7 @@ LOGS = ("metrics", "validation")
 """What is told step by step: of training, and of held-out examples. Each has a file."""
 
 SHORT = {
+    "learning_rate": "lr",
     "examples_per_second_per_chip": "samples/s/chip",
     "model_tflop_per_second_per_chip": "TFLOP/s/chip",
 }

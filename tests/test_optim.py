@@ -116,6 +116,34 @@ def test_adamw_s_first_step_is_the_learning_rate():
     np.testing.assert_allclose(updates["bias"], [-0.1, 0.1, -0.1], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "b1"), [("adamw", 0.9), ("adamw", 0.0), ("muon", 0.0), ("adafactor", 0.0)]
+)
+def test_the_rate_that_is_told_is_the_rate_of_the_last_update(name, b1):
+    """Of a gradient that never changes each of them makes a step of the rate itself."""
+    config = OptimConfig(
+        optimizer=name,
+        learning_rate=0.4,
+        warmup_steps=4,
+        schedule="cosine",
+        weight_decay=0.0,
+        b1=b1,
+    )
+    optimizer = optim.make_optimizer(config, num_steps=8)
+    params = {"kernel": jnp.ones((2, 4, 4)), "bias": jnp.ones(4)}
+    grads = jax.tree.map(lambda x: 0.01 * x, params)
+    state = optimizer.init(params)
+    assert optim.last_learning_rate(config, 8, state) == 0
+    told, moved = [], []
+    for _ in range(8):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, state = optimizer.update(grads, state, params)
+        told.append(optim.last_learning_rate(config, 8, state))
+        moved.append(-updates["bias"][0])
+    np.testing.assert_allclose(told, moved, rtol=1e-4)
+    np.testing.assert_allclose(told[:5], [0, 0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+
+
 def test_without_a_first_moment_adamw_keeps_none_and_does_the_same():
     config = OptimConfig(learning_rate=0.1, b1=0.0, b2=0.9, weight_decay=0.3, warmup_steps=0)
     mine = optim.make_optimizer(dataclasses.replace(config, clip_norm=1e9), num_steps=10)

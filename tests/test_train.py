@@ -126,6 +126,8 @@ def test_an_autoencoder_run_leaves_all_that_is_needed(world_folder, autoencoder)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert logged[-1]["autoencoder/loss"] < logged[0]["autoencoder/loss"]
     assert all(line["examples_per_second"] > 0 for line in logged)
+    rates = [line["autoencoder/learning_rate"] for line in logged]
+    np.testing.assert_allclose(rates, [0, 5e-4, *[1e-3] * 4], rtol=1e-6)
     assert not {"model_flops", "model_tflop_per_second_per_chip", "mfu"} & set(logged[-1])
     network = open_network(autoencoder, "autoencoder")
     last = logged[-1]

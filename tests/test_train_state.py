@@ -14,7 +14,13 @@ import pytest
 from kontext_jax.objectives import Sums
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.train_state import TrainState, init_state, make_train_step
+from kontext_jax.train_state import (
+    TrainState,
+    init_state,
+    learning_rates,
+    make_optimizers,
+    make_train_step,
+)
 
 
 class Chase:
@@ -133,6 +139,20 @@ def test_a_player_that_is_bad_whenever_it_is_due_is_bad_in_a_row(recipe):
         counted.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
     assert counted == [(1, 1), (0, 1), (1, 2), (0, 2), (1, 3)]
     assert (state.step, state.skipped, state.skipped_in_a_row) == (5, 3, 3)
+
+
+def test_each_player_s_learning_rate_goes_by_its_own_updates(recipe):
+    """The leader makes one in two steps; a bad step makes none."""
+    config = OptimConfig(learning_rate=0.8, warmup_steps=4)
+    optimizers = make_optimizers(Seldom(), config, num_steps=8)
+    state, step, batch = start(recipe, optimizers["leader"], Seldom)
+    told = []
+    for value in (1.0, 1.0, 1.0, np.nan, 1.0):
+        state, _ = step(state, target(value), batch)
+        told.append(learning_rates(Seldom(), config, 8, state))
+    leader, follower = ([rates[f"{p}/learning_rate"] for rates in told] for p in Seldom.players)
+    np.testing.assert_allclose(leader, [0, 0, 0.2, 0.2, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(follower, [0, 0.2, 0.4, 0.6, 0.8], rtol=1e-6)
 
 
 def test_a_batch_without_examples_changes_nothing_but_the_counters(recipe):
