@@ -101,8 +101,8 @@ def generate(
 
     Raises:
       FileNotFoundError: there is nothing at ``checkpoint``.
-      ValueError: it is something else or incomplete, ``size`` does not suit its autoencoder, or
-        ``init`` and the strength do not go together.
+      ValueError: it is something else, incomplete or damaged, ``size`` does not suit its
+        autoencoder, or ``init`` and the strength do not go together.
     """
     _check_strength(init, sampler)
     mesh = make_mesh(MeshConfig())
@@ -111,7 +111,13 @@ def generate(
     generator = Generator(
         [example], _room_for(example, model.data), model.objective, sampler, mesh, seed
     )
-    image = generator(model.networks)[0]
+    (made,) = generator.batches(model.networks)
+    if not made.finite:
+        raise ValueError(
+            f"what {checkpoint} samples is not finite: its weights are damaged, its training "
+            "diverged, or --dtype has too small a range for it."
+        )
+    (image,) = made.images
     record = {
         "software": f"kontext_jax {kontext_jax.__version__}",
         "model": model.identity,

@@ -2,6 +2,8 @@ import contextlib
 import json
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,9 +49,13 @@ def image(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture
-def command(recipe, monkeypatch):
+def networks(recipe) -> dict:
+    return networks_of(recipe.params["model"], recipe.frozen)
+
+
+@pytest.fixture
+def command(recipe, networks, monkeypatch):
     """The command with flags as given, on tiny networks."""
-    networks = networks_of(recipe.params["model"], recipe.frozen)
     model = Model(recipe.objective.config, DATA, networks, IDENTITY)
     monkeypatch.setattr(sample, "load_model", lambda *_: model)
 
@@ -59,6 +65,13 @@ def command(recipe, monkeypatch):
         sample.main()
 
     return call
+
+
+def test_an_image_of_damaged_weights_is_refused(command, networks, tmp_path):
+    networks["transformer"] = jax.tree.map(lambda x: x * jnp.nan, networks["transformer"])
+    with pytest.raises(ValueError, match="what the/run samples is not finite: its weights are dam"):
+        command(output=str(tmp_path / "a.png"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_image_tells_all_about_its_making_but_no_names(command, tmp_path):
