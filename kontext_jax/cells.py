@@ -122,7 +122,7 @@ def resolve(cells: Sequence[Cell]) -> list[Cell]:
 
     Raises:
       FileNotFoundError: a run has no such checkpoint.
-      ValueError: names are not different.
+      ValueError: names are not different, or a place is no run and would have to be one.
     """
     resolved = []
     for cell in cells:
@@ -140,6 +140,7 @@ def _resolve(cell: Cell) -> list[Cell]:
         return [cell]
     if place.endswith(EVERY_STEP):
         workdir = place.removesuffix(EVERY_STEP)
+        step_at(workdir)  # refuses a run that has none yet
         return [
             dataclasses.replace(
                 cell, name=f"{cell.name} @{step}", checkpoint=f"{Path(workdir)}@{step}"
@@ -154,6 +155,11 @@ def _resolve(cell: Cell) -> list[Cell]:
     if cell.baseline == "untrained":
         raise ValueError(
             f"cell {cell.name!r}: {place} is no run, whose networks could be made anew."
+        )
+    if cell.params != "ema":
+        raise ValueError(
+            f"cell {cell.name!r}: {place} is no run, and has no raw parameters beside its own; "
+            "leave params out."
         )
     return [dataclasses.replace(cell, checkpoint=str(path))]
 

@@ -36,15 +36,17 @@ from kontext_jax.config import to_dict, validated
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sets import Set, SetConfig, load_sets, triples_of
 from kontext_jax.evaluator import with_room
+from kontext_jax.geometry import resize
 from kontext_jax.judges import JudgesConfig, Jury, Lineup, judge, make_jury
 from kontext_jax.losses import (
     MLPERF,
     LossConfig,
     check_mlperf,
     held_out_loss,
+    kinds_of,
     summarise_losses,
 )
-from kontext_jax.making import load_networks, make, record_of, takes_guidance
+from kontext_jax.making import OF_MODELS, load_networks, make, record_of, takes_guidance
 from kontext_jax.places import split_step
 from kontext_jax.report import table, write_report
 from kontext_jax.results import CellFolder, Picture, check_record, write_text
@@ -144,8 +146,10 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         _say(f"judge {name} is left out: {why}")
     summary: dict[str, Any] = {
         "config": to_dict(config),
-        "sets": {each.name: _of_set(each) for each in sets},
-        "loss_sets": {each.name: _of_set(each) for each in loss_sets},
+        "sets": {c.name: _of_set(c, each) for c, each in zip(config.sets, sets, strict=True)},
+        "loss_sets": {
+            c.name: _of_set(c, each) for c, each in zip(config.loss_sets, loss_sets, strict=True)
+        },
         "judges": jury.record,
         "left_out": jury.left_out,
         "timed": TIMED,
@@ -159,13 +163,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         for cell in group:
             found = {}
             for each in _sets_of(cell, sets):
-                path = _folder(workdir, cell, each)
-                folder = CellFolder(path, record_of(cell, each, model, config.seed))
-                scores = folder.scores(jury.record, [task.id for task in each.tasks])
-                if not _same_everywhere(scores is not None):
-                    images = make(cell, model, each, folder, mesh, config.seed)
-                    scores = _judge(jury, each, folder, images)
-                found[each.name] = _summarised(*scores, folder.batches())
+                found[each.name] = _found(cell, model, each, jury, workdir, mesh, config.seed)
                 _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
             found_of[cell.name] = _about(cell, model) | {"sets": found}
         learns_flow = model is not None and model.objective.kind == "flow_matching"
@@ -192,6 +190,24 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     return summary
 
 
+def _found(
+    cell: Cell,
+    model: Model | None,
+    each: Set,
+    jury: Jury,
+    workdir: Path,
+    mesh: Mesh,
+    seed: int,
+) -> dict[str, Any]:
+    """What the summary says of one cell on one set, once its pictures are made and judged."""
+    folder = CellFolder(_folder(workdir, cell, each), record_of(cell, each, model, seed))
+    scores = folder.scores(jury.record, [task.id for task in each.tasks])
+    if not _everywhere(scores is not None):
+        images = make(cell, model, each, folder, mesh, seed)
+        scores = _judge(jury, each, folder, images)
+    return _summarised(*scores, folder.batches())
+
+
 def _sets_of(cell: Cell, sets: Sequence[Set]) -> Iterator[Set]:
     """Those that the cell makes pictures for."""
     return (each for each in sets if not cell.sets or each.name in cell.sets)
@@ -201,8 +217,12 @@ def _folder(workdir: Path, cell: Cell, each: Set) -> Path:
     return workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
 
 
-def _of_set(each: Set) -> dict[str, Any]:
-    return {"num_tasks": len(each.tasks), "fingerprint": each.fingerprint}
+def _of_set(config: SetConfig, each: Set) -> dict[str, Any]:
+    return {
+        "num_tasks": len(each.tasks),
+        "fingerprint": each.fingerprint,
+        "held_out": config.held_out,
+    }
 
 
 def _finite(value: Any) -> Any:
@@ -263,7 +283,7 @@ def _check(
                     "reconstruct; name the sets that the cell is for."
                 )
             record = record_of(cell, each, None, config.seed)
-            check_record(_folder(workdir, cell, each), record, unknown=("weights",))
+            check_record(_folder(workdir, cell, each), record, unknown=OF_MODELS)
     for each in loss_sets:
         number = len(triples_of(each.tasks))
         if not number:
@@ -272,9 +292,9 @@ def _check(
             check_mlperf(number)
 
 
-def _same_everywhere(value: bool) -> bool:
-    """What the first process says: file systems may show others an older state."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+def _everywhere(value: bool) -> bool:
+    """Whether it is so on all processes: file systems may show some of them an older state."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
@@ -283,6 +303,7 @@ def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
         "checkpoint": str(place) if cell.checkpoint else "",
         "step": step,
         "shift": cell.shift or (model.objective.time.shift if model else ""),
+        "takes_guidance": model is not None and model.objective.transformer.guidance_embed,
         "weights": model.identity if model else {},
     }
 
@@ -291,7 +312,9 @@ def _judge(
     jury: Jury, each: Set, folder: CellFolder, images: Sequence[Picture]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(a line a task, what is said of all together), once they are written."""
-    columns, whole = judge(jury.judges, Lineup(each.name, each.tasks, images))
+    # At the size that was asked for, so that models which make smaller pictures are no better off.
+    sized = [resize(image, task.size) for image, task in zip(images, each.tasks, strict=True)]
+    columns, whole = judge(jury.judges, Lineup(each.name, each.tasks, sized))
     rows = [
         {
             "id": task.id,
@@ -330,24 +353,30 @@ def _summarised(
 def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rates of the batches that were sampled; nothing where none was, as of copies.
 
-    A turn is compiled anew at each start, most of it from a cache: the longest time counts.
+    A turn is compiled anew at each start, most of it from a cache: the longest time counts. Where
+    starts had other devices, rates are of those that made the most images.
     """
     compiled: dict[int, float] = {}
     for line in lines:
         if "compile_seconds" in line:
             compiled[line["turn"]] = max(compiled.get(line["turn"], 0.0), line["compile_seconds"])
-    batches = [line for line in lines if "seconds" in line]
-    if not batches:
+    images: Counter = Counter()
+    seconds: Counter = Counter()
+    for line in lines:
+        if "seconds" in line:
+            devices = line["device"], line["chips"]
+            images[devices] += line["images"]
+            seconds[devices] += line["seconds"]
+    if not images:
         return {}
-    seconds = sum(line["seconds"] for line in batches)
-    images = sum(line["images"] for line in batches)
+    [(devices, number)] = images.most_common(1)
+    device, chips = devices
     return {
-        "seconds_per_image": seconds / images,
-        "images_per_second_per_chip": images
-        / sum(line["seconds"] * line["chips"] for line in batches),
+        "seconds_per_image": seconds[devices] / number,
+        "images_per_second_per_chip": number / (seconds[devices] * chips),
         "compile_seconds": sum(compiled.values()),
-        "device": ", ".join(sorted({line["device"] for line in batches})),
-        "chips": max(line["chips"] for line in batches),
+        "device": device,
+        "chips": chips,
     }
 
 
@@ -370,8 +399,7 @@ def _losses(
             f"the held-out loss of {name} is not finite for {wrong[0]!r}: its weights are damaged, "
             "or its training diverged. Take another checkpoint, or leave its cells out."
         )
-    kinds = {triple.id: "edit" if triple.contexts else "text_to_image" for triple in triples}
-    return summarise_losses(rows, kinds)
+    return summarise_losses(rows, kinds_of(triples))
 
 
 def _losses_file(workdir: Path, name: str, each: Set, loss: LossConfig) -> Path:

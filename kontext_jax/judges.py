@@ -49,6 +49,10 @@ from kontext_jax.weights.reading import open_folder
 Image = UInt8[np.ndarray, "_ _ 3"]
 Column = list[float | None]
 
+VERSION = 1
+"""Of what numbers mean; another one has all pictures judged anew. To be raised with such a change,
+in here or in ``metrics``."""
+
 FD_INPUT = 128
 """Side to which EfficientNet-Lite0 gets its pictures, in pixels. It was trained with 224; pictures
 of 32 hold nothing that 128 would lose, at a third of the time. Distances of other sides do not
@@ -155,8 +159,9 @@ class Jury(NamedTuple):
     Attributes:
       judges: who is asked.
       left_out: name -> why there is none that was not asked for by a path.
-      record: what tells them from others, as JSON: their config, the names left out, SHA-256 of the
-        files that they are read from, and versions of packages that bring networks along.
+      record: what tells them from others, as JSON: their version and config, the names left out,
+        SHA-256 of the files that they are read from, and versions of packages that bring networks
+        along.
     """
 
     judges: list[Judge]
@@ -206,6 +211,7 @@ def make_jury(config: JudgesConfig, mesh: Mesh) -> Jury:
         packages += OCR_PACKAGES
     places = (config.inception, config.dino, config.clip, config.lpips, config.lpips_heads)
     record = {
+        "version": VERSION,
         "config": to_dict(config),
         "left_out": sorted(left_out),
         "files": _hashes(Path(place) for place in (*places, config.auraface) if place),
@@ -382,7 +388,7 @@ def _features(network, mesh: Mesh) -> Callable[[Sequence[Image]], np.ndarray]:
 class FeatureJudge:
     """A network's vectors: their cosines with truths' and contexts', and distances of the sets.
 
-    Of sessions, distances are of the last turn.
+    Distances are of the last picture of each session.
     """
 
     def __init__(
@@ -410,9 +416,9 @@ class FeatureJudge:
             columns[f"{self._similarity}_context"] = _cosines(
                 made, *self._remembered(lineup, "contexts")
             )
-        # Pictures of one session are not independent, and those of different turns not of one kind.
-        last = max(task.turn for task in lineup.tasks)
-        kept = [i for i, place in enumerate(places) if lineup.tasks[place].turn == last]
+        # Pictures of one session are not independent.
+        followed = {task.follows for task in lineup.tasks}
+        kept = [i for i, place in enumerate(places) if lineup.tasks[place].id not in followed]
         whole = {}
         if len(kept) > 1:
             ends = made[[places[i] for i in kept]]

@@ -21,7 +21,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import square_error
 from kontext_jax.objectives.transformer import NetworksConfig, per_example, target_membership
 from kontext_jax.sharding import BATCH_AXES, batch_sharding
-from kontext_jax.types import Batch, Example
+from kontext_jax.types import Batch, Example, Task, Triple
 from kontext_jax.weights.fingerprint import fingerprint
 
 GRIDS = {"left": 0.0, "middle": 0.5}
@@ -180,6 +180,11 @@ def held_out_loss(
             with file.open("a") as lines:
                 lines.write("".join(json.dumps(row) + "\n" for row in rows))
     return [_row(ids, config, key, losses[key]) for key in keys]
+
+
+def kinds_of(tasks: Iterable[Task | Triple]) -> dict[str, str]:
+    """Each one's kind by its id: edits have contexts."""
+    return {task.id: "edit" if task.contexts else "text_to_image" for task in tasks}
 
 
 def _row(

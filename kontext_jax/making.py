@@ -17,11 +17,14 @@ from kontext_jax.evaluator import Generator, reconstruct, with_room
 from kontext_jax.flops import num_chips
 from kontext_jax.geometry import fit, resize
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.places import identity_of, load_config, open_network
+from kontext_jax.places import identity_of, load_config, open_network, usage_of
 from kontext_jax.results import CellFolder, Picture
 from kontext_jax.runs import Model, load_model
 from kontext_jax.sharding import shardings_of
 from kontext_jax.types import Task
+
+OF_MODELS = ("weights", "settings")
+"""What of a record is known once the networks are."""
 
 
 def load_networks(cell: Cell, mesh: Mesh, seed: int, batch_size: int = 0) -> Model | None:
@@ -63,13 +66,28 @@ def _anew(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
 
 
 def record_of(cell: Cell, each: Set, model: Model | None, seed: int) -> dict[str, Any]:
-    """All that decides what a cell's pictures look like; the weights stand for the checkpoint."""
+    """All that decides what a cell's pictures look like; the weights stand for the checkpoint.
+
+    Without the model it lacks what only that knows, `OF_MODELS`.
+    """
     names = ("params", "shift", "baseline", "sampler")
     return {
         **{name: value for name, value in to_dict(cell).items() if name in names},
         "weights": model.identity if model else {},
+        "settings": _settings(model) if model else {},
         "tasks": each.fingerprint,
         "seed": seed,
+    }
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    """How a model's networks are used. Where its tokenizers are says nothing."""
+    text = to_dict(model.data.text)
+    return usage_of(model.networks, model.objective) | {
+        "pooled": model.objective.pooled,
+        "time": to_dict(model.objective.time),
+        "geometry": to_dict(model.data.geometry),
+        "text": {name: text[name] for name in ("max_tokens", "pad", "clip_max_tokens")},
     }
 
 

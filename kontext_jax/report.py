@@ -23,10 +23,9 @@ from kontext_jax.page import (
     legend,
     row_of,
 )
-from kontext_jax.scores import ALL, CONFIDENCE, DRAWS, METRICS
+from kontext_jax.scores import ALL, CONFIDENCE, DRAWS, METRICS, MIN_GROUPS
 from kontext_jax.summary import (
     DISTANCES,
-    MAIN,
     count_of,
     describe,
     estimate_of,
@@ -34,6 +33,7 @@ from kontext_jax.summary import (
     interval_of,
     is_percent,
     loss_name,
+    main_metrics,
     metrics_of,
     points_of,
     target_of,
@@ -94,7 +94,7 @@ def table(summary: Mapping[str, Any]) -> str:
     parts = []
     for of_set, about in summary["sets"].items():
         found = found_on(summary, of_set)
-        metrics = metrics_of(found.values(), MAIN)[:6]
+        metrics = main_metrics(found.values())[:6]
         head = ["", *(METRICS[metric].title for metric in metrics), "seconds an image"]
         rows = [head]
         for name, numbers in found.items():
@@ -134,16 +134,17 @@ def _headline(sweep: Sweep) -> list[str]:
     found = sweep.found(of_set)[first]
     value = estimate_of(found, metric) if metric else None
     what = "tasks" if "text_to_image" in found["count"] else "edits"
+    what = f"held-out {what}" if sweep.summary["sets"][of_set]["held_out"] else what
     if metric is None or value is None:
-        title = f"{found['count'][ALL]} held-out {what}, and no judge that has a number for them"
+        title = f"{found['count'][ALL]} {what}, and no judge that has a number for them"
     else:
         number = count_of(found, metric) or found["count"][ALL]
         shown, interval = METRICS[metric].show(value.mean), interval_of(found, metric)
         interval = f" ({interval})" if interval else ""
         if metric == "edit_success":
-            title = f"{shown} of {number} held-out {what} carried out{interval}"
+            title = f"{shown} of {number} {what} carried out{interval}"
         else:
-            title = f"{METRICS[metric].title} {shown}{interval} over {number} held-out {what}"
+            title = f"{METRICS[metric].title} {shown}{interval} over {number} {what}"
     networks, sampling, weights = describe(sweep.cells[first])
     said = "; ".join(filter(None, (networks, sampling, weights and f"weights {weights}")))
     return [
@@ -190,15 +191,16 @@ def _results(sweep: Sweep) -> list[str]:
     notes = [
         f"Small numbers, and those in brackets, are {CONFIDENCE:.0%} intervals by a bootstrap of "
         f"{DRAWS} draws of whole groups, for tasks that share an image or a session are not "
-        "independent; of a single group there is none. Arrows say whether more (↑) or less (↓) is "
-        "better; the best of each column is bold, baselines aside.",
+        f"independent; there is none of fewer than {MIN_GROUPS} groups, or where all are alike. "
+        "Arrows say whether more (↑) or less (↓) is better; the best of each column is bold, "
+        "baselines aside.",
         "“3 of 18” under a number: only three of the tasks have one, as where a face is lost in "
         "the pictures of the others. Nothing is bold where the best has fewer than another.",
     ]
     if metrics_of(known, DISTANCES):
         notes.append(
-            "Fréchet distances are of a set as a whole, and too large for few pictures: compare "
-            "cells of one set, not sets of different numbers."
+            "Fréchet distances are of a set as a whole, of sessions of their last pictures, and "
+            "too large for few pictures: compare cells of one set, not sets of different numbers."
         )
     devices = {
         f"{numbers['speed']['chips']:g} × {numbers['speed']['device']}"
@@ -217,7 +219,7 @@ def _categories(sweep: Sweep) -> list[str]:
         found, metric = sweep.found(of_set), sweep.headline(of_set)
         first = sweep.first(of_set)
         categories = [name for name in found[first]["count"] if name != ALL]
-        metrics = [m for m in metrics_of([found[first]], MAIN) if m in found[first]["metrics"]][:3]
+        metrics = [m for m in main_metrics([found[first]]) if m in found[first]["metrics"]][:3]
         if len(categories) < 2 or not metrics:
             continue
         parts.append(f"<h3>{escape(of_set)}</h3>")
@@ -258,7 +260,7 @@ def _sheets(sweep: Sweep) -> list[str]:
             sweep.gallery.sheet(of_set, cells, sweep.sheet_rows),
         ]
         metric, known = sweep.headline(of_set), sweep.found(of_set)[first]["metrics"]
-        if metric not in known:
+        if metric not in known or not METRICS[metric].better:
             continue
         has_ties = "l1" in known and metric != "l1"
         ties = "; ties are broken by the L1 to the truth" if has_ties else ""

@@ -87,9 +87,8 @@ class CellFolder:
                 file.write("\n" + json.dumps(line))
 
     def batches(self) -> list[dict[str, Any]]:
-        """The lines about batches; what a kill cut short is left out."""
-        lines = _text(self._path / "batches.jsonl").splitlines()
-        return [line for line in map(_json, lines) if line is not None]
+        """The lines about batches."""
+        return read_lines(self._path / "batches.jsonl")
 
     def write_scores(self, rows: Sequence[Mapping], whole: Mapping[str, Any]) -> None:
         """Writes scores: a line a task, and what is said of all together."""
@@ -111,7 +110,7 @@ class CellFolder:
         whole = _json(_text(self._path / "whole.json"))
         if whole is None or whole.get("judges") != json.loads(json.dumps(judges)):
             return None
-        rows = [row for row in map(_json, _text(self._path / "scores.jsonl").splitlines()) if row]
+        rows = read_lines(self._path / "scores.jsonl")
         if [row.get("id") for row in rows] != list(tasks) or not all(map(self.has, tasks)):
             return None
         return rows, whole
@@ -164,6 +163,11 @@ def load_picture(folder: Path, task: str) -> Picture:
     except ValueError as error:
         message = f"{str(error).removesuffix('.')}; delete it, and it is made again."
         raise ValueError(message) from error
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file, one a line; what a kill cut short is left out, and so is no file."""
+    return [line for line in map(_json, _text(file).splitlines()) if line is not None]
 
 
 def write_text(file: Path, text: str) -> None:

@@ -16,6 +16,10 @@ DRAWS = 1000
 
 CONFIDENCE = 0.95
 
+MIN_GROUPS = 8
+"""Fewer are too few for an interval: of normal values, it would hold the truth in 74 % of cases
+with 3 groups and in 79 % with 4, but in 88 % with 8 and in 93 % with 32."""
+
 DRAWN_AT_ONCE = 2**20
 """Groups; bounds the bootstrap's memory."""
 
@@ -96,8 +100,8 @@ def estimate(
     """The mean of values, with a percentile bootstrap over groups (Efron 1979).
 
     Values of one group (prompts of one image, turns of one session) are not independent, so whole
-    groups are drawn, with replacement; a draw's mean is that of all of its values. One group says
-    nothing of how others would differ: there is no interval.
+    groups are drawn, with replacement; a draw's mean is that of all of its values. Few groups, or
+    groups that are all alike, do not tell how others would differ: there is no interval then.
 
     Args:
       values: one or more.
@@ -107,7 +111,7 @@ def estimate(
     """
     _, inverse = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(inverse, values), np.bincount(inverse)
-    if len(sums) < 2:
+    if len(sums) < MIN_GROUPS or np.ptp(sums / counts) == 0:
         return Estimate(float(values.mean()), None, None, len(values))
     rng = np.random.default_rng(seed)
     at_once = max(1, DRAWN_AT_ONCE // len(sums))
@@ -124,18 +128,27 @@ def estimate(
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, dict[str, Estimate]]]:
     """metric -> {"category": {name: estimate}, "turn": {number: estimate}}.
 
+    Turns are of those sessions that have all of them: others would make a difference between two
+    turns one of their pictures.
+
     Args:
       rows: lines of scores: metrics by name, None where there is nothing to say, and the task's
         ``category``, ``group`` and ``turn``. Metrics of which no row says anything are left out.
     """
     found = {}
+    last = max((row["turn"] for row in rows), default=0)
+    whole = {row["group"] for row in rows if row["turn"] == last}
     for metric in METRICS:
         judged = [row for row in rows if row.get(metric) is not None]
         if not judged:
             continue
         found[metric] = {
             "category": _by(judged, metric, lambda row: row["category"]) | _all(judged, metric),
-            "turn": _by(judged, metric, lambda row: str(row["turn"])),
+            "turn": _by(
+                [row for row in judged if row["group"] in whole],
+                metric,
+                lambda row: str(row["turn"]),
+            ),
         }
     return found
 

@@ -15,7 +15,7 @@ from kontext_jax.losses import MLPERF, MLPERF_TARGET
 from kontext_jax.scores import ALL, METRICS
 
 HEADLINE = (
-    *("edit_success", "clip_dir", "dinov2", "clip_i", "l1"),
+    *("edit_success", "clip_dir", "dinov2", "clip_i", "l1", "clip_t", "ocr_contains"),
     *(name for name, metric in METRICS.items() if metric.better),
     *METRICS,
 )
@@ -69,6 +69,12 @@ def metrics_of(found: Iterable[Mapping[str, Any]], names: Iterable[str]) -> list
         metric for numbers in found for part in ("metrics", "whole") for metric in numbers[part]
     }
     return [name for name in dict.fromkeys(names) if name in known]
+
+
+def main_metrics(found: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The metrics of some cells that come first; all of them where none of these is known."""
+    found = list(found)
+    return metrics_of(found, MAIN) or metrics_of(found, METRICS)
 
 
 def interval_of(found: Mapping[str, Any], metric: str, key: str = ALL) -> str:
@@ -129,10 +135,14 @@ def describe(about: Mapping[str, Any]) -> tuple[str, str, str]:
         networks = f"new networks of the sizes of {networks}"
     elif about["step"] is not None:
         networks += f", step {about['step']}, {PARAMS[about['params']]} parameters"
-    sampling = (
-        f"{sampler['num_steps']} step{'s' if sampler['num_steps'] > 1 else ''}, "
-        f"{sampler['method']}, guidance {sampler['guidance']:g}, cfg {sampler['cfg_scale']:g}, "
-        f"shift {about['shift']}"
+    sampling = ", ".join(
+        (
+            f"{sampler['num_steps']} step{'s' if sampler['num_steps'] > 1 else ''}",
+            sampler["method"],
+            *([f"guidance {sampler['guidance']:g}"] if about["takes_guidance"] else []),
+            f"cfg {sampler['cfg_scale']:g}",
+            f"shift {about['shift']}",
+        )
     )
     weights = ", ".join(f"{name} {str(sign[0])[:8]}" for name, sign in about["weights"].items())
     return networks, sampling, weights

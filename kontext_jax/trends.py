@@ -1,6 +1,5 @@
 """The sections of the page about what grows: turns, sampling steps, training, and noise."""
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,7 +9,8 @@ from typing import Any
 from kontext_jax import charts
 from kontext_jax.charts import Line, Panel, Value
 from kontext_jax.page import COLOURS, GREYS, MAX_LINES, MAX_NAMES, Sweep, distinct, legend
-from kontext_jax.scores import ALL, CONFIDENCE, METRICS
+from kontext_jax.results import read_lines
+from kontext_jax.scores import ALL, CONFIDENCE, METRICS, MIN_GROUPS
 from kontext_jax.summary import (
     DISTANCES,
     HEADLINE,
@@ -61,9 +61,10 @@ def turns(sweep: Sweep) -> list[str]:
         ]
     if parts:
         parts.append(
-            f"<p class=quiet>Bands are {CONFIDENCE:.0%} intervals, of which a single session has "
-            "none. Baselines are dashed, without them, and left out where they are beyond the "
-            "scale of the others.</p>"
+            f"<p class=quiet>Of sessions that have all turns. Bands are {CONFIDENCE:.0%} "
+            f"intervals; there are none of fewer than {MIN_GROUPS} sessions, or of equal ones. "
+            "Baselines are dashed, without them, and left out where they are beyond the scale of "
+            "the others.</p>"
         )
     return parts
 
@@ -260,7 +261,7 @@ def held_out_losses(sweep: Sweep) -> list[str]:
 
 def training(title: str, run: Path) -> str:
     """Each player's loss by step, and what was measured on held-out examples meanwhile."""
-    trained, held_out = (_log(run / f"{name}.jsonl") for name in ("metrics", "validation"))
+    trained, held_out = (read_lines(run / f"{name}.jsonl") for name in ("metrics", "validation"))
     losses = [name for name in (trained[0] if trained else {}) if name.endswith("/loss")]
     if not losses:
         return f"<p>{escape(title)}: no losses in {escape(str(run / 'metrics.jsonl'))}.</p>"
@@ -280,11 +281,6 @@ def training(title: str, run: Path) -> str:
         lines = [Line(points, COLOURS[0])]
         items.append(Panel(f"{title}, held out: {shown}", "step", lines, percent))
     return charts.panels(items)
-
-
-def _log(file: Path) -> list[dict[str, Any]]:
-    """The lines that a run has told; none if there is no such file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _points(values: Mapping[Any, float | None]) -> dict[Any, Value]:

@@ -16,7 +16,7 @@ from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sets import examples_of, triples_of
 from kontext_jax.evaluator import Generator, Image, reconstruct
 from kontext_jax.judges import Lineup, judge, judge_drift, judge_pixels, judge_world
-from kontext_jax.losses import held_out_loss, summarise_losses
+from kontext_jax.losses import held_out_loss, kinds_of, summarise_losses
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.types import Task
 
@@ -54,7 +54,7 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
         generate = Generator(
             examples_of(pictured, {}, data), data, config.objective, settings.sampler, mesh
         )
-    kinds = {task.id: "edit" if task.contexts else "text_to_image" for task in tasks}
+    kinds = kinds_of(tasks)
 
     def validation(networks, frozen):
         whole = networks_of(networks[player], frozen)

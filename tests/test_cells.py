@@ -138,11 +138,16 @@ def test_what_is_no_run_is_left_as_it_is(tmp_path):
     (tmp_path / "pipeline").mkdir()
     cell = Cell(name="x", checkpoint=str(tmp_path / "pipeline"))
     assert resolve([cell]) == [cell]
+    raw = Cell(name="mine", checkpoint=str(tmp_path / "pipeline"), params="params")
+    with pytest.raises(ValueError, match="cell 'mine': .*pipeline is no run, and has no raw param"):
+        resolve([cell, raw])
 
 
 def test_a_missing_run_or_step_is_named_with_its_cell(tmp_path):
     run = save(tmp_path / "run", 3, 12)
+    (tmp_path / "begun/checkpoints").mkdir(parents=True)
     for place, message in (
+        (f"{tmp_path}/begun@all", "no checkpoint"),
         (f"{run}@4", "steps 3, 12, and no 4"),
         (f"{tmp_path}/none@4", "no run with checkpoints in .*none'"),
         (f"{tmp_path}/none@all", "no run with checkpoints in .*none'"),

@@ -391,6 +391,22 @@ def test_features_are_compared_by_the_metrics():
     }
 
 
+def test_of_sessions_the_last_pictures_are_compared_as_a_set():
+    """However many turns each of them has."""
+    turns = {"a1": "", "a2": "a1", "b1": "", "c1": "", "c2": "c1", "c3": "c2"}
+    tasks = [
+        task(image(i), image(9))._replace(id=name, follows=before)
+        for i, (name, before) in enumerate(turns.items())
+    ]
+    lineup = Lineup("set", tasks, [image(100 + i) for i in range(6)])
+    _, whole = FeatureJudge("net", Features(), kid="kid_net")(lineup)
+    truths, made = (
+        Features.of([images[i] for i in (1, 2, 5)]) for images in (lineup.truths, lineup.images)
+    )
+    assert whole["fd_net"] == frechet_distance(truths, made)
+    assert whole["kid_net"] == kernel_distance(truths, made)[0]
+
+
 def test_a_network_for_distances_alone():
     judge = FeatureJudge("inception", Features(), similarity="", fd="fid", kid="kid")
     columns, whole = judge(features_lineup())
@@ -717,6 +733,9 @@ def test_a_network_is_another_where_its_file_was_replaced(everyone, tmp_path):
 
 def test_judges_are_told_apart_in_the_record(everyone, monkeypatch):
     record = make_jury(everyone, mesh_of()).record
+    with monkeypatch.context() as patch:
+        patch.setattr(judges, "VERSION", record["version"] + 1)
+        assert make_jury(everyone, mesh_of()).record != record
     assert record["config"] == to_dict(everyone) and record["left_out"] == []
     versions = {"dlib-bin": "20.0.1", "rapidocr-onnxruntime": "1.4.4"}
 

@@ -71,7 +71,10 @@ class Sweep:
         self.workdir, self.tasks = workdir, tasks
         self.pictures: dict[tuple[str, str, str], np.ndarray] = {}
         self.summary: dict[str, Any] = {
-            "sets": {name: {"num_tasks": len(each)} for name, each in tasks.items()},
+            "sets": {
+                name: {"num_tasks": len(each), "held_out": name != SESSIONS}
+                for name, each in tasks.items()
+            },
             "left_out": {},
             "timed": "Wall time.",
             "cells": {},
@@ -79,7 +82,18 @@ class Sweep:
             "seconds": {},
         }
 
-    def add(self, name: str, *, scores, whole=(), step=None, num_steps=4, baseline="", speed=0.0):
+    def add(
+        self,
+        name: str,
+        *,
+        scores,
+        whole=(),
+        step=None,
+        num_steps=4,
+        baseline="",
+        speed=0.0,
+        takes_guidance=True,
+    ):
         """``scores`` is a function of a task and its number."""
         found = {}
         for of_set, tasks in self.tasks.items():
@@ -115,6 +129,7 @@ class Sweep:
             "checkpoint": "" if baseline == "copy" else "runs/<flow>",
             "params": "ema",
             "shift": "none",
+            "takes_guidance": takes_guidance,
             "baseline": baseline,
             "sampler": {
                 "num_steps": num_steps,
@@ -161,7 +176,7 @@ def full(tmp_path_factory) -> tuple[Sweep, str]:
     sweep.add("late", scores=judged(0.9), step=200, speed=0.4, whole={"fid": 20.25})
     sweep.add("early", scores=judged(0.4), step=100, speed=0.3, whole={"fid": 30.5})
     sweep.add(COPY, scores=judged(1.0), baseline="copy", whole={"fid": 1.0})
-    sweep.add("fast", scores=judged(0.6), step=200, speed=0.1, num_steps=1)
+    sweep.add("fast", scores=judged(0.6), step=200, speed=0.1, num_steps=1, takes_guidance=False)
     sweep.summary["losses"] = {
         NASTY: {"runs/<flow>@200 ema": losses(0.1234), "runs/<flow>@100 ema": losses(0.4321)}
     }
@@ -279,16 +294,16 @@ def test_a_cell_alone_has_no_side_by_side_no_steps_and_no_bold(tmp_path):
     [
         (
             {"edit_success": 1.0, "l1": 0.5},
-            "100.0% of 2 held-out edits carried out (100.0 – 100.0%)",
+            "100.0% of 2 held-out edits carried out",
         ),
         (
             {"edit_success": None, "clip_dir": 0.25, "l1": 0.5},
-            "CLIP direction 0.250 (0.250 – 0.250) over 2 held-out edits",
+            "CLIP direction 0.250 over 2 held-out edits",
         ),
-        ({"l1": 0.5}, "L1 to the truth 0.5000 (0.5000 – 0.5000) over 2 held-out edits"),
+        ({"l1": 0.5}, "L1 to the truth 0.5000 over 2 held-out edits"),
         (
             {"shift": -0.5},
-            "shift of what stays, pixels -0.500 (-0.500 – -0.500) over 2 held-out edits",
+            "shift of what stays, pixels -0.500 over 2 held-out edits",
         ),
     ],
 )
@@ -297,6 +312,37 @@ def test_the_headline_is_the_best_metric_that_is_known(tmp_path, scores, headlin
     sweep = Sweep(tmp_path, {"a": tasks})
     sweep.add("one", scores=lambda task, i: scores, whole={"fid": 3.0})
     assert f"<h1>{headline}</h1>" in sweep.write()
+
+
+def test_what_models_may_have_learned_from_is_not_called_held_out(tmp_path):
+    sweep = Sweep(tmp_path, {SESSIONS: session_tasks()})
+    sweep.add("one", scores=judged(0.9))
+    assert "% of 6 edits carried out</h1>" in sweep.write()
+
+
+def test_guidance_is_named_where_it_is_taken(full):
+    cells = Reader(full[1]).tables[0][1:]
+    sampled = {row[0].strip("|"): row[2].strip("|") for row in cells}
+    assert sampled["late"] == "4 steps, euler, guidance 2.5, cfg 1, shift none"
+    assert sampled["fast"] == "1 step, euler, cfg 1, shift none"
+
+
+def test_likeness_to_the_context_is_shown_and_nothing_is_best_by_it(tmp_path):
+    """As of a benchmark without truths, where nothing else is at hand."""
+    sweep = Sweep(tmp_path, {"a": single_tasks()})
+    sweep.add("x", scores=lambda task, i: {"efflite0_context": 0.5})
+    page = sweep.write(sheet_rows=3)
+    assert titles(page) == ["Results", "By category", "Pictures"]
+    assert "Best" not in page and "Worst" not in page
+    assert table(sweep.summary).splitlines()[2].split()[:2] == ["x", "0.500"]
+
+
+def test_a_line_of_a_run_s_log_that_a_kill_cut_short_is_left_out(tmp_path):
+    sweep = Sweep(tmp_path / "sweep", {"a": single_tasks()})
+    sweep.add("one", scores=judged(0.9))
+    lines = [json.dumps({"step": i, "flow/loss": 1.0 / i}) for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines)[:-5])
+    assert "flow: flow/loss</text>" in sweep.write(curves={"flow": str(tmp_path)})
 
 
 def test_a_headline_of_the_whole_set_has_no_interval(tmp_path):
@@ -322,7 +368,9 @@ def test_tables_show_what_was_found(full):
             for text, metric in zip(row[1:5], metrics, strict=False):
                 mean, low, high, *_ = found["metrics"][metric]["category"][ALL]
                 show = METRICS[metric].show
-                assert text == f"{show(mean)}|{show(low).removesuffix('%')} – {show(high)}|"
+                assert low is None or of_set != SESSIONS  # of which there are three
+                ends = "" if low is None else f"{show(low).removesuffix('%')} – {show(high)}|"
+                assert text == f"{show(mean)}|{ends}"
             fid = found["whole"].get("fid")
             assert row[5] == ("–|" if fid is None else f"{fid:.2f}|")
             speed = found["speed"]
@@ -569,10 +617,10 @@ def test_nobody_is_best_of_fewer_tasks_than_another(tmp_path, others):
     shown = column(section(sweep.write(sheet_rows=3), "Results"), "shift")
     assert shown == [
         (f"{others:.3f}|1 of 9", False),  # and no interval
-        ("0.400|0.400 – 0.400|8 of 9", False),
-        ("0.300|0.300 – 0.300|8 of 9", others > 0.3),
+        ("0.400|8 of 9", False),
+        ("0.300|8 of 9", others > 0.3),
         ("–", False),
-        ("0.000|0.000 – 0.000|9 of 9", False),
+        ("0.000|9 of 9", False),
     ]
     best = [is_best for _, is_best in column(sweep.write(), "L1")]
     assert best == [others == 0.1, False, False, others > 0.1, False]
@@ -586,9 +634,9 @@ def test_few_tasks_are_said_to_be_few(tmp_path, number, note):
     sweep.add("unread", scores=unjudged)  # makes the others' counts no different
     page = sweep.write(sheet_rows=3)
     shown = column(section(page, "Results"), "words read")
-    assert [text for text, _ in shown] == [f"50.0%|50.0 – 50.0%{note}"] * 2 + ["–"]
+    assert [text for text, _ in shown] == [f"50.0%{note}"] * 2 + ["–"]
     rows = next(t for t in Reader(section(page, "By category")).tables)[2:]
-    texts = [f"50.0%|50.0 – 50.0%|{note.strip('|')}{'|' if note else ''}"]
+    texts = [f"50.0%|{note.strip('|')}{'|' if note else ''}"]
     assert [row[2] for row in rows if row[0] == "all|"] == texts
     if number == 4:  # of three in each category, two, one and one
         assert [row[2] for row in rows[1:3]] == ["50.0%|1 of 3|"] * 2 and "of" not in rows[0][2]

@@ -38,11 +38,15 @@ def test_against_a_bootstrap_in_loops():
     np.testing.assert_allclose(estimate(values, groups)[1:3], again[1:3], atol=0.15 * width)
 
 
-def test_one_group_has_no_interval():
-    assert estimate(np.full(7, 0.25), names(range(7))) == (0.25, 0.25, 0.25, 7)
+def test_few_groups_and_equal_ones_have_no_interval():
     assert estimate(np.array([3.0]), ["a"]) == (3.0, None, None, 1)
     assert estimate(np.array([1.0, 2.0]), ["a", "a"]) == (1.5, None, None, 2)
-    assert None not in estimate(np.array([1.0, 2.0]), ["a", "b"])
+    values = np.arange(8.0)
+    assert estimate(values[:7], names(range(7))) == (3.0, None, None, 7)
+    assert estimate(values, names([*range(7), 6])) == (3.5, None, None, 8)  # seven groups
+    assert None not in estimate(values, names(range(8)))
+    assert estimate(np.full(50, 0.25), names(range(50))) == (0.25, None, None, 50)
+    assert estimate(np.tile([0.0, 0.5], 9), names(np.repeat(range(9), 2))) == (0.25, None, None, 18)
 
 
 def test_copies_within_a_group_say_nothing_new():
@@ -107,7 +111,7 @@ def test_a_summary_by_category_and_by_turn():
     means = {by: {name: x.mean for name, x in parts.items()} for by, parts in l1.items()}
     assert means == {
         "category": {"global": 8.0, "local": 3.0, ALL: 4.25},  # not 5.5, the mean of the two
-        "turn": {"1": 3.5, "2": 2.0, "10": 8.0},
+        "turn": {"1": 6.0, "10": 8.0},  # of b alone: a has no tenth turn
     }
     assert {name: x.count for name, x in l1["category"].items()} == {
         "global": 1,

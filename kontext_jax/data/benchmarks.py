@@ -8,15 +8,17 @@ import os
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+from jaxtyping import UInt8
 
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.types import Task, Triple
 
 
 def triples(path: os.PathLike | str, split: str, num: int = 0) -> Iterator[Task]:
-    """The triples of a data set as tasks whose right picture is known; each is a group of its own.
+    """The triples of a data set as tasks whose right picture is known.
 
-    The data set is opened at once, and each triple read when its turn comes.
+    Those of the same first context are one group, and those of the same target where they have no
+    context. The data set is opened at once, and each triple read when its turn comes.
 
     Args:
       path: the data set's folder.
@@ -43,9 +45,14 @@ def _task(triple: Triple) -> Task:
         category=triple.category,
         size=(width, height),
         truth=triple.target,
-        group=triple.id,
+        group=_digest(triple.contexts[0] if triple.contexts else triple.target),
         details=triple.details,
     )
+
+
+def _digest(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Tells pictures from others."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:16]
 
 
 def identity_probe(tasks: Iterable[Task], prompt: str, turns: int = 1, num: int = 0) -> list[Task]:
@@ -67,11 +74,11 @@ def identity_probe(tasks: Iterable[Task], prompt: str, turns: int = 1, num: int 
     if turns < 1:
         raise ValueError(f"turns must be 1 or more, not {turns}.")
     seen: dict[int, np.ndarray] = {}  # tasks may share arrays: no need to read them over and over
-    distinct: dict[tuple, Task] = {}
+    distinct: dict[str, Task] = {}
     for task in tasks:
         if task.contexts and id(image := task.contexts[0]) not in seen:
             seen[id(image)] = image
-            distinct.setdefault((image.shape, hashlib.sha256(image.tobytes()).digest()), task)
+            distinct.setdefault(_digest(image), task)
             if len(distinct) == num:
                 break
     if not distinct:

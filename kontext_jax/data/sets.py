@@ -71,6 +71,11 @@ class SetConfig:
         if self.kind == "world" and not self.num_examples:
             raise ValueError(f"set {self.name!r}: the world has no end; set num_examples.")
 
+    @property
+    def held_out(self) -> bool:
+        """Whether no model was trained on it; sessions of the world repeat what training has."""
+        return self.kind != "world" and self.split != "train"
+
 
 def load_tasks(config: SetConfig) -> list[Task]:
     """The tasks of a set, those of a session in the order of their turns.

@@ -26,25 +26,29 @@ def path(tmp_path_factory):
         Triple("a", image(0, 8, 16), (image(1), image(2)), "both", "style", '{"x": 1}'),
         Triple("b", image(3), (), "a cat", "text_to_image"),
         Triple("c", image(4), (image(5),), "red", "local"),
+        Triple("d", image(6), (image(1),), "blue", "local"),
     ]
     store.write({"validation": records}, path)
     return path
 
 
 def test_triples(path):
-    first, second, third = triples(path, "validation")
-    assert (first.id, first.group, first.prompt, first.category) == ("a", "a", "both", "style")
+    first, second, third, fourth = triples(path, "validation")
+    assert (first.id, first.prompt, first.category) == ("a", "both", "style")
     assert (first.size, first.details, first.turn, first.follows) == ((8, 16), '{"x": 1}', 1, "")
     np.testing.assert_array_equal(first.truth, image(0, 8, 16))
     for context, seed in zip(first.contexts, (1, 2), strict=True):
         np.testing.assert_array_equal(context, image(seed))
     assert (second.contexts, second.category) == ((), "text_to_image")
     assert third.id == "c"
+    # tasks that share the first context or, where there is none, the target
+    assert fourth.group == first.group
+    assert len({task.group for task in (first, second, third)}) == 3
 
 
 def test_the_first_triples(path):
     assert [task.id for task in triples(path, "validation", 2)] == ["a", "b"]
-    assert [task.id for task in triples(path, "validation", 9)] == ["a", "b", "c"]
+    assert [task.id for task in triples(path, "validation", 9)] == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="num must be 0, for all, or .* not -1"):
         triples(path, "validation", -1)
     with pytest.raises(ValueError, match='no split "test"'):
