@@ -37,8 +37,9 @@ class CheckpointConfig:
     keep_every: int = 0
 
     def __post_init__(self):
-        if self.every < 1:
-            raise ValueError(f"checkpoint.every {self.every} must be 1 or more.")
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"checkpoint.{name} {getattr(self, name)} must be 1 or more.")
         if self.keep_every < 0 or (self.keep_every and self.keep_every % self.every):
             raise ValueError(
                 f"checkpoint.keep_every {self.keep_every} must be 0 or a multiple of "

@@ -45,6 +45,15 @@ def check_config(config: Any, kind: type) -> None:
         )
 
 
+def join_processes() -> None:
+    """Joins the processes of a pod or cluster."""
+    import jax  # takes a second, which a mistake in the flags need not wait for
+
+    # It would take SIGTERM for itself: `watch.Preemption` listens, other commands just end.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize()
+
+
 def run(name: str, body: Callable[[], None]) -> None:
     """Parses the flags and runs the command.
 

@@ -49,6 +49,7 @@ from kontext_jax.places import network_of, networks_by_name, open_init
 from kontext_jax.sharding import (
     batch_sharding,
     check_batch,
+    device_sharding,
     make_mesh,
     platform,
     shardings_of,
@@ -237,7 +238,8 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     state, frozen = _placed(state, shardings), _placed(frozen, shardings_of(frozen, mesh))
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     with jax.set_mesh(mesh):
-        lowered = train_step.lower(state, frozen, batch)
+        told = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=device_sharding(mesh))
+        lowered = train_step.lower(state, frozen, batch, told)
         try:
             compiled, text = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:

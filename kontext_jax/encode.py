@@ -426,7 +426,7 @@ def main() -> None:
         raise cli.UserError("give --config=configs/X.py[:variant].")
     cli.check_config(options.config, Config)
     if options.distributed:
-        jax.distributed.initialize()
+        cli.join_processes()
     encode(validated(options.config))
 
 

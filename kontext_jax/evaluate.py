@@ -469,7 +469,7 @@ def main() -> None:
         raise cli.UserError("give --config=configs/eval_X.py and --workdir=DIR.")
     cli.check_config(options.config, EvalConfig)
     if options.distributed:
-        jax.distributed.initialize()
+        cli.join_processes()
     workdir = Path(options.workdir)
     summary = evaluate(validated(options.config), workdir, parse_seconds(options.seconds))
     if jax.process_index() == 0:

@@ -67,6 +67,21 @@ class OptimConfig:
             raise ValueError(
                 f"moments_dtype {self.moments_dtype!r} is not one of {', '.join(MOMENTS_DTYPES)}."
             )
+        for name in ("warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} {getattr(self, name)} must be 0 or more.")
+        for name in ("learning_rate", "eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name} {getattr(self, name)} must be above 0.")
+        for name in ("b1", "b2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} {getattr(self, name)} must be from 0 to below 1.")
+        if self.clip_norm <= 0:
+            raise ValueError(
+                f"optim.clip_norm {self.clip_norm} must be above 0; inf leaves gradients alone."
+            )
+        if self.accumulate_steps < 1:
+            raise ValueError(f"optim.accumulate_steps {self.accumulate_steps} must be 1 or more.")
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:

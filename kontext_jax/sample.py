@@ -59,7 +59,9 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "method", None, METHODS, "euler steps, or consistency, the default for students"
     )
-    flags.DEFINE_float("guidance", 2.5, "for transformers with a guidance input")
+    flags.DEFINE_float(
+        "guidance", None, "for transformers with a guidance input; 2.5, or a student's own"
+    )
     flags.DEFINE_float("cfg_scale", 1.0, "classifier-free scale; 1 is off")
     flags.DEFINE_string(
         "size", None, "WxH; by default that of --init, of the first context, or of training"
@@ -221,7 +223,7 @@ def main() -> None:
         SamplerConfig(
             num_steps=options.num_steps or default.num_steps,
             method=options.method or default.method,
-            guidance=options.guidance,
+            guidance=default.guidance if options.guidance is None else options.guidance,
             cfg_scale=options.cfg_scale,
             strength=options.strength,
         ),

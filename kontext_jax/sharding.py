@@ -175,6 +175,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def device_sharding(mesh: Mesh) -> NamedSharding:
+    """One element a device."""
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
 def constrain(x: jax.Array, names: str) -> jax.Array:
     """Pins an activation to the mesh in use (`jax.set_mesh`), its axes named in one string.
 

@@ -72,10 +72,15 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
         state, position = checkpointer.restore(abstract, shardings)
         loader.restore(position)
     start = int(state.step)
+    if start > config.num_steps:
+        raise ValueError(
+            f"{workdir} is at step {start}, beyond num_steps {config.num_steps}: give more, or a "
+            "new --workdir."
+        )
     _announce(config, mesh, loader, abstract, start)
 
     writer = Writer(workdir, config.num_steps, start)
-    preemption = Preemption()
+    preemption = Preemption(mesh)
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     window = Window(config, mesh)
     profiler = Profiler(config.profiled, workdir / "profile", window.pause)
@@ -96,11 +101,12 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 batch = jax.tree.map(
                     lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
                 )
-                state, metrics = train_step(state, frozen, batch)
+                state, metrics = train_step(state, frozen, batch, preemption.told())
             profiler.after(step, state)
-            window.add(metrics)
             last = step == config.num_steps
-            if step % config.log_every == 0 or last:
+            ends = preemption.reached(metrics.pop("told")) and not last
+            window.add(metrics)
+            if step % config.log_every == 0 or last or ends:
                 meta["metrics"] = window.summary(meta["metrics"])
                 meta["metrics"] |= learning_rates(objective, config.optim, config.num_steps, state)
                 writer.metrics(step, meta["metrics"])
@@ -109,7 +115,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 every and (step % every == 0 or last)
                 for every in (config.validation.every, config.checkpoint.every, config.sheets.every)
             )
-            if preemption.reached(step) and not last:
+            if ends:
                 checkpointer.save(state, loader.state(), meta)
                 raise TrainingStopped(
                     f"the run was told to end (SIGTERM). Step {step} is saved; the same command "
@@ -121,7 +127,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
             began = time.monotonic()
             if validates:
                 writer.metrics(step, validate(state.ema, frozen), log="validation")
-            # After it: who is stopped meanwhile, takes the step again, and measures again.
+            # After it: who is killed meanwhile takes the step again, and measures again.
             if saves:
                 checkpointer.save(state, loader.state(), meta)
             if draws:
@@ -184,7 +190,7 @@ def main() -> None:
         raise cli.UserError("give --config=configs/X.py[:variant] and --workdir=DIR.")
     cli.check_config(CONFIG.value, Config)
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        cli.join_processes()
     train(validated(CONFIG.value), Path(WORKDIR.value))
 
 

@@ -219,11 +219,19 @@ def jit_train_step(
 ):
     """`make_train_step`, compiled when it is first called; it uses up the state that it is given.
 
+    Given a fourth argument, whether each device's process was told to end, its metrics have
+    ``told``: whether any was.
+
     Args:
       objective, optimizers, config, seed: of `make_train_step`.
       shardings: of the state, see `abstract_state`.
     """
-    train_step = make_train_step(objective, optimizers, config, seed)
+    step = make_train_step(objective, optimizers, config, seed)
+
+    def train_step(state, frozen, batch, told=None):
+        state, metrics = step(state, frozen, batch)
+        return state, metrics if told is None else metrics | {"told": jnp.any(told)}
+
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 

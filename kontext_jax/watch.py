@@ -3,23 +3,29 @@
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool
 
 from kontext_jax import cli
 from kontext_jax.config import Config
 from kontext_jax.data.pipeline import MIN_SEEN, check_readable
 from kontext_jax.flops import chip_peak, num_chips
+from kontext_jax.sharding import device_sharding
 from kontext_jax.train_state import TrainState
 from kontext_jax.types import Metrics
 
 MAX_SEEN = 100 * MIN_SEEN
 """Records after which half of what was seen is forgotten: data that breaks late shows at once."""
+
+
+AHEAD = 2
+"""Steps that the host may have queued beside the one that devices are at."""
 
 
 class TrainingStopped(cli.UserError):
@@ -30,29 +36,36 @@ class Preemption:
     """Whether the run was told to end (SIGTERM), as clouds and schedulers do before they end it.
 
     Those who tell it wait for half a minute, or a little more, so that a checkpoint is all there is
-    time for. Where several processes train together JAX listens, and agrees with all of them on the
-    step to end at, whichever of them was told.
+    time for. One of many processes may be told and all have to end after the same step: so what
+    each was told goes through the train step, and its answer for all is read `AHEAD` steps later.
+    Reading it waits for that step: what else is queued would have to be done before the checkpoint.
     """
 
-    def __init__(self):
-        self._told, self._before = False, None
-        self._together = jax.distributed.is_initialized()
-        if not self._together and threading.current_thread() is threading.main_thread():
+    def __init__(self, mesh: Mesh):
+        self._sharding = device_sharding(mesh)
+        self._answers: deque[Bool[Array, ""]] = deque()
+        self._told = False
+        self._listens = threading.current_thread() is threading.main_thread()
+        if self._listens:
             self._before = signal.signal(signal.SIGTERM, self._tell)
 
     def _tell(self, *_) -> None:
         self._told = True
 
-    def reached(self, step: int) -> bool:
-        """Whether to end after this step; every process asks once a step."""
-        if self._together:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+    def told(self) -> Bool[Array, " devices"]:
+        """Whether this process was told, for the train step."""
+        mine = np.full(len(self._sharding.addressable_devices), self._told)
+        return jax.make_array_from_process_local_data(self._sharding, mine)
+
+    def reached(self, anyone: Bool[Array, ""]) -> bool:
+        """Whether to end after this step; ``anyone`` is the step's answer."""
+        self._answers.append(anyone)
+        return len(self._answers) > AHEAD and bool(self._answers.popleft())
 
     def close(self) -> None:
         """Leaves the signal to whom it belonged before."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
 class Profiler:
@@ -114,15 +127,16 @@ class Window:
         self._paused += seconds
 
     def wait(self, seconds: float) -> None:
-        """Takes the time that a step waited for its batch."""
-        self._waited += seconds
+        """Takes the time until a batch came; it counts if devices had nothing left to do then."""
+        if not self._metrics or self._metrics[-1]["skipped"].is_ready():
+            self._waited += seconds
 
     def summary(self, before: dict[str, float | int]) -> dict[str, float | int]:
         """Means over the window's good steps, and rates; starts the next window.
 
         What had no value in any of them, of a player that was not due, or for all were skipped, is
-        as it was ``before``. ``data_wait`` is the share of the time that this process waited for
-        data, ``device_memory_gb`` the most that any of its devices has held.
+        as it was ``before``. ``data_wait`` is the share of the time that devices waited for this
+        process's data, ``device_memory_gb`` the most that any of its devices has held.
         """
         steps = jax.device_get(self._metrics)
         seconds, waited = time.monotonic() - self._began - self._paused, self._waited

@@ -60,7 +60,8 @@ class Writer:
         for name, value in values.items():
             self._board.add_scalar(f"{prefix}{name}", value, step)
         progress = f"step {step}/{self._num_steps}"
-        print(progress, *whose, *_shown(values), f"ETA {self._eta(step)}", sep="  ", flush=True)
+        left = [f"ETA {self._eta(step)}"] if log == "metrics" else []
+        print(progress, *whose, *_shown(values), *left, sep="  ", flush=True)
 
     def image(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes ``name-step.png`` and the same to TensorBoard."""

@@ -140,6 +140,8 @@ def test_milestones_are_among_the_checkpoints():
     for keep_every in (-1000, 500, 1500):
         with pytest.raises(ValueError, match=f"keep_every {keep_every} must be 0 or a multiple of"):
             CheckpointConfig(every=1000, keep_every=keep_every)
+    with pytest.raises(ValueError, match="checkpoint.keep 0 must be 1 or more"):
+        CheckpointConfig(keep=0)
     with pytest.raises(ValueError, match="every 0 must be 1 or more"):
         CheckpointConfig(every=0)
 

@@ -26,6 +26,7 @@ from kontext_jax.config import (
     pick,
     to_dict,
 )
+from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.evaluate import EvalConfig
 from kontext_jax.sampler import SamplerConfig
 
@@ -133,3 +134,22 @@ def test_profiled_steps_are_a_range(steps):
 def test_pictures_that_are_judged_cannot_start_from_the_truth(make):
     with pytest.raises(ValueError, match="sampler.strength below 1 would start from the truth"):
         make(sampler=SamplerConfig(strength=0.9))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Config(log_every=0), "log_every 0 must be 1 or more"),
+        (lambda: Config(num_steps=0), "num_steps 0 must be 1 or more"),
+        (lambda: Config(seed=-1), "seed -1 must be 0 or more"),
+        (lambda: Config(max_skipped_in_a_row=0), "max_skipped_in_a_row 0 must be 1 or more"),
+        (lambda: SheetConfig(num_examples=0), "sheets.num_examples 0 must be 1 or more"),
+        (lambda: ValidationConfig(num_pictures=-3), "validation.num_pictures -3 must be 0 or more"),
+        (lambda: DataConfig(num_workers=-1), "data.num_workers -1 must be 0 or more"),
+        (lambda: DataConfig(batch_size=0), "data.batch_size 0 must be 1 or more"),
+        (lambda: DataConfig(caption_dropout=1.5), "data.caption_dropout 1.5 must be from 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(make, said):
+    with pytest.raises(ValueError, match=f"^{said}"):
+        make()

@@ -43,6 +43,30 @@ def test_an_unknown_dtype_of_moments_is_refused():
         OptimConfig(moments_dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("clip_norm", 0.0, "above 0; inf leaves gradients alone"),
+        ("learning_rate", 0.0, "above 0"),
+        ("warmup_steps", -1, "0 or more"),
+        ("ema_decay", 1.5, "from 0 to below 1"),
+        ("b2", -0.1, "from 0 to below 1"),
+        ("accumulate_steps", 0, "1 or more"),
+    ],
+)
+def test_what_could_not_train_is_refused(name, value, rule):
+    with pytest.raises(ValueError, match=f"^optim.{name} {value} must be {rule}"):
+        OptimConfig(**{name: value})
+
+
+def test_gradients_of_any_norm_may_be_left_alone():
+    optimizer = optim.make_optimizer(OptimConfig(clip_norm=float("inf")), num_steps=10)
+    grads = {"bias": jnp.array([3e5, 4e5])}
+    state = optimizer.init(grads)
+    _, state = optimizer.update(grads, state, grads)
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["bias"], [3e4, 4e4], rtol=1e-6)
+
+
 def test_kernels_are_matrices_and_no_tables(recipe):
     found = jax.tree.leaves_with_path(optim.is_kernel(recipe.params))
     for (path, is_kernel), x in zip(found, jax.tree.leaves(recipe.params), strict=True):

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from kontext_jax import sample
-from kontext_jax.config import Config
+from kontext_jax.config import Config, SheetConfig
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.geometry import GeometryConfig, resize
@@ -32,7 +33,7 @@ OPTIONS = {
     "strength": 1.0,
     "num_steps": 2,
     "method": None,
-    "guidance": 2.5,
+    "guidance": None,
     "cfg_scale": 1.0,
     "size": None,
     "seed": 3,
@@ -113,11 +114,15 @@ def test_a_student_is_sampled_in_its_few_steps_unless_one_says_otherwise(
         monkeypatch.setattr(sample, "load_config", lambda _, k=kind: Config(objective=of[k]))
         found = sample.default_sampler("the/run")
         assert (found.num_steps, found.method) == wanted
-    monkeypatch.setattr(sample, "load_config", lambda _: Config(objective=of["ladd"]))
+    student = dataclasses.replace(of["ladd"], guidance=3.5)
+    config = Config(objective=student, sheets=SheetConfig(sampler=student.sampler))
+    monkeypatch.setattr(sample, "load_config", lambda _: config)
     output = tmp_path / "a.png"
-    command(num_steps=1, output=str(output))
-    record = read_provenance(output)
-    assert (record["num_steps"], record["method"]) == (1, "consistency")
+    for given, wanted in ((None, 3.5), (0.0, 0.0)):
+        command(num_steps=1, guidance=given, output=str(output))
+        record = read_provenance(output)
+        made = record["num_steps"], record["method"], record["guidance"]
+        assert made == (1, "consistency", wanted)
 
 
 def test_a_record_can_be_left_out(command, tmp_path):

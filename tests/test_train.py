@@ -35,7 +35,7 @@ from kontext_jax.places import load_config, open_network
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.train import train
 from kontext_jax.train_state import TrainState
-from kontext_jax.watch import TrainingStopped
+from kontext_jax.watch import AHEAD, TrainingStopped
 from kontext_jax.weights.fingerprint import fingerprint_of
 from kontext_jax.writer import Writer
 from tests.logs import timeless
@@ -258,6 +258,8 @@ def test_a_run_without_finite_gradients_stops_and_goes_on_as_it_says(world_folde
     config.optim = dataclasses.replace(config.optim, learning_rate=1e-4, clip_norm=0.5)
     train(config, tmp_path)
     assert [line["skipped_steps"] for line in lines(tmp_path)] == [1, 1, 0, 0, 0, 0]
+    with pytest.raises(ValueError, match="is at step 6, beyond num_steps 5: give more, or a new"):
+        train(dataclasses.replace(config, num_steps=5), tmp_path)
     config.optim = dataclasses.replace(config.optim, b2=0.9)
     with pytest.raises(ValueError, match="made with another optim"):
         train(config, tmp_path)
@@ -271,7 +273,7 @@ def test_a_run_that_is_told_to_end_saves_its_step(world_folder, tmp_path, monkey
     read, reads, told = Loader.__next__, iter(range(1, 9)), []
 
     def ending(loader):
-        if next(reads) == 4:
+        if next(reads) == 4 - AHEAD:
             os.kill(os.getpid(), signal.SIGTERM)
         return read(loader)
 
@@ -387,6 +389,14 @@ def test_the_console_shows_rates_under_short_names(tmp_path, capsys):
     expected += "MFU 50.8%  ETA"
     assert capsys.readouterr().out.startswith(expected)
     assert lines(tmp_path) == [{"step": 2} | rates | shares | {"model/loss": 0.5}]
+
+
+def test_only_lines_of_training_tell_when_it_ends(tmp_path, capsys):
+    """What was measured took its time between two steps: it has no pace."""
+    writer = Writer(tmp_path, num_steps=9)
+    writer.metrics(2, {"loss": 0.5}, log="validation")
+    writer.close()
+    assert capsys.readouterr().out == "step 2/9  validation  loss 0.5\n"
 
 
 def test_the_log_forgets_steps_that_are_run_again(tmp_path):

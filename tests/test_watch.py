@@ -1,6 +1,8 @@
 """What watches a run: rates of chips, traces of whole steps, data that breaks late."""
 
 import itertools
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -13,7 +15,7 @@ from kontext_jax.config import Config
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train_state import TrainState
-from kontext_jax.watch import Profiler, TrainingStopped, Window
+from kontext_jax.watch import AHEAD, Preemption, Profiler, TrainingStopped, Window
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,44 @@ def test_a_window_tells_how_long_data_was_waited_for_and_what_was_skipped(monkey
     window.add(good_step())
     summary = window.summary(summary)
     assert (summary["data_wait"], summary["skipped_steps"]) == (0.0, 0)
+
+
+class Running:
+    """A number that devices are still at, or are not."""
+
+    def __init__(self, ready: bool):
+        self.ready = ready
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+def test_waiting_for_data_counts_where_devices_have_nothing_left_to_do():
+    window = Window(Config(), make_mesh(MeshConfig()))
+    window.wait(0.25)  # nothing was queued yet
+    for ready, seconds in ((False, 1.0), (True, 0.5), (False, 2.0)):
+        window.add(good_step() | {"skipped": Running(ready)})
+        window.wait(seconds)
+    assert window._waited == 0.75
+
+
+def test_the_answer_for_all_is_read_some_steps_later(monkeypatch):
+    """And the signal is then whose it was before."""
+    mine = signal.getsignal(signal.SIGTERM)
+    preemption = Preemption(make_mesh(MeshConfig()))
+    reached = []
+    try:
+        for step in range(6):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            told = preemption.told()
+            assert len(told.addressable_shards) == told.size == 8
+            assert told.tolist() == [step >= 2] * 8
+            reached.append(preemption.reached(jnp.any(told)))
+    finally:
+        preemption.close()
+    assert reached == [False] * (2 + AHEAD) + [True] * (4 - AHEAD)
+    assert signal.getsignal(signal.SIGTERM) == mine
 
 
 def test_a_window_tells_of_the_fullest_device(monkeypatch):

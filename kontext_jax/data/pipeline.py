@@ -74,6 +74,12 @@ class DataConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self):
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} {getattr(self, name)} must be {least} or more.")
+        for name in ("caption_dropout", "context_dropout", "max_skipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} {getattr(self, name)} must be from 0 to 1.")
         for name in ("caption_dropout", "context_dropout"):
             if self.latents.samples and getattr(self, name):
                 raise ValueError(

@@ -78,7 +78,7 @@ class StudentConfig(NetworksConfig):
 
     @property
     def sampler(self) -> SamplerConfig:
-        return SamplerConfig(num_steps=4, method="consistency")
+        return SamplerConfig(num_steps=4, method="consistency", guidance=self.guidance)
 
 
 def make_images(
