@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from kontext_jax.names import by_name, look_up, paths_of
+from kontext_jax.ranges import check_least
 from kontext_jax.train_state import TrainState
 
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
@@ -37,9 +38,7 @@ class CheckpointConfig:
     keep_every: int = 0
 
     def __post_init__(self):
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"checkpoint.{name} {getattr(self, name)} must be 1 or more.")
+        check_least(self, "checkpoint.", every=1, keep=1)
         if self.keep_every < 0 or (self.keep_every and self.keep_every % self.every):
             raise ValueError(
                 f"checkpoint.keep_every {self.keep_every} must be 0 or a multiple of "

@@ -21,6 +21,7 @@ from kontext_jax.objectives.guidance import Guidance, GuidanceConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.objectives.student import StudentConfig
 from kontext_jax.optim import OptimConfig
+from kontext_jax.ranges import check_least
 from kontext_jax.sampler import SamplerConfig, check_blind
 from kontext_jax.sharding import MeshConfig
 
@@ -37,17 +38,6 @@ OBJECTIVES = {
 }
 
 
-def _check_counts(config, where: str = "", **least: int) -> None:
-    """Refuses settings that are below the least they may be.
-
-    Raises:
-      ValueError: one is.
-    """
-    for name, number in least.items():
-        if getattr(config, name) < number:
-            raise ValueError(f"{where}{name} {getattr(config, name)} must be {number} or more.")
-
-
 @dataclass(kw_only=True, unsafe_hash=True)
 class SheetConfig:
     """Pictures made during training: ``num_examples`` of split ``split`` every so many steps.
@@ -61,7 +51,7 @@ class SheetConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self):
-        _check_counts(self, "sheets.", every=0, num_examples=1)
+        check_least(self, "sheets.", every=0, num_examples=1)
         check_blind(self.sampler, "sheets.sampler")
 
 
@@ -86,7 +76,7 @@ class ValidationConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
 
     def __post_init__(self):
-        _check_counts(self, "validation.", every=0, num_examples=0, num_pictures=0)
+        check_least(self, "validation.", every=0, num_examples=0, num_pictures=0)
         check_blind(self.sampler, "validation.sampler")
 
 
@@ -120,7 +110,7 @@ class Config:
     profile_steps: str = ""
 
     def __post_init__(self):
-        _check_counts(self, seed=0, num_steps=1, log_every=1, max_skipped_in_a_row=1)
+        check_least(self, seed=0, num_steps=1, log_every=1, max_skipped_in_a_row=1)
         if self.data.latents.path and self.objective.kind in ("autoencoder", "add"):
             raise ValueError(
                 f"objective {self.objective.kind} looks at pixels: leave data.latents.path empty."

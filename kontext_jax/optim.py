@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from kontext_jax.models.layers import LowRank
+from kontext_jax.ranges import check_least
 
 OPTIMIZERS = ("adamw", "muon", "adafactor")
 SCHEDULES = ("constant", "cosine")
@@ -67,9 +68,7 @@ class OptimConfig:
             raise ValueError(
                 f"moments_dtype {self.moments_dtype!r} is not one of {', '.join(MOMENTS_DTYPES)}."
             )
-        for name in ("warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} {getattr(self, name)} must be 0 or more.")
+        check_least(self, "optim.", warmup_steps=0, weight_decay=0, accumulate_steps=1)
         for name in ("learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name} {getattr(self, name)} must be above 0.")
@@ -80,8 +79,6 @@ class OptimConfig:
             raise ValueError(
                 f"optim.clip_norm {self.clip_norm} must be above 0; inf leaves gradients alone."
             )
-        if self.accumulate_steps < 1:
-            raise ValueError(f"optim.accumulate_steps {self.accumulate_steps} must be 1 or more.")
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "kontext_jax"
 
 # Each layer may import itself and the layers above it.
 LAYERS = [
-    {"types", "cli", "hlo", "names"},
+    {"types", "cli", "hlo", "names", "ranges"},
     {"geometry", "sharding", "flow", "data", "metrics"},
     {"models"},
     {"encoders", "weights", "flops"},

@@ -35,6 +35,7 @@ from kontext_jax.geometry import (
     position_ids,
     size_of,
 )
+from kontext_jax.ranges import check_least
 from kontext_jax.types import Batch, Example, Latents, Prompts, Triple
 
 ENDLESS = 2**40  # rows; Grain wants a length
@@ -74,9 +75,7 @@ class DataConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("num_workers", 0), ("prefetch", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.{name} {getattr(self, name)} must be {least} or more.")
+        check_least(self, "data.", batch_size=1, num_workers=0, prefetch=0)
         for name in ("caption_dropout", "context_dropout", "max_skipped"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} {getattr(self, name)} must be from 0 to 1.")
