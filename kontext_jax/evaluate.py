@@ -48,6 +48,7 @@ from kontext_jax.losses import (
 )
 from kontext_jax.making import OF_MODELS, load_networks, make, record_of, takes_guidance
 from kontext_jax.places import split_step
+from kontext_jax.ranges import check_least
 from kontext_jax.report import table, write_report
 from kontext_jax.results import CellFolder, Picture, check_record, write_text
 from kontext_jax.runs import Model
@@ -103,8 +104,7 @@ class EvalConfig:
                 f"batch_size {self.batch_size} must be 0, for as many as each run trains on, or "
                 "more."
             )
-        if self.sheet_rows < 0:
-            raise ValueError(f"sheet_rows {self.sheet_rows} must be 0 or more.")
+        check_least(self, sheet_rows=0)
         check_names([cell.name for cell in self.cells], "cell")
         names = [each.name for each in self.sets]
         check_names(names, "set")

@@ -43,6 +43,7 @@ from kontext_jax.models.autoencoder import Autoencoder
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import square_error
 from kontext_jax.objectives.transformer import NetworksConfig, per_example, target_membership
+from kontext_jax.ranges import check_least
 from kontext_jax.sharding import BATCH_AXES, batch_sharding
 from kontext_jax.types import Batch, Example, Task, Triple
 from kontext_jax.weights.fingerprint import fingerprint
@@ -77,8 +78,7 @@ class LossConfig:
     sample_latents: bool = False
 
     def __post_init__(self):
-        if self.num_times < 1:
-            raise ValueError(f"num_times {self.num_times} must be 1 or more.")
+        check_least(self, num_times=1)
         if self.grid not in GRIDS:
             raise ValueError(f"grid {self.grid!r} is not one of {', '.join(GRIDS)}.")
         if self.levels not in LEVELS:
