@@ -20,7 +20,6 @@ one GPU; build their data with --sizes=64,80,96 --num_train=200000 (the prompts:
 
 import dataclasses
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
 from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
@@ -39,6 +38,7 @@ from kontext_jax.objectives.student import StudentTimes
 from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 SMALL = (32, 40, 48)
 LARGE = (64, 80, 96)

@@ -7,9 +7,9 @@ The seed is the students' and of the noise that pictures are sampled from.
 """
 
 from configs.eval_quickstart import DATA, TEACHER, students, teacher
-from kontext_jax.cells import Cell
-from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
+from kontext_jax.evaluation.sweep import Cell
+from kontext_jax.evaluation.tasks.sets import SetConfig
 
 
 def get_config(seed: str = "0") -> EvalConfig:

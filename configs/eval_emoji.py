@@ -5,9 +5,9 @@ python -m kontext_jax.evaluate --config=configs/eval_emoji.py --workdir=runs/emo
 
 from configs.emoji import CFG_SCALE
 from configs.eval_quickstart import students
-from kontext_jax.cells import Cell
-from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
+from kontext_jax.evaluation.sweep import Cell
+from kontext_jax.evaluation.tasks.sets import SetConfig
 from kontext_jax.sampler import SamplerConfig
 
 TEACHER, STUDENT, DATA = "runs/emoji/flow", "runs/emoji/ladd", "data/emoji"

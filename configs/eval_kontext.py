@@ -14,10 +14,10 @@ hours of 8 chips for the 10,000 pictures of the three models. Judging is the hos
 seconds a picture of that size and process.
 """
 
-from kontext_jax.cells import Cell, grid
-from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
-from kontext_jax.judges import JudgesConfig
+from kontext_jax.evaluation.judges import JudgesConfig
+from kontext_jax.evaluation.sweep import Cell, grid
+from kontext_jax.evaluation.tasks.sets import SetConfig
 from kontext_jax.sampler import SamplerConfig
 
 RELEASED, OURS = "models/FLUX.1-Kontext-dev", "runs/kontext"

@@ -8,10 +8,10 @@ when the mean of all losses is 0.586 or below. Every checkpoint that is kept is 
 averaged.
 """
 
-from kontext_jax.cells import grid
-from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
-from kontext_jax.losses import MLPERF
+from kontext_jax.evaluation.held_out_loss import MLPERF
+from kontext_jax.evaluation.sweep import grid
+from kontext_jax.evaluation.tasks.sets import SetConfig
 
 
 def get_config() -> EvalConfig:

@@ -11,9 +11,9 @@ for what is done already, which shows what an edit moves that it should leave al
 import dataclasses
 from collections.abc import Iterable
 
-from kontext_jax.cells import Cell
-from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
+from kontext_jax.evaluation.sweep import Cell
+from kontext_jax.evaluation.tasks.sets import SetConfig
 from kontext_jax.sampler import SamplerConfig
 
 TEACHER, STUDENT = "runs/quickstart/flow", "runs/quickstart/ladd"

@@ -19,7 +19,6 @@ shapes at full size.
 Sheets show examples of the training set, for a folder has no other split.
 """
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
@@ -28,6 +27,7 @@ from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 MODEL = "models/FLUX.1-dev"
 

@@ -18,7 +18,6 @@ measure is ``configs/eval_mlperf.py``; its target has not been tried.
 `h100_64` for 64 GPUs. README.md has the numbers of the first.
 """
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
@@ -29,6 +28,7 @@ from kontext_jax.models.flux import FluxConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 MODEL = "models/FLUX.1-schnell"
 

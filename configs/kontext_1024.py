@@ -22,7 +22,6 @@ Every size that images may have costs each row image slots to encode, so here th
 ``geometry.KONTEXT_SIZES`` are Kontext's own 17.
 """
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
@@ -32,6 +31,7 @@ from kontext_jax.models.flux import FluxConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 MODEL = "models/FLUX.1-dev"
 

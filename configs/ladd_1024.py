@@ -16,7 +16,6 @@ the paper tells none; nobody has run this yet.
 beside flow matching's, is in README.md.
 """
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, pick
 from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
@@ -28,6 +27,7 @@ from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 MODEL = "models/FLUX.1-Kontext-dev"
 GUIDANCE = 2.5

@@ -18,7 +18,6 @@ these samples to make them in four steps, two or one.
 
 import dataclasses
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.config import Config, SheetConfig, ValidationConfig, pick
 from kontext_jax.data.latents import LatentsConfig
 from kontext_jax.data.packing import PackingConfig
@@ -37,6 +36,7 @@ from kontext_jax.objectives.student import StudentTimes
 from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 DATA = "runs/quickstart/world"
 AUTOENCODER = "runs/quickstart/autoencoder"

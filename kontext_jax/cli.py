@@ -49,7 +49,7 @@ def join_processes() -> None:
     """Joins the processes of a pod or cluster."""
     import jax  # takes a second, which a mistake in the flags need not wait for
 
-    # It would take SIGTERM for itself: `watch.Preemption` listens, other commands just end.
+    # It would take SIGTERM for itself: `training.preemption` listens, other commands just end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize()
 

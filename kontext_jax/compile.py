@@ -17,7 +17,6 @@ time ("at best") or one after the other ("without overlap").
 import dataclasses
 import json
 import math
-import os
 import re
 import tempfile
 import time
@@ -33,19 +32,22 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from kontext_jax import cli, hlo
-from kontext_jax.config import Config, validated
+from kontext_jax import cli
+from kontext_jax.chips import chip_of
+from kontext_jax.compilation import hlo
+from kontext_jax.compilation.roofline import roofline
+from kontext_jax.compilation.topologies import topology_devices
+from kontext_jax.config import Config
 from kontext_jax.data.latents import DTYPE
 from kontext_jax.data.packing import size_key
 from kontext_jax.data.pipeline import DataConfig, assemble
-from kontext_jax.flops import DEVICES_PER_CHIP, chip_peak
 from kontext_jax.geometry import num_tokens
+from kontext_jax.loading.locations import network_of, networks_by_name, open_init
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.efficientnet import EfficientNet
 from kontext_jax.models.splash import KERNEL_FLOPS
-from kontext_jax.names import named_leaves
 from kontext_jax.objectives import Network
-from kontext_jax.places import network_of, networks_by_name, open_init
+from kontext_jax.settings import validated
 from kontext_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -54,36 +56,17 @@ from kontext_jax.sharding import (
     platform,
     shardings_of,
 )
-from kontext_jax.train_state import TrainState, abstract_state, jit_train_step, make_optimizers
+from kontext_jax.training.train_state import (
+    TrainState,
+    abstract_state,
+    jit_train_step,
+    make_optimizers,
+)
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.types import Batch, Example, Latents, Prompts
 from kontext_jax.weights.networks import ALL_NETWORKS
 
 GB = 1e9
-
-
-class Chip(NamedTuple):
-    """What a chip has: bytes of memory, bytes/s to and from it, and bytes/s sent over all links."""
-
-    memory: float
-    memory_bandwidth: float
-    link_bandwidth: float
-
-
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: "HBM capacity" and "HBM bandwidth per chip", and
-# half of "bidirectional inter-chip interconnect bandwidth per chip".
-_V5E, _V5P = Chip(16 * 2**30, 819e9, 200e9), Chip(95 * 2**30, 2765e9, 600e9)
-_V6E = Chip(32 * 2**30, 1638e9, 400e9)
-CHIPS: dict[str, Chip] = {
-    "TPU v4": Chip(32 * 2**30, 1228e9, 300e9),
-    "TPU v5 lite": _V5E,
-    "TPU v5e": _V5E,
-    "TPU v5": _V5P,
-    "TPU v5p": _V5P,
-    "TPU v6 lite": _V6E,
-    "TPU v6e": _V6E,
-    "TPU7x": Chip(192 * 2**30, 7380e9, 600e9),
-}
-"""By `jax.Device.device_kind`."""
 
 
 class Step(NamedTuple):
@@ -238,8 +221,8 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
     state, frozen = _placed(state, shardings), _placed(frozen, shardings_of(frozen, mesh))
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     with jax.set_mesh(mesh):
-        told = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=device_sharding(mesh))
-        lowered = train_step.lower(state, frozen, batch, told)
+        stop_requested = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=device_sharding(mesh))
+        lowered = train_step.lower(state, frozen, batch, stop_requested)
         try:
             compiled, text = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
@@ -301,7 +284,8 @@ def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
     )
     cost = hlo.analyse(step.text, KERNEL_FLOPS)
     model_flops = step.model_flops / mesh.size
-    seconds, mfu = roofline(cost, model_flops, kind)
+    chip = chip_of(kind)
+    seconds, mfu = roofline(cost, model_flops, chip)
     trained = {
         name: network
         for player, tree in step.state.params.items()
@@ -318,29 +302,12 @@ def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
             for name, network in (trained | step.frozen).items()
         },
         memory=memory,
-        capacity=CHIPS[kind].memory / DEVICES_PER_CHIP.get(kind, 1) if kind in CHIPS else None,
+        capacity=chip.memory / chip.devices if chip.memory else None,
         cost=cost,
         model_flops=model_flops,
         seconds=seconds,
         mfu=mfu,
     )
-
-
-def roofline(
-    cost: hlo.Cost, model_flops: float, kind: str
-) -> tuple[dict[str, float], tuple[float, float] | None]:
-    """(seconds by term, MFU at best and without overlap) on a device of this kind, if known."""
-    chip, peak, parts = CHIPS.get(kind), chip_peak(kind), DEVICES_PER_CHIP.get(kind, 1)
-    if chip is None or peak is None:
-        return {}, None
-    sent = sum(traffic.bytes for traffic in cost.collectives.values())
-    seconds = {
-        "compute": cost.flops * parts / peak,
-        "memory": cost.bytes * parts / chip.memory_bandwidth,
-        "links": sent * parts / chip.link_bandwidth,
-    }
-    ideal = model_flops * parts / peak
-    return seconds, (ideal / max(seconds.values()), ideal / sum(seconds.values()))
 
 
 def _bytes_on_a_device(tree) -> int:
@@ -386,38 +353,6 @@ def print_report(report: Report) -> None:
             f"step         {max(report.seconds.values()):.4f} s at best, MFU {best:.1%}; "
             f"{sum(report.seconds.values()):.4f} s without overlap, MFU {worst:.1%}"
         )
-
-
-def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
-    """The devices of slices of TPUs, each such as "v5p:4x4x4", which need not exist.
-
-    Raises:
-      cli.UserError: libtpu is not installed, or knows no such slice.
-    """
-    # libtpu would look for a machine with TPUs, and for other processes that use them.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise cli.UserError(
-            "--topology needs the TPU compiler: pip install 'kontext-jax[aot]'."
-        ) from error
-    from jax.experimental import topologies
-
-    # One device a chip, as it is on TPU v4 itself.
-    options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, num_slices=num_slices, **options
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise cli.UserError(
-            f"--topology={name} is no slice of TPUs: {str(error).splitlines()[0]}"
-        ) from error
-    return list(found.devices)
 
 
 def main() -> None:

@@ -1,18 +1,10 @@
 """A run's whole configuration, composed of the small dataclasses beside the code they configure."""
 
-import dataclasses
-import hashlib
-import json
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from kontext_jax.checkpoint import CheckpointConfig
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.losses import LossConfig
 from kontext_jax.objectives import Objective
 from kontext_jax.objectives.add import Add, AddConfig
 from kontext_jax.objectives.autoencoder import AutoencoderObjective, AutoencoderObjectiveConfig
@@ -21,9 +13,10 @@ from kontext_jax.objectives.guidance import Guidance, GuidanceConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.objectives.student import StudentConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.ranges import check_least
 from kontext_jax.sampler import SamplerConfig, check_blind
+from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.sharding import MeshConfig
+from kontext_jax.training.checkpoint import CheckpointConfig
 
 ObjectiveConfig = (
     AutoencoderObjectiveConfig | FlowMatchingConfig | LaddConfig | AddConfig | GuidanceConfig
@@ -38,8 +31,47 @@ OBJECTIVES = {
 }
 
 
+GRIDS = {"left": 0.0, "middle": 0.5}
+"""Where in its part of the unit interval a time lies."""
+
+
 @dataclass(kw_only=True, unsafe_hash=True)
-class SheetConfig:
+class LossConfig(Settings):
+    """The times, and the noise.
+
+    Attributes:
+      num_times: n, the number of levels.
+      grid: "middle", t = (i + 1/2) / n, as in torchtitan, or "left", t = i / n, as in MLPerf.
+      levels: "all" takes every example at every level, so that kinds of examples and checkpoints
+        compare at any number; "index" takes example k of the set at level k mod n, as in MLPerf.
+      seed: of the noise, which else depends on the example's id and the level alone.
+      sample_latents: whether targets are drawn from the autoencoder's normal distribution, as in
+        MLPerf, with noise of their own; otherwise they are its mean, as in training here.
+    """
+
+    num_times: int = 8
+    grid: str = "middle"
+    levels: str = "all"
+    seed: int = 0
+    sample_latents: bool = False
+
+    def __post_init__(self):
+        check_least(self, num_times=1)
+        check_choices(self, grid=GRIDS, levels=("index", "all"))
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """t of each level."""
+        return tuple((i + GRIDS[self.grid]) / self.num_times for i in range(self.num_times))
+
+    def levels_of(self, index: int) -> tuple[int, ...]:
+        """The levels at which example ``index`` of the set is taken."""
+        every = tuple(range(self.num_times))
+        return every if self.levels == "all" else (index % self.num_times,)
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class SheetConfig(Settings):
     """Pictures made during training: ``num_examples`` of split ``split`` every so many steps.
 
     ``every`` = 0 makes none.
@@ -56,7 +88,7 @@ class SheetConfig:
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class ValidationConfig:
+class ValidationConfig(Settings):
     """Numbers of held-out examples during training, see `validation`.
 
     Attributes:
@@ -81,7 +113,7 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class Config:
+class Config(Settings):
     """One run.
 
     Attributes:
@@ -161,55 +193,3 @@ def pick(variants: Mapping[str, Callable[[], Config]], name: str) -> Config:
     if name not in variants:
         raise ValueError(f"there is no variant {name!r}; there are {', '.join(variants)}.")
     return variants[name]()
-
-
-def to_dict(config) -> dict[str, Any]:
-    """Plain JSON values; `from_dict` undoes it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def validated(config):
-    """A copy that has passed its checks anew; overrides on the command line bypass them.
-
-    Raises:
-      ValueError: a setting is wrong.
-    """
-    return from_dict(to_dict(config), type(config))
-
-
-def from_dict(values: Mapping[str, Any], cls: type = Config):
-    """A config from what `to_dict` gave.
-
-    Raises:
-      ValueError: a key that ``cls`` does not have.
-    """
-    hints = typing.get_type_hints(cls)
-    unknown = set(values) - set(hints)
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no setting {', '.join(sorted(unknown))}.")
-    return cls(**{name: _value(value, hints[name]) for name, value in values.items()})
-
-
-def _value(value, hint):
-    if isinstance(hint, types.UnionType):  # the objectives, told apart by their kind
-        by_kind = {cls.kind: cls for cls in typing.get_args(hint)}
-        if value["kind"] not in by_kind:
-            raise ValueError(f"kind {value['kind']!r} is not one of {', '.join(by_kind)}.")
-        hint = by_kind[value["kind"]]
-    if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint)
-    if hasattr(hint, "_fields"):  # a named tuple
-        return hint(*value)
-    if typing.get_origin(hint) is tuple and typing.get_args(hint)[1:] == (...,):
-        return tuple(_value(v, typing.get_args(hint)[0]) for v in value)
-    return _tuples(value)
-
-
-def _tuples(value):
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def fingerprint(config) -> str:
-    """A short hash of all settings."""
-    text = json.dumps(to_dict(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,9 +14,7 @@ one of its networks, or a single file of Black Forest Labs' layout. ``--format``
 The output appears under its name when all of it is written, read again, and found equal.
 """
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,10 @@ from absl import flags
 
 import kontext_jax
 from kontext_jax import cli
-from kontext_jax.config import from_dict
+from kontext_jax.files import atomic_path
 from kontext_jax.flow import TimeConfig
-from kontext_jax.places import PARAMS, load_adapters, open_networks, tokenizers_of
+from kontext_jax.loading.locations import PARAMS, load_adapters, open_networks, tokenizers_of
+from kontext_jax.settings import from_dict
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
 from kontext_jax.weights.lora import MergedReader, read_lora, write_lora
@@ -103,7 +102,7 @@ def convert(
             )
         adapters, config, record = load_adapters(place, params)
         record |= {"fingerprint": fingerprint(adapters)} | _software()
-        with appearing(output) as path:
+        with atomic_path(output) as path:
             write_lora(adapters, config, path, record)
         return {"lora": record["fingerprint"]}
     readers = open_networks(place, params, only=network)
@@ -132,7 +131,7 @@ def convert(
         if to and isinstance(reader, MergedReader):
             reader.round_to(to)
     records = {name: _record(reader, to) for name, reader in readers.items()}
-    with appearing(output) as path:
+    with atomic_path(output) as path:
         if format == "orbax":
             step = max(record.get("step", 0) for record in records.values())
             meta = {
@@ -199,16 +198,6 @@ def _write_pipeline(
 def _write_tokenizers(tokenizers: dict[str, str], folder: Path) -> None:
     for name, source in tokenizers.items():
         write_tokenizer(source, folder / TOKENIZERS[name])
-
-
-@contextmanager
-def appearing(output: Path) -> Iterator[Path]:
-    """A path to write to; it becomes ``output`` if all goes well, and vanishes if not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        path = Path(temporary) / output.name
-        yield path
-        path.rename(output)
 
 
 def main() -> None:

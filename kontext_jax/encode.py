@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import config_flags
 
 from kontext_jax import cli
-from kontext_jax.config import Config, to_dict, validated
+from kontext_jax.config import Config
 from kontext_jax.data import latents as store
 from kontext_jax.data.latents import Encoded, LatentsConfig, Settings
 from kontext_jax.data.packing import Plan
@@ -46,11 +46,12 @@ from kontext_jax.data.sources import TripleSource
 from kontext_jax.encoders import encode_images
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import num_tokens
+from kontext_jax.loading.locations import identity_of, usage_of
+from kontext_jax.loading.models import load_frozen, teacher_time
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
-from kontext_jax.places import identity_of, usage_of
-from kontext_jax.runs import load_frozen, teacher_time
 from kontext_jax.sampler import SamplerConfig, sample
+from kontext_jax.settings import to_dict, validated
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
 from kontext_jax.types import Batch, Latents, unprompted
 

@@ -31,28 +31,33 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from kontext_jax import cli
-from kontext_jax.cells import Cell, check_names, folder_name, resolve
-from kontext_jax.config import to_dict, validated
+from kontext_jax.config import LossConfig
 from kontext_jax.data.pipeline import prepare_all
-from kontext_jax.data.sets import Set, SetConfig, load_sets, triples_of
-from kontext_jax.evaluator import with_room
-from kontext_jax.geometry import resize
-from kontext_jax.judges import JudgesConfig, Jury, Lineup, judge, make_jury
-from kontext_jax.losses import (
+from kontext_jax.evaluation.cell_folder import CellFolder, Picture, check_record, write_text
+from kontext_jax.evaluation.generation import (
+    OF_MODELS,
+    load_networks,
+    make,
+    record_of,
+    takes_guidance,
+)
+from kontext_jax.evaluation.held_out_loss import (
     MLPERF,
-    LossConfig,
     check_mlperf,
     held_out_loss,
     kinds_of,
     summarise_losses,
 )
-from kontext_jax.making import OF_MODELS, load_networks, make, record_of, takes_guidance
-from kontext_jax.places import split_step
-from kontext_jax.ranges import check_least
-from kontext_jax.report import table, write_report
-from kontext_jax.results import CellFolder, Picture, check_record, write_text
-from kontext_jax.runs import Model
-from kontext_jax.scores import ALL, METRICS, summarise
+from kontext_jax.evaluation.judges import JudgesConfig, Jury, Lineup, judge, make_jury
+from kontext_jax.evaluation.scores import ALL, METRICS, summarise
+from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
+from kontext_jax.evaluation.tasks.sets import Set, SetConfig, load_sets, triples_of
+from kontext_jax.geometry import resize
+from kontext_jax.loading.locations import split_step
+from kontext_jax.loading.models import Model
+from kontext_jax.report.report import table, write_report
+from kontext_jax.sampling.generator import with_room
+from kontext_jax.settings import Settings, check_least, to_dict, validated
 from kontext_jax.sharding import MeshConfig, make_mesh
 
 TIMED = (
@@ -67,7 +72,7 @@ LOSS_NAME = 60
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """A sweep: every cell on every set.
 
     Attributes:

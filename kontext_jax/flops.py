@@ -1,4 +1,4 @@
-"""Model FLOPs of the transformer, and what a chip can do: together they are the MFU.
+"""Model FLOPs of the transformer, the numerator of MFU (``chips.py`` has the denominator).
 
 Counted are products of matrices, two operations a multiply-add, that the model's function needs.
 The forward pass of one example of l text tokens, s target tokens and c context tokens, with
@@ -28,36 +28,6 @@ from kontext_jax.models.lora import LoraConfig
 
 Count = int | float | Float[Array, "..."]
 """A number of tokens, or of each of many examples; float32 on the device, for squares overflow."""
-
-PEAK_FLOPS: dict[str, float] = {
-    # cloud.google.com/tpu/docs: "peak compute per chip (bf16)" of v4, v5e, v5p, v6e, TPU7x.
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    # NVIDIA's data sheets, bfloat16 on tensor cores without sparsity.
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
-"""Dense bfloat16 FLOP/s of a chip by `jax.Device.device_kind`, in full: a part of a GPU, or a
-variant that is not here, has another name and another peak."""
-
-DEVICES_PER_CHIP = {"TPU v2": 2, "TPU v3": 2, "TPU7x": 2}
-"""Kinds whose chips JAX shows as several devices, one a core."""
 
 
 class LinearMap(NamedTuple):
@@ -144,16 +114,6 @@ def training_flops(
     if lora is None or not lora.rank:
         return 3.0 * (linear + attention)
     return 2.0 * linear + 3.0 * (attention + _adapter_flops(config, lora, lengths))
-
-
-def chip_peak(device_kind: str) -> float | None:
-    """Peak dense bfloat16 FLOP/s of a chip, by `jax.Device.device_kind`; None if not known."""
-    return PEAK_FLOPS.get(device_kind)
-
-
-def num_chips(num_devices: int, device_kind: str) -> float:
-    """Chips that so many of JAX's devices are."""
-    return num_devices / DEVICES_PER_CHIP.get(device_kind, 1)
 
 
 def _lengths(target: Count, contexts: Count, text: Count) -> dict[str, Count]:

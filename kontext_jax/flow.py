@@ -24,11 +24,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from kontext_jax.settings import Settings
+
 SHIFTS = ("resolution", "none")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class TimeConfig:
+class TimeConfig(Settings):
     """How training times are drawn, and then moved by `mu`.
 
     Attributes:

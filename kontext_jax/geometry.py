@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from kontext_jax.settings import Settings, check_choices
+
 Size = tuple[int, int]
 
 MAX_POSITION = 2048
@@ -44,7 +46,7 @@ POSITION_SCHEMES = ("offset", "index")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class GeometryConfig:
+class GeometryConfig(Settings):
     """The contract's settings; stored with every checkpoint.
 
     Attributes:
@@ -67,11 +69,7 @@ class GeometryConfig:
                     f"Size {width}x{height} is not a multiple of {self.pixels_per_token} pixels "
                     "(geometry.pixels_per_token)."
                 )
-        if self.position_scheme not in POSITION_SCHEMES:
-            raise ValueError(
-                f"position_scheme {self.position_scheme!r} is not one of "
-                f"{', '.join(POSITION_SCHEMES)}."
-            )
+        check_choices(self, position_scheme=POSITION_SCHEMES)
 
 
 def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:

@@ -9,11 +9,7 @@ import optax
 from flax import nnx
 
 from kontext_jax.models.layers import LowRank
-from kontext_jax.ranges import check_least
-
-OPTIMIZERS = ("adamw", "muon", "adafactor")
-SCHEDULES = ("constant", "cosine")
-MOMENTS_DTYPES = ("float32", "bfloat16")
+from kontext_jax.settings import Settings, check_choices, check_least
 
 MUON_RMS = 0.2
 """Muon's updates are scaled to AdamW's usual size (arXiv 2502.16982), so that rates carry over."""
@@ -24,7 +20,7 @@ default. What is smaller in FLUX: norms, biases, adapters, the maps from and to 
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """The optimizer and its schedule.
 
     Attributes:
@@ -60,14 +56,13 @@ class OptimConfig:
     moments_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}.")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}.")
-        if self.moments_dtype not in MOMENTS_DTYPES:
-            raise ValueError(
-                f"moments_dtype {self.moments_dtype!r} is not one of {', '.join(MOMENTS_DTYPES)}."
-            )
+        check_choices(
+            self,
+            "optim.",
+            optimizer=("adamw", "muon", "adafactor"),
+            schedule=("constant", "cosine"),
+            moments_dtype=("float32", "bfloat16"),
+        )
         check_least(self, "optim.", warmup_steps=0, weight_decay=0, accumulate_steps=1)
         for name in ("learning_rate", "eps"):
             if getattr(self, name) <= 0:

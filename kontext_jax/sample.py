@@ -24,7 +24,6 @@ from kontext_jax.data.folder import load_image
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
-from kontext_jax.evaluator import Generator, Image
 from kontext_jax.geometry import (
     GeometryConfig,
     Size,
@@ -34,11 +33,12 @@ from kontext_jax.geometry import (
     resize,
     size_of,
 )
+from kontext_jax.loading.locations import is_run, load_config
+from kontext_jax.loading.models import load_model
 from kontext_jax.objectives.transformer import NetworksConfig
-from kontext_jax.places import is_run, load_config
-from kontext_jax.provenance import format_of, write_image
-from kontext_jax.runs import load_model
 from kontext_jax.sampler import METHODS, SamplerConfig
+from kontext_jax.sampling.generator import Generator, Image
+from kontext_jax.sampling.provenance import format_of, write_image
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example
 

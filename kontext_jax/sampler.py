@@ -17,13 +17,14 @@ from jaxtyping import Array, Float, Key
 
 from kontext_jax import flow
 from kontext_jax.models.flux import Flux
+from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.types import Tokens
 
 METHODS = ("euler", "consistency")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class SamplerConfig:
+class SamplerConfig(Settings):
     """How to sample.
 
     Attributes:
@@ -42,10 +43,8 @@ class SamplerConfig:
     strength: float = 1.0
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is not one of {', '.join(METHODS)}.")
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps {self.num_steps} must be at least 1.")
+        check_choices(self, method=METHODS)
+        check_least(self, num_steps=1)
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength {self.strength} must be above 0 and at most 1.")
         if self.num_steps * self.strength < 1:

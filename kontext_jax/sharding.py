@@ -31,6 +31,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kontext_jax.settings import Settings
+
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 BATCH_AXES = ("data", "fsdp")
@@ -56,7 +58,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """Size of each axis of the whole mesh; one of them may be -1: all devices that are left.
 
     ``data`` may be -1 beside another: it then has one part for each slice (of TPUs, or of GPUs that

@@ -13,23 +13,26 @@ from absl import flags
 from ml_collections import config_flags
 
 from kontext_jax import cli
-from kontext_jax.checkpoint import Checkpointer
-from kontext_jax.config import Config, from_dict, to_dict, validated
+from kontext_jax.config import Config
 from kontext_jax.data.pipeline import Loader
-from kontext_jax.places import identity_of, usage_of
-from kontext_jax.runs import load_frozen, load_initial
+from kontext_jax.evaluation.sheets import make_sheet_maker
+from kontext_jax.evaluation.validation import make_validation
+from kontext_jax.loading.locations import identity_of, usage_of
+from kontext_jax.loading.models import load_frozen, load_initial
+from kontext_jax.settings import from_dict, to_dict, validated
 from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_mesh
-from kontext_jax.sheets import make_sheet_maker
-from kontext_jax.train_state import (
+from kontext_jax.training.checkpoint import Checkpointer
+from kontext_jax.training.preemption import Preempted, Preemption
+from kontext_jax.training.profiler import Profiler
+from kontext_jax.training.telemetry import MetricsWindow
+from kontext_jax.training.train_state import (
     abstract_state,
     init_state,
     jit_train_step,
     learning_rates,
     make_optimizers,
 )
-from kontext_jax.validation import make_validation
-from kontext_jax.watch import Preemption, Profiler, TrainingStopped, Window
-from kontext_jax.writer import Writer
+from kontext_jax.training.writer import Writer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, :variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
@@ -44,8 +47,9 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     """Runs to ``config.num_steps`` and returns the last logged metrics.
 
     Raises:
-      TrainingStopped: it was told to end, or there were too many steps without an example or a
-        finite gradient, or too many unreadable records.
+      Preempted: it was asked to stop and has saved its state.
+      TrainingStopped: too many steps without an example or a finite gradient, or too many
+        unreadable records.
       FileNotFoundError, ValueError: bad data, checkpoint or settings.
     """
     if config.compilation_cache:
@@ -82,7 +86,7 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     writer = Writer(workdir, config.num_steps, start)
     preemption = Preemption(mesh)
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
-    window = Window(config, mesh)
+    window = MetricsWindow(config.data, config.max_skipped_in_a_row, mesh)
     profiler = Profiler(config.profiled, workdir / "profile", window.pause)
     with (
         closing(preemption),
@@ -101,12 +105,12 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 batch = jax.tree.map(
                     lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
                 )
-                state, metrics = train_step(state, frozen, batch, preemption.told())
+                state, metrics = train_step(state, frozen, batch, preemption.requested())
             profiler.after(step, state)
             last = step == config.num_steps
-            ends = preemption.reached(metrics.pop("told")) and not last
+            stops = preemption.should_stop(metrics.pop("stop_requested")) and not last
             window.add(metrics)
-            if step % config.log_every == 0 or last or ends:
+            if step % config.log_every == 0 or last or stops:
                 meta["metrics"] = window.summary(meta["metrics"])
                 meta["metrics"] |= learning_rates(objective, config.optim, config.num_steps, state)
                 writer.metrics(step, meta["metrics"])
@@ -115,11 +119,11 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 every and (step % every == 0 or last)
                 for every in (config.validation.every, config.checkpoint.every, config.sheets.every)
             )
-            if ends:
+            if stops:
                 checkpointer.save(state, loader.state(), meta)
-                raise TrainingStopped(
-                    f"the run was told to end (SIGTERM). Step {step} is saved; the same command "
-                    "goes on from there."
+                raise Preempted(
+                    f"asked to stop (SIGTERM). Step {step} is saved; the same command resumes "
+                    "from there."
                 )
             if validates or saves or draws:
                 # Waiting for the device is training time: it comes before the clock of the pause.
@@ -156,7 +160,7 @@ def _what_counts(config: dict) -> dict:
     others started from is past. Nor does which kernel is used, or what the backward pass keeps; and
     how far a step goes may change, where it went too far.
     """
-    settings = to_dict(from_dict(config))
+    settings = to_dict(from_dict(config, Config))
     objective = {k: v for k, v in settings["objective"].items() if k != "init_from"}
     for part in (*objective.values(), settings["optim"]):
         if isinstance(part, dict):

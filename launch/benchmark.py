@@ -48,7 +48,8 @@ from absl import flags
 from flax import nnx
 
 from kontext_jax import cli, flow
-from kontext_jax.flops import chip_peak, training_flops
+from kontext_jax.chips import chip_of
+from kontext_jax.flops import training_flops
 from kontext_jax.geometry import GeometryConfig, position_ids
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.optim import OptimConfig, make_optimizer
@@ -436,7 +437,7 @@ def check(losses: dict[str, list[float]], tolerance: float) -> None:
 
 
 def report(case: Case, times: dict[str, list[float]]) -> None:
-    peak = chip_peak(jax.devices()[0].device_kind)
+    peak = chip_of(jax.devices()[0].device_kind).peak_flops
     ours = statistics.median(times["ours"])
     print(
         f"\n{'':10}{'median':>12}{'least':>12}{'quartiles':>11}{'TFLOP/s':>10}{'MFU':>8}{'ratio':>8}"

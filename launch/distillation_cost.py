@@ -35,7 +35,12 @@ from kontext_jax.models.t5 import T5Config, T5Encoder
 from kontext_jax.objectives.add import AddConfig
 from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.train_state import abstract_state, init_state, jit_train_step, make_optimizers
+from kontext_jax.training.train_state import (
+    abstract_state,
+    init_state,
+    jit_train_step,
+    make_optimizers,
+)
 
 
 def configs(size: int, rows: int) -> dict[str, Config]:

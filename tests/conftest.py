@@ -87,7 +87,8 @@ def random_network():
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory) -> Path:
     """A data set of 40 edits of 32 pixels to train on and 6 to validate."""
-    from kontext_jax.data import store, world
+    from kontext_jax.data import store
+    from kontext_jax.toy_data import world
 
     folder = tmp_path_factory.mktemp("data") / "world"
     splits = {"train": world.triples(40, split="train")}

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from kontext_jax import cli
-from kontext_jax.cells import Cell
 from kontext_jax.config import Config
-from kontext_jax.data.sets import SetConfig
 from kontext_jax.evaluate import EvalConfig
-from kontext_jax.provenance import read_provenance
+from kontext_jax.evaluation.sweep import Cell
+from kontext_jax.evaluation.tasks.sets import SetConfig
+from kontext_jax.sampling.provenance import read_provenance
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,8 +85,8 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
 
     config = tmp_path / "eval.py"
     config.write_text(
-        "from kontext_jax.cells import Cell\n"
-        "from kontext_jax.data.sets import SetConfig\n"
+        "from kontext_jax.evaluation.sweep import Cell\n"
+        "from kontext_jax.evaluation.tasks.sets import SetConfig\n"
         "from kontext_jax.evaluate import EvalConfig\n"
         "from kontext_jax.sampler import SamplerConfig\n"
         "def get_config():\n"

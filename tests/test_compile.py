@@ -14,8 +14,10 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from kontext_jax import cli, hlo
+from kontext_jax import cli
 from kontext_jax import compile as compiling
+from kontext_jax.chips import CHIPS
+from kontext_jax.compilation import hlo
 from kontext_jax.config import Config
 from kontext_jax.data import latents
 from kontext_jax.data.latents import Encoded, LatentsConfig, Settings
@@ -172,7 +174,7 @@ def test_the_report_adds_up():
 
 def test_the_roofline_names_its_limit(capsys):
     kind = "TPU v5 lite"
-    chip = compiling.CHIPS[kind]
+    chip = CHIPS[kind]
     cost = hlo.Cost(
         flops=197e12,
         bytes=0.5 * chip.memory_bandwidth,
@@ -180,7 +182,7 @@ def test_the_roofline_names_its_limit(capsys):
         opaque={"kernel": 2.0},
         unknown_loops=1,
     )
-    seconds, mfu = compiling.roofline(cost, 0.5 * 197e12, kind)
+    seconds, mfu = compiling.roofline(cost, 0.5 * 197e12, chip)
     assert seconds == {"compute": 1, "memory": 0.5, "links": 2}
     np.testing.assert_allclose(mfu, (0.25, 0.5 / 3.5))
     report = compiling.Report(

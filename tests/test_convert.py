@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kontext_jax import places, runs, sample
-from kontext_jax.checkpoint import CheckpointConfig
+from kontext_jax import sample
 from kontext_jax.config import Config, SheetConfig
 from kontext_jax.convert import convert
 from kontext_jax.data.packing import PackingConfig
@@ -20,6 +19,7 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.flow import TimeConfig
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.loading import locations, models
 from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
@@ -27,6 +27,7 @@ from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import train
+from kontext_jax.training.checkpoint import CheckpointConfig
 from kontext_jax.weights import export, files
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
@@ -41,7 +42,7 @@ NAMES = ("transformer", "autoencoder", "text_encoder", "clip")
 def config(pipeline_folder, world_folder) -> Config:
     """Fine-tuning of the whole pipeline's transformer; what Kontext from released weights looks
     like."""
-    readers = places.open_networks(pipeline_folder)
+    readers = locations.open_networks(pipeline_folder)
     place = str(pipeline_folder)
     settings = {
         name: dataclasses.replace(readers[name].config, dtype="float32", remat="none")
@@ -83,7 +84,7 @@ def run(config, tmp_path_factory) -> Path:
 
 
 def fingerprints(place: Path) -> dict[str, str]:
-    return {name: fingerprint_of(reader) for name, reader in places.open_networks(place).items()}
+    return {name: fingerprint_of(reader) for name, reader in locations.open_networks(place).items()}
 
 
 def test_every_layout_holds_the_same_bits(pipeline_folder, tmp_path):
@@ -114,7 +115,7 @@ def test_a_run_tells_where_its_weights_come_from(run, pipeline_folder, tmp_path)
     before = fingerprints(pipeline_folder)
     assert [n for n in NAMES if before[n] != said[n]] == ["transformer"]  # the rest is frozen
     convert(tmp_path / "diffusers", tmp_path / "orbax", "orbax")
-    record = places.open_network(tmp_path / "orbax", "transformer").record
+    record = locations.open_network(tmp_path / "orbax", "transformer").record
     assert record["step"] == 2 and record["params"] == "ema"
     assert record["fingerprint"] == said["transformer"]
     assert record["position_scheme"] == "offset" and record["geometry"]["sizes"] == [[32, 32]]
@@ -141,7 +142,7 @@ def test_a_cast_is_the_nearest_value(pipeline_folder, tmp_path):
     half = tmp_path / "half"
     convert(pipeline_folder, half, "diffusers", network="transformer", dtype="bfloat16")
     rounded, exact = (
-        places.open_network(place, "transformer") for place in (half, pipeline_folder)
+        locations.open_network(place, "transformer") for place in (half, pipeline_folder)
     )
     place = ("double_blocks/img_attn/qkv/kernel", 1)
     assert rounded.read(place).dtype == "bfloat16"
@@ -155,8 +156,8 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     lora = LoraConfig(rank=2, alpha=4.0, targets=("double_blocks/*", "single_blocks/linear1"))
     objective = dataclasses.replace(config.objective, lora=lora)
     train(dataclasses.replace(config, objective=objective), tmp_path / "lora")
-    base = places.open_network(config.objective.init_from.transformer, "transformer")
-    merged = places.open_network(tmp_path / "lora", "transformer")
+    base = locations.open_network(config.objective.init_from.transformer, "transformer")
+    merged = locations.open_network(tmp_path / "lora", "transformer")
     changed = {
         param.split("/")[0] + "/" + param.split("/")[-1]
         for param, layer in base.network.places(base.config)
@@ -165,12 +166,12 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     assert changed == {"double_blocks/kernel", "single_blocks/kernel"}
 
     convert(tmp_path / "lora", tmp_path / "file", "lora")
-    adapters, _, _ = places.load_adapters(tmp_path / "lora")
+    adapters, _, _ = locations.load_adapters(tmp_path / "lora")
     init_from = dataclasses.replace(objective.init_from, lora=str(tmp_path / "file"))
     going_on = dataclasses.replace(
         config, objective=dataclasses.replace(objective, init_from=init_from)
     )
-    initial = runs.load_initial(going_on, make_mesh(MeshConfig(), jax.devices()[:1]))
+    initial = models.load_initial(going_on, make_mesh(MeshConfig(), jax.devices()[:1]))
     for path, adapter in initial["model"]["lora"].items():
         np.testing.assert_array_equal(adapter.b, adapters[path].b)
 
@@ -186,16 +187,16 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     assert np.abs(by_file - merged).max() > 1
     pipeline, file = Path(config.objective.init_from.transformer), tmp_path / "file"
     convert(pipeline, tmp_path / "merged", "bfl", network="transformer", lora=file)
-    again = places.open_network(tmp_path / "merged", "transformer")
+    again = locations.open_network(tmp_path / "merged", "transformer")
     assert fingerprint_of(again) == fingerprint_of(
-        places.open_network(tmp_path / "lora", "transformer")
+        locations.open_network(tmp_path / "lora", "transformer")
     )
 
     def filled(**changes):
         other = dataclasses.replace(lora, **changes)
         changed = dataclasses.replace(objective, init_from=init_from, lora=other)
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        return runs.load_initial(dataclasses.replace(config, objective=changed), mesh)["model"]
+        return models.load_initial(dataclasses.replace(config, objective=changed), mesh)["model"]
 
     more = filled(rank=3)["lora"]["single_blocks/linear1"]
     part = adapters["single_blocks/linear1"]
@@ -211,8 +212,8 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
 @pytest.mark.slow
 def test_a_run_starts_from_its_weights_and_resumes(config, run, tmp_path):
     mesh = make_mesh(MeshConfig())
-    initial = runs.load_initial(config, mesh)["model"]["transformer"]
-    base = places.open_network(config.objective.init_from.transformer, "transformer")
+    initial = models.load_initial(config, mesh)["model"]["transformer"]
+    base = locations.open_network(config.objective.init_from.transformer, "transformer")
     place = ("single_blocks/linear1/kernel", 1)
     np.testing.assert_array_equal(initial.single_blocks.linear1.kernel[1], base.read(place))
     assert not initial.single_blocks.linear1.kernel[...].sharding.is_fully_replicated
@@ -259,7 +260,7 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
         init_from = FlowInit(transformer=str(folder), except_for=except_for)
         objective = dataclasses.replace(config.objective, init_from=init_from)
         changed = dataclasses.replace(config, objective=objective)
-        return runs.load_initial(changed, make_mesh(MeshConfig()))["model"]["transformer"]
+        return models.load_initial(changed, make_mesh(MeshConfig()))["model"]["transformer"]
 
     with pytest.raises(WeightsError, match="guidance_embed is False, not True"):
         initial()
@@ -274,7 +275,7 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
         fresh.guidance_in.in_layer.kernel[...],
         atol=1e-7,
     )
-    base = places.open_network(pipeline_folder, "transformer")
+    base = locations.open_network(pipeline_folder, "transformer")
     np.testing.assert_array_equal(network.img_in.kernel[...], base.read(("img_in/kernel", None)))
 
 
@@ -335,7 +336,7 @@ def test_a_network_that_looks_at_images_is_read_and_not_converted(random_network
     kind, config = FEATURE_NETWORKS["dino"], DinoConfig.tiny()
     network = random_network(lambda: kind.model(config, rngs=nnx.Rngs(0)))
     export.write_diffusers(ArrayReader(kind, network), tmp_path / "dino", {})
-    reader = places.open_network(tmp_path / "dino", "dino")
+    reader = locations.open_network(tmp_path / "dino", "dino")
     assert fingerprint_of(reader) == fingerprint(network)
     with pytest.raises(ValueError, match="dino holds a dino, which is part of no pipeline: use it"):
         convert(tmp_path / "dino", tmp_path / "out", "orbax")
@@ -345,7 +346,9 @@ def test_another_architecture_than_the_run_s_is_refused(config):
     transformer = dataclasses.replace(config.objective.transformer, depth=3, mlp_ratio=2.0)
     objective = dataclasses.replace(config.objective, transformer=transformer)
     with pytest.raises(WeightsError, match="depth is 2, not 3; mlp_ratio is 4.0, not 2.0"):
-        runs.load_initial(dataclasses.replace(config, objective=objective), make_mesh(MeshConfig()))
+        models.load_initial(
+            dataclasses.replace(config, objective=objective), make_mesh(MeshConfig())
+        )
 
 
 def test_a_pipeline_without_clip_has_a_null_for_it(pipeline_folder, tmp_path):

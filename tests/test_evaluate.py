@@ -23,36 +23,38 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kontext_jax import cli, judges, making
+from kontext_jax import cli
 from kontext_jax import evaluate as evaluate_module
-from kontext_jax import runs as runs_module
-from kontext_jax.cells import Cell
-from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
-from kontext_jax.config import Config, to_dict
+from kontext_jax.config import Config, LossConfig
 from kontext_jax.data.folder import load_image
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
-from kontext_jax.data.sets import Set, SetConfig, load_sets
 from kontext_jax.data.text import TextConfig
 from kontext_jax.evaluate import EvalConfig, evaluate
+from kontext_jax.evaluation import generation, judges
+from kontext_jax.evaluation.cell_folder import CellFolder
+from kontext_jax.evaluation.held_out_loss import MLPERF
+from kontext_jax.evaluation.sweep import Cell
+from kontext_jax.evaluation.tasks.sets import Set, SetConfig, load_sets
 from kontext_jax.geometry import GeometryConfig, resize, size_of
-from kontext_jax.losses import MLPERF, LossConfig
+from kontext_jax.loading import models
+from kontext_jax.loading.models import Model
 from kontext_jax.metrics.pixels import l1
 from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.objectives.flow_matching import FlowInit, networks_of
 from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.objectives.transformer import NetworksInit
-from kontext_jax.results import CellFolder
-from kontext_jax.runs import Model
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.settings import to_dict
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.train_state import TrainState
+from kontext_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from kontext_jax.training.train_state import TrainState
 from kontext_jax.types import Task
 from kontext_jax.weights import export
 from kontext_jax.weights.networks import NETWORKS
 from kontext_jax.weights.reading import ArrayReader
-from tests.data.miniature import write_miniature_kontext_bench
+from tests.evaluation.tasks.miniature import write_miniature_kontext_bench
 
 NAMES = ["teacher, 2 steps", "teacher & 1", "student & 1", "copy", "untrained"]
 
@@ -108,8 +110,8 @@ def patched(random_network, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "make_mesh", lambda config: mesh_of(1))
         patch.setattr(judges, "load_lite0", lambda mesh, config: network)
-        patch.setattr(runs_module, "identity_of", lambda networks: {})
-        patch.setattr(making, "identity_of", lambda networks: {})
+        patch.setattr(models, "identity_of", lambda networks: {})
+        patch.setattr(generation, "identity_of", lambda networks: {})
         yield
     jax.config.update("jax_compilation_cache_dir", old)
 
@@ -166,7 +168,7 @@ class Done(NamedTuple):
 @pytest.fixture(scope="module")
 def done(runs, tmp_path_factory) -> Done:
     loaded = []
-    load_model = making.load_model
+    load_model = generation.load_model
 
     def watched(place, mesh, params):
         loaded.append(place)
@@ -174,7 +176,7 @@ def done(runs, tmp_path_factory) -> Done:
 
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(making, "load_model", watched)
+        patch.setattr(generation, "load_model", watched)
         summary = evaluate(runs.config, folder, {"flow": 2.0})
     return Done(folder, summary, loaded)
 
@@ -236,14 +238,14 @@ def test_speed_is_told_with_compiling_apart(done):
 
 def test_a_turn_starts_from_the_picture_of_the_turn_before(runs, tmp_path, monkeypatch):
     given = {}
-    examples_of = making.examples_of
+    examples_of = generation.examples_of
 
     def watched(tasks, made, data):
         examples = examples_of(tasks, made, data)
         given.update((e.id, e.contexts[0]) for e in examples if e.contexts)
         return examples
 
-    monkeypatch.setattr(making, "examples_of", watched)
+    monkeypatch.setattr(generation, "examples_of", watched)
     config = dataclasses.replace(
         runs.config, cells=runs.config.cells[1:2], sets=runs.config.sets[1:], loss_sets=()
     )
@@ -257,14 +259,14 @@ def test_a_turn_starts_from_the_picture_of_the_turn_before(runs, tmp_path, monke
 
 def test_prompts_and_contexts_are_never_dropped(done, runs, tmp_path, monkeypatch):
     """Of a run that trained on examples without theirs: dropout left on would show."""
-    load_model = making.load_model
+    load_model = generation.load_model
 
     def dropping(place, mesh, params):
         model = load_model(place, mesh, params)
         data = dataclasses.replace(model.data, caption_dropout=1.0, context_dropout=1.0)
         return model._replace(data=data)
 
-    monkeypatch.setattr(making, "load_model", dropping)
+    monkeypatch.setattr(generation, "load_model", dropping)
     config = dataclasses.replace(
         runs.config, cells=runs.config.cells[1:2], sets=runs.config.sets[:1]
     )
@@ -317,7 +319,7 @@ def test_finished_it_samples_nothing_and_a_new_judge_looks_at_what_is_there(
 ):
     config = dataclasses.replace(runs.config, cells=runs.config.cells[1:2], loss_sets=())
     evaluate(config, tmp_path, {})
-    monkeypatch.setattr(making, "Generator", None)
+    monkeypatch.setattr(generation, "Generator", None)
     evaluate(config, tmp_path, {})
     config.judges = dataclasses.replace(config.judges, efflite0=False)
     summary = evaluate(config, tmp_path, {})
@@ -370,7 +372,7 @@ def test_a_record_tells_models_apart_by_how_their_networks_are_used(recipe):
     cell, tasks = Cell(name="x", checkpoint="x"), Set("edits", [], "0")
 
     def record(model: Model | None) -> dict:
-        return making.record_of(cell, tasks, model, 0)
+        return generation.record_of(cell, tasks, model, 0)
 
     time = dataclasses.replace(model.objective.time, shift="none")
     geometry = dataclasses.replace(data.geometry, position_scheme="index")
@@ -382,7 +384,9 @@ def test_a_record_tells_models_apart_by_how_their_networks_are_used(recipe):
     assert all(record(other) != record(model) for other in others)
     moved = dataclasses.replace(data, text=TextConfig(tokenizer="elsewhere"))
     assert record(model._replace(data=moved)) == record(model)
-    assert {k for k, v in record(None).items() if v != record(model)[k]} == set(making.OF_MODELS)
+    assert {k for k, v in record(None).items() if v != record(model)[k]} == set(
+        generation.OF_MODELS
+    )
 
 
 def test_pictures_are_judged_at_the_size_that_was_asked_for(tmp_path):
@@ -457,14 +461,14 @@ def test_losses_that_are_not_the_same_have_files_of_their_own(tmp_path):
 
 def not_numbers(monkeypatch) -> None:
     """What a run that diverged has in the place of its transformer's weights."""
-    load_model = making.load_model
+    load_model = generation.load_model
 
     def diverged(place, mesh, params):
         model = load_model(place, mesh, params)
         broken = jax.tree.map(lambda x: x * jnp.nan, model.networks["transformer"])
         return model._replace(networks=model.networks | {"transformer": broken})
 
-    monkeypatch.setattr(making, "load_model", diverged)
+    monkeypatch.setattr(generation, "load_model", diverged)
 
 
 def test_pictures_of_what_is_not_finite_are_refused(runs, tmp_path, monkeypatch):
@@ -622,11 +626,11 @@ def test_values_of_an_input_that_there_is_not_are_not_compared(runs, tmp_path, m
 @pytest.mark.parametrize("takes", [True, False])
 def test_a_place_says_whether_guidance_is_an_input(monkeypatch, takes):
     transformer = SimpleNamespace(config=SimpleNamespace(guidance_embed=takes))
-    monkeypatch.setattr(making, "open_network", lambda place, name, params: transformer)
-    assert making.takes_guidance(Cell(name="x", checkpoint="x")) is takes
+    monkeypatch.setattr(generation, "open_network", lambda place, name, params: transformer)
+    assert generation.takes_guidance(Cell(name="x", checkpoint="x")) is takes
     monkeypatch.undo()
     with pytest.raises(ValueError, match="cell 'x': There are no weights at "):
-        making.takes_guidance(Cell(name="x", checkpoint="no/where"))
+        generation.takes_guidance(Cell(name="x", checkpoint="no/where"))
 
 
 @pytest.mark.slow
@@ -722,10 +726,10 @@ KILLED = """
 import json
 import sys
 from pathlib import Path
-from kontext_jax import runs
-from kontext_jax.config import from_dict
 from kontext_jax.evaluate import EvalConfig, evaluate
-runs.identity_of = lambda networks: {}  # as the runs were saved
+from kontext_jax.loading import models
+from kontext_jax.settings import from_dict
+models.identity_of = lambda networks: {}  # as the runs were saved
 evaluate(from_dict(json.loads(sys.argv[1]), EvalConfig), Path(sys.argv[2]), {})
 """
 

@@ -14,12 +14,12 @@ from kontext_jax.config import Config, SheetConfig
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.geometry import GeometryConfig, resize
+from kontext_jax.loading.models import Model
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.objectives.ladd import LaddConfig
-from kontext_jax.provenance import read_provenance
-from kontext_jax.runs import Model
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sampling.provenance import read_provenance
 
 DATA = DataConfig(
     geometry=GeometryConfig(sizes=((16, 16), (32, 16), (16, 32)), pixels_per_token=8),

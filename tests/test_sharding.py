@@ -14,7 +14,7 @@ from kontext_jax import optim, sharding
 from kontext_jax.models import flux
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, batch_part, check_batch, make_mesh, spec
-from kontext_jax.train_state import TrainState, abstract_state, init_state, make_train_step
+from kontext_jax.training.train_state import TrainState, abstract_state, init_state, make_train_step
 
 # A large eps: Adam would else turn the rounding of a gradient near zero into a whole step.
 OPTIM = OptimConfig(learning_rate=0.1, warmup_steps=0, eps=1e-3, ema_decay=0.5)

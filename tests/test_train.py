@@ -18,26 +18,29 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from kontext_jax import train as train_module
-from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
-from kontext_jax.config import Config, SheetConfig, ValidationConfig, to_dict
-from kontext_jax.data import store, world
+from kontext_jax.config import Config, SheetConfig, ValidationConfig
+from kontext_jax.data import store
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
 from kontext_jax.data.text import TextConfig
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.loading.locations import load_config, open_network
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.places import load_config, open_network
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.settings import to_dict
+from kontext_jax.toy_data import world
 from kontext_jax.train import train
-from kontext_jax.train_state import TrainState
-from kontext_jax.watch import AHEAD, TrainingStopped
+from kontext_jax.training.checkpoint import CheckpointConfig, Checkpointer
+from kontext_jax.training.preemption import MAX_STEPS_AHEAD, Preempted
+from kontext_jax.training.telemetry import TrainingStopped
+from kontext_jax.training.train_state import TrainState
+from kontext_jax.training.writer import Writer
 from kontext_jax.weights.fingerprint import fingerprint_of
-from kontext_jax.writer import Writer
 from tests.logs import timeless
 
 
@@ -273,7 +276,7 @@ def test_a_run_that_is_told_to_end_saves_its_step(world_folder, tmp_path, monkey
     read, reads, told = Loader.__next__, iter(range(1, 9)), []
 
     def ending(loader):
-        if next(reads) == 4 - AHEAD:
+        if next(reads) == 4 - MAX_STEPS_AHEAD:
             os.kill(os.getpid(), signal.SIGTERM)
         return read(loader)
 
@@ -281,7 +284,7 @@ def test_a_run_that_is_told_to_end_saves_its_step(world_folder, tmp_path, monkey
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Loader, "__next__", ending)
-            with pytest.raises(TrainingStopped, match="told to end .*Step 4 is saved; the same"):
+            with pytest.raises(Preempted, match="asked to stop .*Step 4 is saved; the same"):
                 train(config, tmp_path / "ended")
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
@@ -318,11 +321,12 @@ import jax
 jax.distributed.initialize(os.environ["ADDRESS"], 2, int(os.environ["PROCESS"]))
 from pathlib import Path
 from kontext_jax import cli, train
-from kontext_jax.config import from_dict
-from kontext_jax.watch import TrainingStopped
+from kontext_jax.config import Config
+from kontext_jax.settings import from_dict
+from kontext_jax.training.preemption import Preempted
 try:
-    train.train(from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]))
-except TrainingStopped as stopped:
+    train.train(from_dict(json.loads(sys.argv[1]), Config), Path(sys.argv[2]))
+except Preempted as stopped:
     sys.exit(str(stopped))
 """
 

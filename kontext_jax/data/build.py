@@ -16,8 +16,9 @@ from typing import NamedTuple
 from absl import flags
 
 from kontext_jax import cli
-from kontext_jax.data import emoji, folder, store, world
+from kontext_jax.data import folder, store
 from kontext_jax.data.sources import TripleSource
+from kontext_jax.toy_data import emoji, world
 from kontext_jax.types import Triple
 
 REPORT_EVERY = 5.0  # seconds

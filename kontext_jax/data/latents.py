@@ -17,14 +17,13 @@ zip archive of an .npz takes longer to open than the record to read. The last re
 example but the file's part of the .npz, so that a file that is complete needs no other.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,9 @@ from jaxtyping import Shaped, UInt32
 
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.data.text import TextConfig
+from kontext_jax.files import atomic_path, short_digest, write_text
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.settings import Settings, check_least
 from kontext_jax.types import Latents
 
 DTYPE = np.dtype(ml_dtypes.bfloat16)
@@ -46,7 +47,7 @@ COMMAND = "`python -m kontext_jax.encode --config=...`"
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class LatentsConfig:
+class LatentsConfig(Settings):
     """Latents in place of pixels, and a teacher's samples in place of some of the targets.
 
     Attributes:
@@ -69,8 +70,7 @@ class LatentsConfig:
             raise ValueError(f"latents.samples {self.samples} is a share: give 0 to 1.")
         if self.samples and not self.path:
             raise ValueError("latents.samples needs a store to read them from: set latents.path.")
-        if self.num_steps < 1:
-            raise ValueError(f"latents.num_steps {self.num_steps} must be at least 1.")
+        check_least(self, "latents.", num_steps=1)
 
     def sampling(self) -> dict[str, Any]:
         """The settings that decide what the samples look like."""
@@ -144,7 +144,7 @@ class Meta:
     def fingerprint(self) -> str:
         """Identity of the store's contents."""
         text = json.dumps([dataclasses.asdict(self.settings), self.digest], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return short_digest(text)
 
     @classmethod
     def load(cls, path: Path) -> "Meta":
@@ -333,7 +333,7 @@ def write_chunk(path: Path, examples: Iterable[Encoded | None]) -> None:
       examples: consumed lazily; None is one that could not be read.
     """
     ids, checksums, unreadable = [], [], 0
-    with whole_or_nothing(path) as temporary:
+    with atomic_path(path, shared=False) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
             for example in examples:
@@ -376,7 +376,10 @@ def finish(folder: os.PathLike | str, settings: Settings, channels: int, num_chu
         np.array([example_id for part in parts for example_id in part["ids"]], np.str_),
         np.array([checksum for part in parts for checksum in part["checksums"]], np.uint32),
     )
-    with whole_or_nothing(index_path(folder, split)) as temporary, temporary.open("wb") as file:
+    with (
+        atomic_path(index_path(folder, split), shared=False) as temporary,
+        temporary.open("wb") as file,
+    ):
         np.savez_compressed(file, **index._asdict())
     meta = Meta(
         settings=settings,
@@ -450,19 +453,4 @@ def plain(value) -> Any:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON file, all of it or nothing."""
-    with whole_or_nothing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, which takes its name at the end, and is gone otherwise.
-
-    What a process that was killed leaves there, the next one writes over.
-    """
-    temporary = path.with_name(f".incomplete-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kontext_jax.geometry import GeometryConfig, Size, num_tokens
+from kontext_jax.settings import Settings
 
 OPEN_ROWS = 256  # candidates for best fit; more gains nothing measurable
 SLOT_SLACK = 1.25  # room for images of a size in a row, as a multiple of the mean
@@ -26,7 +27,7 @@ WINDOW = 64  # examples sorted by size at a time: large ones first pack better, 
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class PackingConfig:
+class PackingConfig(Settings):
     """Capacity of a row.
 
     Attributes:

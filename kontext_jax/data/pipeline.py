@@ -35,7 +35,7 @@ from kontext_jax.geometry import (
     position_ids,
     size_of,
 )
-from kontext_jax.ranges import check_least
+from kontext_jax.settings import Settings, check_least
 from kontext_jax.types import Batch, Example, Latents, Prompts, Triple
 
 ENDLESS = 2**40  # rows; Grain wants a length
@@ -44,7 +44,7 @@ MIN_SEEN = 1000  # records after which the share of unreadable ones means someth
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class DataConfig:
+class DataConfig(Settings):
     """What to read and how to feed it.
 
     Attributes:

@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import pickle
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -75,7 +74,10 @@ def write(
         raise ValueError(f"num_shards is {num_shards}; it must be at least 1.")
     _check_names(splits)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary_sibling(output) as folder:
+    # On the disk of `output`, so that a rename suffices.
+    prefix = f".{output.name}.incomplete-"
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as name:
+        folder = pathlib.Path(name)
         seen: set[str] = set()
         spools = {
             split: _spool(_encode_all(split, triples, seen), folder / f"{split}.spool")
@@ -211,13 +213,3 @@ def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
     # Against the default level: a third of the time, for a tenth more bytes.
     Image.fromarray(image).save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()
-
-
-@contextlib.contextmanager
-def _temporary_sibling(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder on the disk of `output`, so that a rename suffices; gone afterwards in any case."""
-    folder = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.incomplete-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)

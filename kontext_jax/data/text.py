@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from kontext_jax.settings import Settings
+
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class TextConfig:
+class TextConfig(Settings):
     """How prompts become token ids.
 
     FLUX itself: the folders of its two tokenizers, ``max_tokens=512`` and ``pad=True``.

@@ -16,20 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 from kontext_jax import sharding
 from kontext_jax.models.layers import ATTENTION
 from kontext_jax.models.splash import LANES, splash_attention
+from kontext_jax.settings import check_choice
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 
 _QUERIES, _KEYS = "batch seq act_heads act_head_dim", "batch act_kv_seq act_heads act_head_dim"
-
-
-def check_kernel(kernel: str) -> None:
-    """Refuses names that are not among ``KERNELS``.
-
-    Raises:
-      ValueError: it is none of them.
-    """
-    if kernel not in KERNELS:
-        raise ValueError(f"attention {kernel!r} is not one of {', '.join(KERNELS)}.")
 
 
 def attention(
@@ -61,7 +52,7 @@ def attention(
       ValueError: the kernel is not known or cannot do this.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_kernel(kernel)
+    check_choice("attention", kernel, KERNELS)
     plain = bias is None and not causal
     if kernel == "auto":
         kernel = choose(q) if plain else "xla"

@@ -18,7 +18,8 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Key, UInt8
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import Linear, check_remat, remat
+from kontext_jax.models.layers import Linear, remat
+from kontext_jax.settings import Settings, check_choices
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
 
@@ -28,7 +29,7 @@ lecun = initializers.lecun_normal()
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Settings):
     """Sizes of the autoencoder; the defaults are FLUX.1's.
 
     Attributes:
@@ -61,7 +62,7 @@ class AutoencoderConfig:
             raise ValueError(
                 f"channels {self.channels} does not divide into num_groups {self.num_groups}."
             )
-        check_remat(self.remat, ("full", "none"))
+        check_choices(self, remat=("full", "none"))
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import LayerNorm, Linear, check_remat, remat, stack
+from kontext_jax.models.layers import REMAT_POLICIES, LayerNorm, Linear, remat, stack
+from kontext_jax.settings import Settings, check_choices
 from kontext_jax.sharding import constrain
 
 EPSILON = 1e-5
@@ -25,7 +26,7 @@ EPSILON = 1e-5
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class ClipConfig:
+class ClipConfig(Settings):
     """Sizes of the encoder; the defaults are those of CLIP ViT-L/14's text model, FLUX's.
 
     Attributes:
@@ -56,7 +57,7 @@ class ClipConfig:
             )
         if not 0 <= self.eos_id < self.vocab_size:
             raise ValueError(f"eos_id {self.eos_id} is not below vocab_size {self.vocab_size}.")
-        check_remat(self.remat)
+        check_choices(self, remat=REMAT_POLICIES)
 
     @classmethod
     def large(cls, **kwargs) -> "ClipConfig":

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from kontext_jax.models.clip import EPSILON, ClipBlock, ClipConfig, ClipText
 from kontext_jax.models.features import Features, standardise
 from kontext_jax.models.layers import LayerNorm, Linear, remat, stack
+from kontext_jax.settings import Settings
 from kontext_jax.sharding import constrain
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -26,7 +27,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class ClipVisionConfig:
+class ClipVisionConfig(Settings):
     """Sizes of the image encoder; the defaults are those of CLIP ViT-B/32.
 
     Attributes:
@@ -186,7 +187,7 @@ def middle_square(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class ClipPairConfig:
+class ClipPairConfig(Settings):
     """Sizes of a whole CLIP; the projections of both encoders are as wide as ``vision`` says."""
 
     text: ClipConfig

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float
 
 from kontext_jax.models.attention import attention
 from kontext_jax.models.features import Features, check_taps, standardise
-from kontext_jax.models.layers import LayerNorm, Linear, check_remat, remat, stack
+from kontext_jax.models.layers import REMAT_POLICIES, LayerNorm, Linear, remat, stack
+from kontext_jax.settings import Settings, check_choices
 from kontext_jax.sharding import constrain
 
 PATCH = 14
@@ -39,7 +40,7 @@ init = initializers.truncated_normal(0.02)
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class DinoConfig:
+class DinoConfig(Settings):
     """Sizes of the network; the defaults are ViT-S/14's.
 
     Attributes:
@@ -74,7 +75,7 @@ class DinoConfig:
             if size < PATCH or size % PATCH:
                 raise ValueError(f"{name} {size} must be a multiple of a patch's {PATCH} pixels.")
         check_taps(self.taps, self.num_layers)
-        check_remat(self.remat)
+        check_choices(self, remat=REMAT_POLICIES)
 
     @classmethod
     def vits14(cls, **kwargs) -> "DinoConfig":

@@ -40,6 +40,7 @@ from kontext_jax.models.layers import (
     stack,
     timestep_embedding,
 )
+from kontext_jax.settings import Settings, check_least
 from kontext_jax.types import Tokens
 
 NEIGHBOURS = 9
@@ -47,7 +48,7 @@ NEIGHBOURS = 9
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class HeadsConfig:
+class HeadsConfig(Settings):
     """The heads.
 
     Attributes:
@@ -61,8 +62,7 @@ class HeadsConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
-        if self.tap_every < 1:
-            raise ValueError(f"tap_every {self.tap_every} must be at least 1.")
+        check_least(self, tap_every=1)
 
 
 class Head(nnx.Module):

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from kontext_jax.models.features import Features, check_taps, standardise
 from kontext_jax.models.layers import Linear
+from kontext_jax.settings import Settings
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 """Of colours in [0, 1], as the Lite networks were trained; the others of the family differ."""
@@ -45,7 +46,7 @@ class Stage(NamedTuple):
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class EfficientNetConfig:
+class EfficientNetConfig(Settings):
     """Sizes of the network; the defaults are EfficientNet-Lite0's.
 
     Attributes:

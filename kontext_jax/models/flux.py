@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kontext_jax.models.attention import attention, check_kernel
+from kontext_jax.models.attention import KERNELS, attention
 from kontext_jax.models.layers import (
+    REMAT_POLICIES,
     Linear,
     MLPEmbedder,
     Modulation,
     QKNorm,
     apply_rope,
-    check_remat,
     modulate,
     per_token,
     remat,
@@ -33,6 +33,7 @@ from kontext_jax.models.layers import (
     timestep_embedding,
     zeros,
 )
+from kontext_jax.settings import Settings, check_choices
 from kontext_jax.sharding import constrain, platform
 
 TIME_EMBED_DIM = 256
@@ -65,7 +66,7 @@ NO_TAPS = Taps(None, None, None)
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class FluxConfig:
+class FluxConfig(Settings):
     """Sizes of the transformer; the defaults are FLUX.1 [dev] and Kontext [dev].
 
     Attributes:
@@ -121,8 +122,7 @@ class FluxConfig:
                 f"axes_dim {self.axes_dim} must be even numbers that add up to the head's "
                 f"{self.head_dim} channels (hidden_size / num_heads)."
             )
-        check_remat(self.remat)
-        check_kernel(self.attention)
+        check_choices(self, remat=REMAT_POLICIES, attention=KERNELS)
 
     @property
     def head_dim(self) -> int:

@@ -21,13 +21,14 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from kontext_jax.models.features import Features
+from kontext_jax.settings import Settings
 
 MIN_SIZE = 75
 """Pixels a side; of fewer the last block's inputs would be empty."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class InceptionConfig:
+class InceptionConfig(Settings):
     """Sizes of the network; the defaults are FID's: 21,768,352 parameters with the norms folded.
 
     Attributes:

@@ -10,7 +10,6 @@ rotary angles (on the host, in float64), time embeddings.
 
 import functools
 import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -134,16 +133,6 @@ def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
     """Makes ``num_blocks`` blocks as one module whose arrays have a leading layer axis."""
     keys = jax.random.split(rngs.params(), num_blocks)
     return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
-
-
-def check_remat(policy: str, policies: Sequence[str] = REMAT_POLICIES) -> None:
-    """Refuses names that are not among ``policies``.
-
-    Raises:
-      ValueError: it is none of them.
-    """
-    if policy not in policies:
-        raise ValueError(f"remat {policy!r} is not one of {', '.join(policies)}.")
 
 
 def remat(block, policy: str):

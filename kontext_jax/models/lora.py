@@ -21,13 +21,14 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from kontext_jax.models.layers import Linear, LowRank, stack
+from kontext_jax.settings import Settings
 
 Adapters = dict[str, LowRank]
 """Path of a linear map -> its adapter."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Which linear maps are adapted, and how much.
 
     The default targets are those of diffusers' ``train_dreambooth_lora_flux_kontext.py``:

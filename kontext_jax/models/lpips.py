@@ -22,6 +22,8 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float
 
+from kontext_jax.settings import Settings, check_choices
+
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """ImageNet's, rounded, of colours in [-1, 1]."""
 
@@ -80,7 +82,7 @@ TRUNKS = {
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class LpipsConfig:
+class LpipsConfig(Settings):
     """The network.
 
     Attributes:
@@ -92,8 +94,7 @@ class LpipsConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.net not in TRUNKS:
-            raise ValueError(f"net {self.net!r} is not one of {', '.join(TRUNKS)}.")
+        check_choices(self, net=TRUNKS)
 
 
 class Lpips(nnx.Module):

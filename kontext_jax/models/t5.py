@@ -21,12 +21,13 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax.models.attention import attention
-from kontext_jax.models.layers import Linear, RMSNorm, check_remat, remat, stack
+from kontext_jax.models.layers import REMAT_POLICIES, Linear, RMSNorm, remat, stack
+from kontext_jax.settings import Settings, check_choices
 from kontext_jax.sharding import constrain
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class T5Config:
+class T5Config(Settings):
     """Sizes of the encoder; the defaults are T5 v1.1 XXL, FLUX's.
 
     Attributes:
@@ -61,7 +62,7 @@ class T5Config:
                 f"relative_attention_num_buckets {buckets} must be a multiple of 4, and "
                 f"relative_attention_max_distance {distance} more than a quarter of it."
             )
-        check_remat(self.remat)
+        check_choices(self, remat=REMAT_POLICIES)
 
     @classmethod
     def xxl(cls, **kwargs) -> "T5Config":

@@ -43,6 +43,7 @@ from kontext_jax.objectives.transformer import (
     inputs_at,
     target_membership,
 )
+from kontext_jax.settings import check_choices
 from kontext_jax.types import Batch
 
 FEATURES = {"dino": Dino, "efficientnet": EfficientNet}
@@ -91,8 +92,7 @@ class AddConfig(StudentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.features not in FEATURES:
-            raise ValueError(f"features {self.features!r} is not one of {', '.join(FEATURES)}.")
+        check_choices(self, features=FEATURES)
 
 
 class Targets(NamedTuple):

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
 from kontext_jax.objectives import Sums
+from kontext_jax.settings import Settings
 from kontext_jax.types import Batch
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class AutoencoderInit:
+class AutoencoderInit(Settings):
     """Where the initial weights come from; the places are those of ``FlowInit``.
 
     Attributes:
@@ -33,7 +34,7 @@ class AutoencoderInit:
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class AutoencoderObjectiveConfig:
+class AutoencoderObjectiveConfig(Settings):
     """The network and the weight of its regularisation.
 
     Attributes:

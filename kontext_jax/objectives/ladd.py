@@ -45,9 +45,8 @@ from kontext_jax.objectives.transformer import (
     per_example,
     target_membership,
 )
+from kontext_jax.settings import check_choices, check_least
 from kontext_jax.types import Batch, Tokens
-
-ADVERSARIAL = ("hinge", "non_saturating")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -76,12 +75,8 @@ class LaddConfig(StudentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.adversarial not in ADVERSARIAL:
-            raise ValueError(
-                f"adversarial {self.adversarial!r} is not one of {', '.join(ADVERSARIAL)}."
-            )
-        if self.student_every < 1:
-            raise ValueError(f"student_every {self.student_every} must be at least 1.")
+        check_choices(self, adversarial=("hinge", "non_saturating"))
+        check_least(self, student_every=1)
 
 
 class Ladd:

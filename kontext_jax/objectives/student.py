@@ -16,11 +16,12 @@ from kontext_jax.models.flux import Flux
 from kontext_jax.objectives.transformer import NetworksConfig, inputs_at
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.settings import Settings
 from kontext_jax.types import Tokens
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class StudentTimes:
+class StudentTimes(Settings):
     """At which times a student learns to make an image in one call.
 
     Attributes:

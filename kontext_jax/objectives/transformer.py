@@ -14,13 +14,12 @@ from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, pool
 from kontext_jax.objectives import Network
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.settings import Settings, check_choices
 from kontext_jax.types import Batch, Tokens
-
-POOLED = ("clip", "mean", "zeros")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class NetworksInit:
+class NetworksInit(Settings):
     """Where each network's weights come from.
 
     A place is the workdir of a run, a diffusers pipeline or a network's folder in it, a single
@@ -41,7 +40,7 @@ class NetworksInit:
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
-class NetworksConfig:
+class NetworksConfig(Settings):
     """The networks, and how they are conditioned.
 
     Attributes:
@@ -59,8 +58,7 @@ class NetworksConfig:
     guidance: float = 1.0
 
     def __post_init__(self):
-        if self.pooled not in POOLED:
-            raise ValueError(f"pooled {self.pooled!r} is not one of {', '.join(POOLED)}.")
+        check_choices(self, pooled=("clip", "mean", "zeros"))
         d_model = self.text_encoder.d_model
         widths = [("context_in_dim", d_model, "text_encoder.d_model")]
         if self.pooled == "mean":

@@ -11,9 +11,10 @@ from pathlib import Path
 from flax import nnx
 from jax.sharding import Mesh
 
+from kontext_jax.files import sha256_of
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
-from kontext_jax.names import named_leaves
-from kontext_jax.weights.files import WeightsError, sha256_of
+from kontext_jax.tree_paths import named_leaves
+from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.loading import NORM, lay_out, with_norm
 from kontext_jax.weights.torch_legacy import read_tensors
 

@@ -4,7 +4,6 @@ The format: eight bytes with the length of the header, the header as JSON (name 
 place in what follows), and the tensors' bytes.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,12 +30,6 @@ PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 class WeightsError(ValueError):
     """Weights that are not what they should be; the message says which and why."""
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, as 64 digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Entry(NamedTuple):

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt32
 
-from kontext_jax.names import named_leaves
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.reading import Reader
 
 SEEDS = (0x9E3779B9, 0x7F4A7C15)

@@ -13,9 +13,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from kontext_jax.files import sha256_of
 from kontext_jax.models.inception import Inception, InceptionConfig
-from kontext_jax.names import named_leaves
-from kontext_jax.weights.files import WeightsError, sha256_of
+from kontext_jax.tree_paths import named_leaves
+from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.loading import NORM, lay_out, read_file, with_norm
 
 URL = (

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import shardings_of
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.files import TensorFiles, WeightsError
 from kontext_jax.weights.networks import architecture
 from kontext_jax.weights.reading import Reader

@@ -10,9 +10,7 @@ is alpha / rank, and alpha is no tensor: the file's metadata has it, among the f
 import functools
 import json
 import math
-import os
 import re
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ import jax
 import numpy as np
 from safetensors import safe_open
 
+from kontext_jax.files import atomic_path
 from kontext_jax.models import lora
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.layers import LowRank
@@ -83,14 +82,9 @@ def write_lora(
         raise ValueError("There are no adapters to write.")
     adapters = _on_host(adapters, config)
     file = path if path.suffix == ".safetensors" else path / FILE_NAME
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".incomplete-{uuid.uuid4().hex}")
-    try:
+    with atomic_path(file) as temporary:
         write_file(temporary, _tensors(adapters, config), _metadata(adapters, config, record))
         _check_copy(adapters, read_lora(temporary, config))
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _on_host(adapters: Adapters, config: FluxConfig) -> Adapters:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig
-from kontext_jax.names import named_leaves
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.loading import lay_out, read_file
 

@@ -12,7 +12,7 @@ from kontext_jax.models.clip import ClipConfig, ClipText
 from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, T5Encoder
-from kontext_jax.names import named_leaves
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import autoencoder, clip, dino, flux, t5
 from kontext_jax.weights.table import Place, Table, in_layer_order
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from kontext_jax.names import named_leaves
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.files import DTYPES, TensorFiles, WeightsError
 from kontext_jax.weights.networks import ALL_NETWORKS, NETWORKS, Network
 from kontext_jax.weights.table import Place, Table

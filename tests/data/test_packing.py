@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kontext_jax.data import emoji
 from kontext_jax.data.packing import PackingConfig, Plan, Shape, size_key
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.toy_data import emoji
 
 SIZES = ((32, 32), (48, 32), (32, 64))
 GEOMETRY = GeometryConfig(sizes=SIZES, pixels_per_token=8)

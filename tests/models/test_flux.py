@@ -15,11 +15,11 @@ from kontext_jax.models.clip import ClipConfig, ClipText
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.t5 import T5Config, T5Encoder
-from kontext_jax.names import by_name
 from kontext_jax.objectives.flow_matching import FlowMatching, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
-from kontext_jax.train_state import abstract_state, make_train_step
+from kontext_jax.training.train_state import abstract_state, make_train_step
+from kontext_jax.tree_paths import by_name
 from kontext_jax.types import Batch
 
 SIZES = dict(

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig, _unit
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import RULES
+from kontext_jax.tree_paths import named_leaves
 
 LAYERS = {  # of torchvision: channels of a convolution and its ReLU, "M" a pool, "-" a tap
     "alex": [64, "-", "M", 192, "-", "M", 384, "-", 256, "-", 256, "-"],

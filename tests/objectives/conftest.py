@@ -13,7 +13,7 @@ from kontext_jax.encoders import encode_images
 from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.train_state import TrainState, make_train_step
+from kontext_jax.training.train_state import TrainState, make_train_step
 from kontext_jax.types import Tokens
 
 

@@ -22,7 +22,7 @@ from kontext_jax.objectives.ladd import Ladd
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.train_state import init_state, make_optimizers, make_train_step
+from kontext_jax.training.train_state import init_state, make_optimizers, make_train_step
 from kontext_jax.types import Batch
 
 MODES, RADIUS, SD = 8, 2.0, 0.08

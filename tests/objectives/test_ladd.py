@@ -18,7 +18,7 @@ from kontext_jax.objectives.transformer import lengths_of, target_membership
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
-from kontext_jax.train_state import (
+from kontext_jax.training.train_state import (
     abstract_state,
     init_state,
     jit_train_step,

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from kontext_jax.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.config import Config, SheetConfig
 from kontext_jax.convert import convert
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.geometry import GeometryConfig
+from kontext_jax.loading.locations import load_config, open_network
+from kontext_jax.loading.models import load_frozen, load_initial, load_model, teacher_time
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
@@ -23,10 +24,9 @@ from kontext_jax.objectives.guidance import GuidanceConfig
 from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.optim import OptimConfig
-from kontext_jax.places import load_config, open_network
-from kontext_jax.runs import load_frozen, load_initial, load_model, teacher_time
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import train
+from kontext_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
 from tests.logs import timeless
 

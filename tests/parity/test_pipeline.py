@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kontext_jax import flow, places, runs, sample
+from kontext_jax import flow, sample
 from kontext_jax.convert import convert
 from kontext_jax.data.text import TextConfig, Tokenizer
-from kontext_jax.evaluator import Generator
 from kontext_jax.geometry import KONTEXT_SIZES, Size, fit, nearest_size, size_of
+from kontext_jax.loading import locations, models
 from kontext_jax.models.autoencoder import pack_latents, to_pixels, unpack_latents
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sampler import sample as integrate
+from kontext_jax.sampling.generator import Generator
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Tokens, unprompted
 from kontext_jax.weights.export import write_diffusers
@@ -63,7 +64,7 @@ def recorded(pipeline_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     shutil.copytree(pipeline_folder, folder / "recorded")
     shutil.rmtree(folder / "recorded" / "transformer")
-    transformer = places.open_network(pipeline_folder, "transformer")
+    transformer = locations.open_network(pipeline_folder, "transformer")
     write_diffusers(transformer, folder / "recorded" / "transformer", RECORD)
     convert(folder / "recorded", folder / "bfl", "bfl")
     convert(folder / "bfl", folder / "orbax", "orbax")
@@ -134,7 +135,7 @@ def make_here(
 ) -> Made:
     """By the functions that `sample.generate` calls, looking at what lies between them."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = runs.load_model(folder, mesh, dtype="float32")
+    model = models.load_model(folder, mesh, dtype="float32")
     example = sample._example(PROMPT, contexts, init, size, model.data)
     data = sample._room_for(example, model.data)
     generator = Generator([example], data, model.objective, sampler, mesh, SEED)

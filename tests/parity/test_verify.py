@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from kontext_jax import places
 from kontext_jax.convert import convert
+from kontext_jax.loading import locations
 from kontext_jax.weights import flux
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.networks import NETWORKS
@@ -29,7 +29,7 @@ LINE = re.compile(r"(\w+): PyTorch and JAX agree to (\S+) of outputs up to (\S+)
 
 
 def lines(output) -> list[str]:
-    return list(verify.verify(output, places.open_networks(output)))
+    return list(verify.verify(output, locations.open_networks(output)))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_tensor_of_another_name_is_found(pipeline_folder, tmp_path, swapped_na
 
 def test_another_function_is_found(pipeline_folder):
     """Rotary angles that are a little slower."""
-    readers = places.open_networks(pipeline_folder / "transformer")
+    readers = locations.open_networks(pipeline_folder / "transformer")
     reader = readers["transformer"]
     reader.config = dataclasses.replace(reader.config, theta=9000.0)
     with pytest.raises(WeightsError, match=r"differs by \S+ where the largest is"):
@@ -86,7 +86,7 @@ def test_another_function_is_found(pipeline_folder):
 def test_files_that_pytorch_would_fill_up_are_refused(pipeline_folder, tmp_path):
     """An embedding of guidance that is there, and that the config does not speak of."""
     folder = shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
-    readers = places.open_networks(folder)
+    readers = locations.open_networks(folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"guidance_embeds": False}))
     with pytest.raises(WeightsError, match="not find itself in .*: unexpected_keys .*guidance"):

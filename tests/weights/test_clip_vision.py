@@ -14,8 +14,8 @@ from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.models.autoencoder import to_pixels
 from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.clip_vision import ClipPair, ClipPairConfig, ClipVisionConfig
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.clip_vision import NETWORK, from_json, known_as, load_clip
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.reading import ArrayReader

@@ -14,8 +14,8 @@ from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.models.autoencoder import to_pixels
 from kontext_jax.models.efficientnet import EfficientNetConfig
 from kontext_jax.models.features import pooled_features
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import efficientnet
 from kontext_jax.weights.efficientnet import load, load_lite0
 from kontext_jax.weights.files import WeightsError

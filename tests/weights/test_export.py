@@ -12,12 +12,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from kontext_jax.names import by_name, named_leaves
+from kontext_jax.tree_paths import by_name, named_leaves
 from kontext_jax.weights.export import check_copy, write_bfl, write_diffusers, write_orbax
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.networks import NETWORKS, architecture
 from kontext_jax.weights.reading import ArrayReader, OrbaxReader, open_file, open_folder
-from tests.test_checkpoint import stored_chunks
+from tests.training.test_checkpoint import stored_chunks
 from tests.weights.small import CONFIGS, assert_same, reader_of, tensors_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
 from kontext_jax.weights.loading import load

@@ -10,8 +10,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from kontext_jax.models.inception import Inception, InceptionConfig
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import inception
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.inception import FID_SHA256, URL, is_fid, load_inception

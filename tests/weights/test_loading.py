@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.loading import check_same, load
 from kontext_jax.weights.networks import ALL_NETWORKS

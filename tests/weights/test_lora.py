@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from kontext_jax.models import lora
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.lora import LoraConfig
-from kontext_jax.names import named_leaves
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import lora as lora_files
 from kontext_jax.weights.export import write_diffusers
 from kontext_jax.weights.files import NewTensor, TensorFiles, WeightsError

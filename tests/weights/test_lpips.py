@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kontext_jax.names import named_leaves
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import lpips
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.lpips import load_lpips

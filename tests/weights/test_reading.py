@@ -12,7 +12,7 @@ from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
-from kontext_jax.names import named_leaves
+from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import autoencoder, clip, dino, flux
 from kontext_jax.weights.export import write_bfl, write_orbax
 from kontext_jax.weights.files import WeightsError

@@ -1,0 +1,293 @@
+"""The state of a run, and the one step that moves it on."""
+
+import functools
+from collections.abc import Callable
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from kontext_jax.objectives import Network, Objective
+from kontext_jax.optim import OptimConfig, ema_decay_at, last_learning_rate, make_optimizer
+from kontext_jax.sharding import shardings_of
+from kontext_jax.types import Batch, Metrics
+
+
+@no_type_check  # trees of its structure also hold shapes and shardings
+@struct.dataclass
+class TrainState:
+    """All that changes in a run. Randomness is no part of it: keys are made from seed and step.
+
+    Attributes:
+      step: steps taken, skipped ones included.
+      skipped: steps without an example, or whose loss or gradient was not finite, and which changed
+        no parameter.
+      skipped_in_a_row: how many of these were the last steps, one after the other.
+      params, opt_state, ema: by player.
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+    params: dict[str, Network]
+    opt_state: dict[str, optax.OptState]
+    ema: dict[str, Network]
+
+
+def abstract_state(
+    objective: Objective, optimizers: dict[str, optax.GradientTransformation], mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """Shapes and shardings of a state, without computing anything."""
+    state = jax.eval_shape(lambda: _new_state(objective, optimizers, jax.random.key(0)))
+    return state, shardings_of(state, mesh)
+
+
+def init_state(
+    objective: Objective,
+    optimizers: dict[str, optax.GradientTransformation],
+    mesh: Mesh,
+    seed: int,
+    initial: dict[str, dict[str, Network]] | None = None,
+) -> TrainState:
+    """A new state, every leaf of it made where it will live.
+
+    Args:
+      objective, optimizers: by player.
+      mesh: where it goes.
+      seed: of the new networks.
+      initial: networks that are not to be new, by player and name; used up.
+    """
+    # Shardings must be asked for: `jit(optimizer.init)` alone leaves the moments replicated.
+    _, shardings = abstract_state(objective, optimizers, mesh)
+    make = jax.jit(
+        lambda key, initial: _new_state(objective, optimizers, key, initial),
+        out_shardings=shardings,
+        donate_argnums=1,
+    )
+    return make(jax.random.key(seed), initial or {})
+
+
+def _new_state(objective, optimizers, key, initial=None) -> TrainState:
+    params = objective.init(key)
+    for player, networks in (initial or {}).items():  # what they replace is never computed
+        one_network = not isinstance(params[player], dict)
+        params[player] = networks[player] if one_network else params[player] | networks
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        skipped=zero,
+        skipped_in_a_row=zero,
+        params=params,
+        opt_state={player: optimizers[player].init(params[player]) for player in params},
+        ema=jax.tree.map(jnp.copy, params),
+    )
+
+
+def make_optimizers(
+    objective: Objective, config: OptimConfig, num_steps: int
+) -> dict[str, optax.GradientTransformation]:
+    """Each player's optimizer, for a run of ``num_steps``; a player counts its own updates only."""
+    plans = _plans(objective, config, num_steps)
+    return {player: make_optimizer(*plan) for player, plan in plans.items()}
+
+
+def learning_rates(
+    objective: Objective, config: OptimConfig, num_steps: int, state: TrainState
+) -> dict[str, float]:
+    """The learning rate of each player's last update, as metrics."""
+    plans = _plans(objective, config, num_steps)
+    return {
+        f"{player}/learning_rate": last_learning_rate(*plan, state.opt_state[player])
+        for player, plan in plans.items()
+    }
+
+
+def _plans(
+    objective: Objective, config: OptimConfig, num_steps: int
+) -> dict[str, tuple[OptimConfig, int]]:
+    """The settings of each player's optimizer, and how many updates it makes in ``num_steps``."""
+    return {
+        player: (
+            objective.optim.get(player, config),
+            -(-num_steps // objective.every.get(player, 1)),
+        )
+        for player in objective.players
+    }
+
+
+def make_train_step(
+    objective: Objective,
+    optimizers: dict[str, optax.GradientTransformation],
+    config: OptimConfig,
+    seed: int,
+) -> Callable[[TrainState, dict[str, Network], Batch], tuple[TrainState, Metrics]]:
+    """The train step of any objective: ``(state, frozen, batch) -> (state, metrics)``.
+
+    Each player in turn: gradient of its loss over all microbatches, clipping, update, average.
+    A player that has no example, or whose loss or gradient is not finite, keeps what it has, and
+    the step counts as skipped. A player that is not due (`Objective.every`) keeps what it has too;
+    its metrics are NaN then.
+    """
+
+    def train_step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        params, opt_state, ema = dict(state.params), dict(state.opt_state), dict(state.ema)
+        metrics, all_good, all_due = {}, jnp.asarray(True), jnp.asarray(True)
+        inputs = _over_microbatches(
+            lambda microbatch: objective.prepare(frozen, microbatch),
+            _split(batch, config.accumulate_steps),
+        )
+        for i, player in enumerate(objective.players):
+
+            def loss_fn(network, inputs, player=player, i=i):
+                models = params | {player: network}
+                player_key = jax.random.fold_in(key, i)
+                return objective.loss(player, models, frozen, inputs, player_key, state.step)
+
+            def gradient(inputs, player=player, loss_fn=loss_fn):
+                return _accumulate(loss_fn, params[player], inputs)
+
+            every = objective.every.get(player, 1)
+            due = state.step % every == 0
+            if every == 1:
+                loss, weight, sums, grads, handed_on = gradient(inputs)
+            else:
+                nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
+                loss, weight, sums, grads, handed_on = jax.lax.cond(due, gradient, nothing, inputs)
+            if handed_on and every > 1:
+                raise ValueError(f"{player} hands on, and is not due in every step.")
+            inputs = inputs | handed_on
+            grad_norm = optax.tree.norm(grads)
+            updates, new_opt_state = optimizers[player].update(
+                grads, opt_state[player], params[player]
+            )
+            finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
+            # Zeros are finite: without an example, momentum and weight decay would go on alone.
+            good = finite & (weight > 0)
+            ema_decay = objective.optim.get(player, config).ema_decay
+            decay = ema_decay_at(state.step // every, ema_decay)
+            new = optax.apply_updates(params[player], updates)
+            new_ema = optax.incremental_update(new, ema[player], 1 - decay)
+
+            keep = lambda new, old, ok=good & due: jax.tree.map(  # noqa: E731
+                lambda a, b: jnp.where(ok, a, b), new, old
+            )
+            params[player] = keep(new, params[player])
+            opt_state[player] = keep(new_opt_state, opt_state[player])
+            ema[player] = keep(new_ema, ema[player])
+            all_good &= good | ~due
+            all_due &= due
+            named = {"loss": loss, "grad_norm": grad_norm} | sums
+            metrics |= {
+                f"{player}/{name}": jnp.where(due, value, jnp.nan) for name, value in named.items()
+            }
+
+        bad = 1 - all_good.astype(jnp.int32)
+        # A player that is not due proves nothing: it may have been bad in each of its steps.
+        in_a_row = jnp.where(all_due, 0, state.skipped_in_a_row)
+        skipped_in_a_row = jnp.where(all_good, in_a_row, state.skipped_in_a_row + 1)
+        metrics |= {
+            "examples": jnp.sum(batch.example_ids >= 0),
+            "skipped_records": jnp.sum(batch.skipped),
+            "model_flops": objective.flops(batch),
+            "skipped": bad,
+            "skipped_in_a_row": skipped_in_a_row,
+        }
+        state = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=skipped_in_a_row,
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+        )
+        return state, metrics
+
+    return train_step
+
+
+def jit_train_step(
+    objective: Objective,
+    optimizers: dict[str, optax.GradientTransformation],
+    config: OptimConfig,
+    seed: int,
+    shardings: TrainState,
+):
+    """`make_train_step`, compiled on its first call; the state that it is given is donated.
+
+    Its optional fourth argument says for each device whether its process was asked to stop; then
+    the metrics have ``stop_requested``: whether any of them was.
+
+    Args:
+      objective, optimizers, config, seed: of `make_train_step`.
+      shardings: of the state, see `abstract_state`.
+    """
+    step = make_train_step(objective, optimizers, config, seed)
+
+    def train_step(state, frozen, batch, stop_requested=None):
+        state, metrics = step(state, frozen, batch)
+        if stop_requested is not None:
+            metrics |= {"stop_requested": jnp.any(stop_requested)}
+        return state, metrics
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _split(batch: Batch, num_microbatches: int) -> Batch:
+    """With an axis of microbatches in front."""
+    # Row r goes to microbatch r % num: every device keeps the rows it has.
+    return jax.tree.map(
+        lambda x: x.reshape(
+            x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]
+        ).swapaxes(0, 1),
+        batch,
+    )
+
+
+def _over_microbatches(function, split):
+    """``function`` of each microbatch; a single one needs no loop."""
+    if len(jax.tree.leaves(split)[0]) > 1:
+        return jax.lax.map(function, split)
+    result = function(jax.tree.map(lambda x: x[0], split))
+    return jax.tree.map(lambda x: x[None], result)
+
+
+def _accumulate(loss_fn, network, inputs):
+    """(loss, weight, metrics, gradient, what is handed on) of all microbatches, one by one.
+
+    Sums are added up and divided by the total weight once, so that any split gives the same.
+    Without any weight they are zeros, and stay so.
+    """
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def sums_of(microbatch):
+        (loss, (weight, metrics, handed_on)), grads = grad_fn(network, microbatch)
+        return (loss, weight, metrics, grads), dict(handed_on)
+
+    first = jax.tree.map(lambda x: x[0], inputs)
+    if len(jax.tree.leaves(inputs)[0]) == 1:
+        sums, handed_on = sums_of(first)
+        handed_on = jax.tree.map(lambda x: x[None], handed_on)
+    else:
+        shapes, _ = jax.eval_shape(sums_of, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(total, microbatch):
+            sums, handed_on = sums_of(microbatch)
+            return jax.tree.map(jnp.add, total, sums), handed_on
+
+        sums, handed_on = jax.lax.scan(add, zeros, inputs)
+    loss, weight, metrics, grads = sums
+    scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+    metrics, grads = jax.tree.map(lambda x: x * scale, (metrics, grads))
+    return loss * scale, weight, metrics, grads, handed_on
+
+
+def _nothing(shapes, inputs):
+    """Zeros in the place of a gradient that is not due."""
+    del inputs
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -1,0 +1,754 @@
+"""Each judge against the metric that it stands for; None where there is nothing to go by."""
+
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from kontext_jax.evaluation import judges
+from kontext_jax.evaluation.judges import (
+    ClipJudge,
+    FaceJudge,
+    FeatureJudge,
+    JudgesConfig,
+    Lineup,
+    LpipsJudge,
+    OcrJudge,
+    Scores,
+    by_picture,
+    judge,
+    judge_drift,
+    judge_pixels,
+    judge_world,
+    make_jury,
+)
+from kontext_jax.evaluation.scores import METRICS
+from kontext_jax.geometry import resize
+from kontext_jax.metrics import pixels
+from kontext_jax.metrics.faces import DETECTOR, RECOGNISER
+from kontext_jax.metrics.frechet import frechet_distance
+from kontext_jax.metrics.kernel import kernel_distance
+from kontext_jax.metrics.ocr import Reader
+from kontext_jax.metrics.similarity import clip_directional, cosine
+from kontext_jax.models.autoencoder import to_pixels
+from kontext_jax.models.lpips import Lpips, LpipsConfig
+from kontext_jax.settings import to_dict
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.toy_data import world
+from kontext_jax.types import Task
+from kontext_jax.weights import efficientnet, inception
+from kontext_jax.weights.clip_vision import Clip
+
+
+def mesh_of(num_devices: int = 1):
+    return make_mesh(MeshConfig(), jax.devices()[:num_devices])
+
+
+def image(seed: int, width: int = 16, height: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def task(truth=None, *contexts: np.ndarray, **fields) -> Task:
+    known = dict(prompt="make it red", category="local", size=(16, 16))
+    return Task("x", contexts, truth=truth, **known | fields)
+
+
+# ---- all judges together ------------------------------------------------------------------------
+
+
+def test_truths_and_contexts_have_the_size_of_the_picture_that_was_made():
+    truth, first = image(0, 40, 30), image(1, 16, 24)
+    tasks = [task(truth, first, image(2)), task(), task(image(3), image(3))]
+    lineup = Lineup("set", tasks, [image(4, 20, 15), image(5), image(6)])
+    assert lineup.sizes == [(20, 15), (16, 16), (16, 16)]
+    for found, wanted in ((lineup.truths, truth), (lineup.contexts, first)):
+        np.testing.assert_array_equal(found[0], resize(wanted, (20, 15)))
+        assert found[1] is None
+        assert found[2] is (lineup.tasks[2].truth if wanted is truth else tasks[2].contexts[0])
+    assert lineup.images[0].shape == (15, 20, 3)
+
+
+def test_what_all_judges_say_is_put_together():
+    lineup = Lineup("set", [task(), task()], [image(0), image(1)])
+
+    def says(columns, whole):
+        return lambda lineup: Scores(columns, whole)
+
+    first = says({"a": [1.0, None]}, {"fid": 2.0})
+    found = judge([first, says({"b": [3.0, 4.0]}, {}), says({}, {"kid": 5.0})], lineup)
+    assert found == Scores({"a": [1.0, None], "b": [3.0, 4.0]}, {"fid": 2.0, "kid": 5.0})
+    assert judge([], lineup) == Scores({}, {})
+    for other in (says({"a": [0.0, 0.0]}, {}), says({}, {"fid": 0.0})):
+        with pytest.raises(ValueError, match=r"Two judges say (a|fid)\."):
+            judge([first, other], lineup)
+    with pytest.raises(ValueError, match="c has 3 values for 2 tasks"):
+        judge([first, says({"c": [1.0, 2.0, 3.0]}, {})], lineup)
+
+
+VALUES = [1 / 3, None, np.pi * 1e-30, float("nan"), -7.0, 1e300, 0.0]
+
+
+def found_of(i: int) -> dict:
+    """Every third place has nothing to say of b, which is not even a key then."""
+    return {"a": VALUES[i]} | ({"b": -i / 7} if i % 3 else {})
+
+
+WANTED = Scores(
+    {
+        "b": [-i / 7 if i % 3 else None for i in range(7)],
+        "a": [1 / 3, None, np.pi * 1e-30, None, -7.0, 1e300, 0.0],
+    }
+)
+
+
+def test_what_is_said_of_each_picture_comes_in_order_to_the_last_bit():
+    assert by_picture(found_of, ("b", "a"), range(7)) == WANTED
+    pairs = by_picture(lambda i, j: {"a": 10 * i + j}, ("a",), [1, 2], [3, 4])
+    assert pairs.columns == {"a": [13.0, 24.0]}
+
+
+@pytest.mark.parametrize("processes", [2, 3, 9])
+def test_processes_share_the_pictures(monkeypatch, processes):
+    """More of them than pictures, at last. First each one's part, then all parts together."""
+    shares, looked, result = [], [], []
+    monkeypatch.setattr(judges.jax, "process_count", lambda: processes)
+
+    def look(i):
+        looked.append(i)
+        return found_of(i)
+
+    def run(process, gather):
+        with monkeypatch.context() as patch:
+            patch.setattr(judges.jax, "process_index", lambda: process)
+            patch.setattr(multihost_utils, "process_allgather", gather)
+            result[:] = [by_picture(look, ("b", "a"), range(7))]
+
+    def keep(x):
+        shares.append(np.array(x))
+        return np.stack([x] * processes)
+
+    for process in range(processes):
+        run(process, keep)
+    assert sorted(looked) == list(range(7))
+    for process in range(processes):
+        run(process, lambda x: np.stack(shares))
+        assert result == [WANTED]
+    assert shares[0].dtype == np.uint32  # JAX would round float64
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Seven of them, however many there are."""
+    monkeypatch.setattr(judges.os, "cpu_count", lambda: 7)
+
+
+def test_every_core_has_a_thread_and_each_picture_keeps_its_place(cores):
+    """All seven run at once, for each waits until the one after it is done."""
+    done = [threading.Event() for _ in range(8)]
+    done[7].set()
+
+    def look(i: int) -> dict:
+        assert done[i + 1].wait(60)
+        done[i].set()
+        return found_of(i)
+
+    assert by_picture(look, ("b", "a"), range(7)) == WANTED
+
+
+class Alone:
+    """Lets nobody in while another is there."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def __enter__(self):
+        assert self._lock.acquire(blocking=False), "two at a time"
+        time.sleep(0.003)
+
+    def __exit__(self, *error):
+        self._lock.release()
+
+
+def test_what_one_thread_alone_may_call(cores):
+    alone = Alone()
+
+    def look(i: int) -> dict:
+        with alone:
+            return found_of(i)
+
+    assert by_picture(look, ("b", "a"), range(7), threads=1) == WANTED
+    with pytest.raises(AssertionError, match="two at a time"):
+        by_picture(look, ("b", "a"), range(7))
+
+
+def test_the_first_picture_that_fails_is_the_error_and_no_other_is_begun(cores):
+    looked = []
+
+    def look(i: int) -> dict:
+        looked.append(i)
+        if i in (2, 5):
+            raise ValueError(f"picture {i} is broken")
+        time.sleep(0.01)
+        return found_of(0)
+
+    for threads in (None, 1):
+        with pytest.raises(ValueError, match="picture 2 is broken"):
+            by_picture(look, ("b", "a"), range(500), threads=threads)
+    assert len(looked) < 500
+
+
+def test_threads_say_the_same_to_the_last_bit(monkeypatch):
+    truths = [waves(i) for i in range(8)]
+    made = [waves(i, (0.1 * i, -0.3), 1 + i / 500) for i in range(8)]
+    lineup = Lineup("set", [task(truth, truth) for truth in truths], made)
+    found = []
+    for cores in (1, 5):
+        monkeypatch.setattr(judges.os, "cpu_count", lambda n=cores: n)
+        found.append(judge([judge_pixels, judge_drift], lineup))
+    assert found[0] == found[1]
+    assert len(set(found[0].columns["ssim"])) == len(set(found[0].columns["shift"])) == 8
+
+
+# ---- judges without networks --------------------------------------------------------------------
+
+
+def test_pixels_are_those_of_the_metrics():
+    truth = image(0, 20, 24)
+    tasks = [task(truth), task(image(0, 40, 30)), task(), task(truth), task(image(1, 8, 8))]
+    made = [image(2, 20, 24), image(3, 20, 15), image(4), truth.copy(), image(5, 8, 8)]
+    columns, whole = judge_pixels(Lineup("set", tasks, made))
+    assert list(columns) == ["l1", "l2", "psnr", "ssim"] and whole == {}
+    for i, wanted in ((0, truth), (1, resize(tasks[1].truth, (20, 15))), (4, tasks[4].truth)):
+        for name in ("l1", "l2", "psnr"):
+            assert columns[name][i] == getattr(pixels, name)(made[i], wanted)
+    assert columns["ssim"][0] == pixels.ssim(made[0], truth)
+    assert columns["ssim"][1] == pixels.ssim(made[1], resize(tasks[1].truth, (20, 15)))
+    assert columns["ssim"][4] is None  # smaller than the window
+    assert [columns[name][2] for name in columns] == [None] * 4
+    assert [columns[name][3] for name in columns] == [0.0, 0.0, 100.0, pytest.approx(1.0)]
+
+
+def test_the_world_s_checker_says_yes_to_truths_and_no_to_contexts():
+    tasks = [task for task in world.sessions(6, turns=2) if task.turn == 1]
+    named = {task.prompt for task in tasks}
+    assert len(named) > 3
+    truths = judge_world(Lineup("set", tasks, [task.truth for task in tasks])).columns
+    assert truths == {"edit_success": [1.0] * 6, "preservation": [1.0] * 6}
+    contexts = judge_world(Lineup("set", tasks, [task.contexts[0] for task in tasks])).columns
+    assert contexts == {"edit_success": [0.0] * 6, "preservation": [1.0] * 6}
+    grey = [np.full((32, 32, 3), 128, np.uint8)] * 6
+    assert judge_world(Lineup("set", tasks, grey)).columns["preservation"] == [0.0] * 6
+    large = [np.full((64, 64, 3), 128, np.uint8)] * 6
+    assert judge_world(Lineup("set", tasks, large)).columns["edit_success"] == [None] * 6
+
+
+def test_the_world_s_checker_is_silent_where_it_knows_nothing():
+    triples = (world.triple(index, split="train") for index in range(100))
+    drawn = next(triple for triple in triples if not triple.contexts)
+    tasks = [task(image(0)), task(drawn.target, details=drawn.details)]
+    columns = judge_world(Lineup("set", tasks, [image(1), drawn.target])).columns
+    assert columns == {"edit_success": [None, 1.0], "preservation": [None, None]}
+
+
+SIDE = 96
+
+
+def waves(seed: int, shift=(0.0, 0.0), scale: float = 1.0) -> np.ndarray:
+    """A smooth grey picture as a function of place: no resampling."""
+    rng = np.random.default_rng(seed)
+    frequency, phase = rng.uniform(-0.12, 0.12, (60, 2)), rng.uniform(0, 2 * np.pi, 60)
+    y, x = np.mgrid[:SIDE, :SIDE] - (SIDE - 1) / 2
+    places = np.stack([x - shift[0], y - shift[1]], axis=-1) / scale
+    grey = 128 + 7 * np.sin(2 * np.pi * places @ frequency.T + phase).sum(axis=-1)
+    return np.repeat(np.clip(np.round(grey), 20, 230).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def drift_of(made: np.ndarray, truth, *contexts) -> dict:
+    columns = judge_drift(Lineup("set", [task(truth, *contexts)], [made])).columns
+    assert list(columns) == ["shift", "zoom", "colour_drift"]
+    return {name: column[0] for name, column in columns.items()}
+
+
+@pytest.mark.parametrize("shift", [(0.3, -0.4), (-1.5, 2.0), (0.0, 0.25)])
+def test_a_probe_that_comes_back_shifted(shift):
+    found = drift_of(waves(0, shift), waves(0), waves(0))
+    assert found["shift"] == pytest.approx(np.hypot(*shift), rel=0.1)
+    assert abs(found["zoom"]) < 0.1
+
+
+@pytest.mark.parametrize("zoom", [-1.0, 2.0])
+def test_a_probe_that_comes_back_larger_or_smaller(zoom):
+    found = drift_of(waves(1, scale=1 + zoom / 100), waves(1), waves(1))
+    assert found["zoom"] == pytest.approx(abs(zoom), rel=0.1)
+    assert found["shift"] < 0.05
+
+
+def edited(image: np.ndarray, rows: int = 48) -> np.ndarray:
+    """Every pixel of the upper rows far from what it was."""
+    after = image.copy()
+    after[:rows] = (image[:rows].astype(int) + 100) % 256
+    return after
+
+
+def test_what_an_edit_was_to_change_is_left_out():
+    context, truth = waves(2), edited(waves(2))
+    made = edited(waves(2, (0.5, 0.0)))
+    made[:48] = waves(3, (5.0, 5.0))[:48] // 2
+    found = drift_of(made, truth, context)
+    assert found["shift"] == pytest.approx(0.5, abs=0.06) and found["colour_drift"] < 0.5
+    everywhere = drift_of(made, truth, truth)
+    assert abs(everywhere["shift"] - 0.5) > 0.2 and everywhere["colour_drift"] > 10
+
+
+def test_colours_are_those_of_what_stays():
+    context, truth = waves(4), edited(waves(4))
+    made = truth.copy()
+    made[48:] += np.array([7, 0, 0], np.uint8)
+    made[48:, :, 2] -= 2
+    made[:48] = 0
+    assert drift_of(made, truth, context)["colour_drift"] == (7 + 2) / 3
+    # Differences of a few levels, as of a file that was saved twice, are no edit.
+    assert (
+        drift_of(made, truth, np.where(truth == context, truth + 8, context).astype(np.uint8))[
+            "colour_drift"
+        ]
+        == (7 + 2) / 3
+    )
+    assert drift_of(made, truth, edited(truth, SIDE))["colour_drift"] is None
+    for channel in range(3):  # an edit of one colour is an edit
+        context = truth.copy()
+        context[..., channel] = edited(truth, SIDE)[..., channel]
+        assert drift_of(made, truth, context)["colour_drift"] is None
+
+
+def test_where_nothing_can_be_held_on_to():
+    nothing = {"shift": None, "zoom": None, "colour_drift": None}
+    flat, grey = np.full((32, 32, 3), 100, np.uint8), np.full((32, 32, 3), 103, np.uint8)
+    assert drift_of(grey, flat, flat) == nothing | {"colour_drift": 3.0}
+    assert drift_of(grey, None, flat) == drift_of(grey, flat) == nothing
+    assert drift_of(waves(0), waves(0), edited(waves(0), SIDE)) == nothing
+    small = waves(0)[:8, :8]
+    assert drift_of(small, small, small) == nothing | {"colour_drift": 0.0}
+
+
+# ---- judges with networks -----------------------------------------------------------------------
+
+
+class Features:
+    """Of every picture a few numbers, and how often it was asked for how many."""
+
+    def __init__(self):
+        self.asked: list[int] = []
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        self.asked.append(len(images))
+        return self.of(images)
+
+    @staticmethod
+    def of(images: Sequence[np.ndarray]) -> np.ndarray:
+        rows = [np.append(x.mean((0, 1)), [x[0].std(), x[:, 0].std()]) for x in images]
+        return np.stack(rows).astype(np.float32) / 100 - 1
+
+
+def features_lineup(name: str = "set", seed: int = 100, side: int = 16) -> Lineup:
+    tasks = [
+        task(image(0), image(10)),
+        task(None, image(11)),
+        task(image(2), image(12), image(99)),
+        task(image(3)),
+        task(image(4, 32, 32), image(14, 32, 32)),
+    ]
+    return Lineup(name, tasks, [image(seed + i, side, side) for i in range(5)])
+
+
+def test_features_are_compared_by_the_metrics():
+    lineup, features = features_lineup(), Features()
+    columns, whole = FeatureJudge("net", features, kid="kid_net")(lineup)
+    assert list(columns) == ["net", "net_context"]
+    made = Features.of(lineup.images)
+    for name, images, places in (
+        ("net", lineup.truths, [0, 2, 3, 4]),
+        ("net_context", lineup.contexts, [0, 1, 2, 4]),
+    ):
+        others = Features.of([images[i] for i in places])
+        found = [columns[name][i] for i in places]
+        np.testing.assert_array_equal(found, cosine(made[places], others))
+        assert [columns[name][i] for i in range(5) if i not in places] == [None]
+        assert len(set(found)) == 4
+    truths, mine = Features.of([lineup.truths[i] for i in (0, 2, 3, 4)]), made[[0, 2, 3, 4]]
+    assert whole == {
+        "fd_net": frechet_distance(truths, mine),
+        "kid_net": kernel_distance(truths, mine)[0],
+    }
+
+
+def test_of_sessions_the_last_pictures_are_compared_as_a_set():
+    """However many turns each of them has."""
+    turns = {"a1": "", "a2": "a1", "b1": "", "c1": "", "c2": "c1", "c3": "c2"}
+    tasks = [
+        task(image(i), image(9))._replace(id=name, follows=before)
+        for i, (name, before) in enumerate(turns.items())
+    ]
+    lineup = Lineup("set", tasks, [image(100 + i) for i in range(6)])
+    _, whole = FeatureJudge("net", Features(), kid="kid_net")(lineup)
+    truths, made = (
+        Features.of([images[i] for i in (1, 2, 5)]) for images in (lineup.truths, lineup.images)
+    )
+    assert whole["fd_net"] == frechet_distance(truths, made)
+    assert whole["kid_net"] == kernel_distance(truths, made)[0]
+
+
+def test_a_network_for_distances_alone():
+    judge = FeatureJudge("inception", Features(), similarity="", fd="fid", kid="kid")
+    columns, whole = judge(features_lineup())
+    assert columns == {} and list(whole) == ["fid", "kid"]
+    one = Lineup("one", [task(image(0)), task()], [image(1), image(2)])
+    assert judge(one) == Scores({}, {})
+    same = [image(0), image(1)]
+    columns, whole = judge(Lineup("same", [task(x) for x in same], same))
+    assert whole["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_cells_share_is_computed_once():
+    features = Features()
+    judge = FeatureJudge("net", features, kid="kid_net")
+    judge(features_lineup())
+    assert sorted(features.asked) == [4, 4, 5]  # made, truths, contexts
+    features.asked.clear()
+    second = features_lineup(seed=200)
+    found = judge(second)
+    assert features.asked == [5]
+    assert found == FeatureJudge("net", Features(), kid="kid_net")(second)
+    for other in (features_lineup("other set"), features_lineup(side=24)):
+        features.asked.clear()
+        found = judge(other)
+        assert sorted(features.asked) == [4, 4, 5]
+        assert found == FeatureJudge("net", Features(), kid="kid_net")(other)
+
+
+def test_without_truths_and_contexts_a_network_has_nothing_to_say():
+    features = Features()
+    lineup = Lineup("set", [task(), task()], [image(0), image(1)])
+    columns, whole = FeatureJudge("net", features, kid="kid_net")(lineup)
+    assert columns == {"net": [None, None], "net_context": [None, None]} and whole == {}
+    assert features.asked == [2]
+
+
+class FakeClip(Clip):
+    """Vectors of five numbers of pictures, and of the letters of texts."""
+
+    def image(self, images, mesh, batch_size=64):
+        return Features.of(images)
+
+    def text(self, prompts, mesh, batch_size=64):
+        assert len(prompts) and all(prompts)
+        return np.stack([self.of(prompt) for prompt in prompts])
+
+    @staticmethod
+    def of(text: str) -> np.ndarray:
+        return np.array([1.0 + text.count(letter) for letter in "aeiot"], np.float32)
+
+
+def clip_columns(tasks: list[Task], made: list[np.ndarray]) -> dict[str, list]:
+    columns, whole = ClipJudge(FakeClip(None, None), mesh_of())(Lineup("set", tasks, made))
+    assert list(columns) == ["clip_i", "clip_i_context", "clip_t", "clip_dir"] and whole == {}
+    return columns
+
+
+def test_clip_compares_with_the_words_that_a_task_has():
+    before, after = "a cat at ease", "too big a tie"
+    tasks = [
+        task(image(0), image(10), source_caption=before, target_caption=after),
+        task(None, image(11), source_caption=before),  # an instruction is no caption
+        task(None, image(12), target_caption=after),
+        task(image(3), prompt="a boat on ice", category="text_to_image"),
+        task(None, prompt="a boat", target_caption=after, source_caption=before),
+        task(image(5), image(15), source_caption=after, target_caption=after),
+        task(image(6), image(16), source_caption=after, target_caption=before),
+        task(None, prompt="", category="text_to_image"),
+    ]
+    made = [image(100 + i) for i in range(8)]
+    columns, vectors = clip_columns(tasks, made), Features.of(made)
+
+    def cosines(name, others):
+        found = [columns[name][i] for i in others]
+        np.testing.assert_array_equal(
+            found, cosine(vectors[list(others)], np.stack([*others.values()]))
+        )
+        assert [i for i in range(8) if columns[name][i] is not None] == list(others)
+
+    cosines("clip_i", {i: Features.of([tasks[i].truth])[0] for i in (0, 3, 5, 6)})
+    contexts = {i: Features.of([tasks[i].contexts[0]])[0] for i in (0, 1, 2, 5, 6)}
+    cosines("clip_i_context", contexts)
+    texts = {0: after, 2: after, 3: "a boat on ice", 4: after, 5: after, 6: before}
+    cosines("clip_t", {i: FakeClip.of(text) for i, text in texts.items()})
+    for i, change in ((0, (after, before)), (6, (before, after))):
+        wanted = clip_directional(
+            vectors[i : i + 1], contexts[i][None], *(FakeClip.of(text)[None] for text in change)
+        )
+        assert columns["clip_dir"][i] == wanted[0]
+    assert [i for i in range(8) if columns["clip_dir"][i] is not None] == [0, 6]
+
+
+def test_clip_without_words_and_without_pictures():
+    columns = clip_columns([task(image(0), image(1)), task(None, image(2))], [image(3), image(4)])
+    assert columns["clip_t"] == columns["clip_dir"] == [None, None]
+    assert columns["clip_i"][1] is None and None not in columns["clip_i_context"]
+    columns = clip_columns([task(prompt="a boat")], [image(0)])
+    assert columns["clip_i"] == columns["clip_i_context"] == columns["clip_dir"] == [None]
+    assert columns["clip_t"][0] is not None
+
+
+@pytest.fixture(scope="module")
+def lpips(random_network):
+    return random_network(lambda: Lpips(LpipsConfig(), rngs=nnx.Rngs(0)))
+
+
+def test_lpips_is_the_network_s(lpips):
+    """Of two sizes, and one without a truth, on two devices."""
+    tasks = [task(image(0, 32, 32)), task(), task(image(2, 64, 80)), task(image(3, 32, 32))]
+    made = [image(4, 32, 32), image(5), image(6, 32, 40), tasks[3].truth]
+    lineup = Lineup("set", tasks, made)
+    columns, whole = LpipsJudge("lpips_alex", lpips, mesh_of(2))(lineup)
+    assert list(columns) == ["lpips_alex"] and whole == {}
+    column = columns["lpips_alex"]
+    assert column[1] is None and column[3] == pytest.approx(0, abs=1e-6)
+    direct = jax.jit(lambda net, a, b: net(to_pixels(a), to_pixels(b)))
+    for i in (0, 2):
+        wanted = float(direct(lpips, made[i][None], lineup.truths[i][None])[0])
+        assert column[i] == pytest.approx(wanted, rel=1e-5) and abs(wanted) > 1e-3
+    assert len({column[0], column[2]}) == 2
+    none = LpipsJudge("lpips_vgg", lpips, mesh_of())(Lineup("set", [task()], [image(0)]))
+    small = Lineup("set", [task(image(0, 30, 32))], [image(1, 30, 32)])
+    assert LpipsJudge("x", lpips, mesh_of())(small).columns == {"x": [None]}  # below 31 pixels
+    assert none.columns == {"lpips_vgg": [None]}
+
+
+class FakeFaces:
+    """A face wherever the first pixel is not black."""
+
+    metric = "faces"
+
+    def __init__(self):
+        self.asked, self._alone = [], Alone()
+
+    def embed(self, image):
+        with self._alone:
+            self.asked.append(image[0, 0].tolist())
+        return image[0, 0].astype(np.float64) if image[0, 0].any() else None
+
+    def similarity(self, a, b):
+        return float(a[0] - b[1])
+
+
+def face(*colour: int) -> np.ndarray:
+    return np.full((4, 4, 3), colour, np.uint8)
+
+
+def test_faces_are_compared_where_there_are_any(cores):
+    shared, nobody = face(100, 5, 0), face(0, 0, 0)
+    tasks = [
+        task(None, shared),
+        task(None, nobody),
+        task(None, shared, face(9, 9, 9)),
+        task(None, shared),
+        task(),
+        task(None, nobody),
+    ]
+    encoder = FakeFaces()
+    judge = FaceJudge(encoder)
+    made = [face(1, 10 + i, 0) for i in range(6)]
+    made[2] = face(0, 0, 0)
+    found = judge(Lineup("set", tasks, made))
+    similarity = {"faces": [90.0, None, None, 87.0, None, None]}
+    # A face that is gone is no face less in the mean.
+    assert found == Scores(similarity | {"faces_found": [1.0, None, 0.0, 1.0, None, None]})
+    assert encoder.asked.count([100, 5, 0]) == encoder.asked.count([0, 0, 0]) - 1 == 1
+    encoder.asked.clear()
+    assert judge(Lineup("set", tasks, made)) == found
+    assert encoder.asked == [[1, 10, 0], [0, 0, 0], [1, 13, 0]]  # what was made, and no context
+    # The same place in memory may be another image's later: what is known is of what is alive.
+    for shade in range(1, 20):
+        one = judge(Lineup("set", [task(None, face(shade, 0, 0))], [face(7, 1, 0)]))
+        assert one.columns["faces"] == [shade - 1.0]
+
+
+class FakeReader(Reader):
+    def __init__(self):
+        self._alone = Alone()
+
+    def read(self, image):
+        with self._alone:
+            return "OPEN" if image[0, 0, 0] else ""
+
+
+def test_words_are_read_where_some_are_wanted(cores):
+    tasks = [task(words="open"), task(), task(words="OPEN!"), task(words="open")]
+    made = [face(1, 1, 1), face(1, 1, 1), face(1, 1, 1), face(0, 0, 0)]
+    found = OcrJudge(FakeReader())(Lineup("set", tasks, made))
+    read = {"ocr_contains": [1.0, None, 0.0, 0.0]}
+    assert found == Scores(read | {"ocr_accuracy": [1.0, None, pytest.approx(0.8), 0.0]})
+
+
+# ---- which judges there are ---------------------------------------------------------------------
+
+
+def test_lite0_is_left_out_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
+    jury = make_jury(JudgesConfig(), mesh_of())
+    assert jury.judges == [judge_pixels, judge_world, judge_drift]
+    assert list(jury.left_out) == ["efflite0"] and "not installed" in jury.left_out["efflite0"]
+    assert jury.record["left_out"] == ["efflite0"] and jury.record["files"] == {}
+    jury = make_jury(JudgesConfig(efflite0=False), mesh_of())
+    assert len(jury.judges) == 3 and jury.left_out == {} and jury.record["left_out"] == []
+
+
+@pytest.mark.parametrize("name", ["inception", "dino", "clip", "lpips", "auraface"])
+def test_a_path_that_is_not_there_is_an_error(tmp_path, name):
+    config = JudgesConfig(efflite0=False, lpips_heads="heads", **{name: str(tmp_path / "gone")})
+    with pytest.raises(FileNotFoundError, match="gone"):
+        make_jury(config, mesh_of())
+
+
+def test_another_network_is_not_taken_for_dinov2(monkeypatch):
+    class Other:
+        config = LpipsConfig()
+
+    monkeypatch.setattr(judges, "open_folder", lambda folder: Other)
+    with pytest.raises(ValueError, match="judges.dino: some/folder holds another network"):
+        make_jury(JudgesConfig(efflite0=False, dino="some/folder"), mesh_of())
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="lpips_net 'squeeze' is not one of alex, vgg"):
+        JudgesConfig(lpips_net="squeeze")
+
+
+@pytest.fixture
+def everyone(request, monkeypatch, random_network, tmp_path) -> JudgesConfig:
+    """A config of all judges. Each network is of what its file holds, a number; all are small."""
+    net = getattr(request, "param", "alex")
+    lpips = random_network(lambda: Lpips(LpipsConfig(net=net), rngs=nnx.Rngs(0)))
+
+    class Dlib(FakeFaces):
+        metric = "dlib_similarity"
+
+    class Aura(FakeFaces):
+        metric = "auraface"
+
+        def __init__(self, folder):
+            super().__init__()
+
+    def number(path: Path | str) -> dict[str, np.ndarray]:
+        is_file = Path(path).is_file()
+        return {"number": np.array(float(Path(path).read_text()) if is_file else 0.0)}
+
+    def load_lpips(backbone, heads, asked, mesh):
+        assert asked == net
+        changed = number(backbone)["number"] + number(heads)["number"]
+        return jax.tree.map(lambda x: x + changed.astype(x.dtype), lpips)
+
+    for i, name in enumerate(("efflite0", "inception", "dino", "clip", "lpips", "lpips_heads")):
+        (tmp_path / name).write_text(str(i))
+    for name in (DETECTOR, RECOGNISER):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(judges, "load_lite0", lambda mesh, config: number(tmp_path / "efflite0"))
+    monkeypatch.setattr(judges, "load_inception", lambda path, mesh: number(path))
+    monkeypatch.setattr(judges, "_load_dino", lambda path, mesh: number(path))
+    monkeypatch.setattr(judges, "load_clip", lambda path, mesh: FakeClip(number(path), None))
+    monkeypatch.setattr(judges, "load_lpips", load_lpips)
+    monkeypatch.setattr(judges, "AuraFace", Aura)
+    monkeypatch.setattr(judges, "DlibFaces", Dlib)
+    monkeypatch.setattr(judges, "Reader", FakeReader)
+    monkeypatch.setattr(judges, "pooled_features", features_of)
+    names = ("inception", "dino", "clip", "lpips", "lpips_heads")
+    paths = {name: str(tmp_path / name) for name in names}
+    return JudgesConfig(**paths, auraface=str(tmp_path), lpips_net=net, dlib=True, ocr=True)
+
+
+def features_of(network, images, mesh=None) -> np.ndarray:
+    return network["number"].astype(np.float32) + Features.of(images)
+
+
+@pytest.mark.parametrize("everyone", ["alex", "vgg"], indirect=True)
+def test_tables_know_every_number_that_judges_say(everyone, monkeypatch):
+    """And judges say every number that tables know; each is of the network that it is named for."""
+    other = {"lpips_vgg", "fid", "kid"}
+    if everyone.lpips_net == "vgg":  # and FID's own file, so that each name is said once
+        other = {"lpips_alex", "fd_inception", "kid_inception"}
+        monkeypatch.setattr(inception, "FID_SHA256", judges.sha256_of(Path(everyone.inception)))
+    jury = make_jury(everyone, mesh_of())
+    assert jury.left_out == {}
+    tasks = list(world.sessions(3, turns=1))
+    words = dict(words="OPEN", source_caption="a cat", target_caption="too big")
+    lineup = Lineup("set", [task._replace(**words) for task in tasks], [t.truth for t in tasks])
+    columns, whole = judge(jury.judges, lineup)
+    said = [*columns, *whole]
+    known = [name for name in METRICS if name not in other]
+    assert sorted(said) == sorted(known) and other < METRICS.keys()
+    assert known[-len(whole) :] == [name for name in known if name in whole]
+    made = np.stack([task.contexts[0] for task in tasks])
+    columns, whole = judge(jury.judges, Lineup("set", lineup.tasks, list(made)))
+    for name, value in (("efflite0", 0.0), ("dinov2", 2.0)):
+        network = {"number": np.array(value)}
+        wanted = cosine(features_of(network, made), features_of(network, lineup.truths))
+        np.testing.assert_array_equal(columns[name], wanted)
+    network = {"number": np.array(1.0)}
+    distance = frechet_distance(features_of(network, lineup.truths), features_of(network, made))
+    assert whole["fid" if "fid" in known else "fd_inception"] == distance
+
+
+def test_a_network_is_another_where_its_file_was_replaced(everyone, tmp_path):
+    """What is at a path may change; what was judged before is then no longer what it would be."""
+    folder = tmp_path / "clip_folder"
+    folder.mkdir()
+    inside = [folder / name for name in ("a.safetensors", "b.safetensors", "config.json", "c.txt")]
+    names = ("inception", "dino", "lpips", "lpips_heads", "clip")
+    files = [*inside, *(tmp_path / name for name in (*names[:-1], DETECTOR, RECOGNISER))]
+    for file in (*inside, folder / "README.md"):
+        file.write_text("0")
+    config = dataclasses.replace(everyone, clip=str(folder))
+    before = make_jury(config, mesh_of()).record
+    assert json.loads(json.dumps(before)) == before == make_jury(config, mesh_of()).record
+    assert before["files"].keys() == set(map(str, files))
+    for file in files:
+        kept = file.read_text()
+        file.write_text("77")
+        after = make_jury(config, mesh_of()).record
+        changed = {name for name, value in after["files"].items() if value != before["files"][name]}
+        assert changed == {str(file)} and after | {"files": before["files"]} == before
+        file.write_text(kept)
+    (folder / "README.md").write_text("1")
+    assert make_jury(config, mesh_of()).record == before
+
+
+def test_judges_are_told_apart_in_the_record(everyone, monkeypatch):
+    record = make_jury(everyone, mesh_of()).record
+    with monkeypatch.context() as patch:
+        patch.setattr(judges, "VERSION", record["version"] + 1)
+        assert make_jury(everyone, mesh_of()).record != record
+    assert record["config"] == to_dict(everyone) and record["left_out"] == []
+    versions = {"dlib-bin": "20.0.1", "rapidocr-onnxruntime": "1.4.4"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(judges.importlib.metadata, "version", version)
+    assert make_jury(everyone, mesh_of()).record["packages"] == versions
+    without = dataclasses.replace(everyone, dlib=False, ocr=False)
+    assert make_jury(without, mesh_of()).record["packages"] == {}
+    versions["lpips"] = "0.1.4"
+    assert make_jury(without, mesh_of()).record["packages"] == {}
+    without = dataclasses.replace(without, lpips_heads="")
+    assert make_jury(without, mesh_of()).record["packages"] == {"lpips": "0.1.4"}

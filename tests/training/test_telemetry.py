@@ -1,0 +1,120 @@
+"""Rates per chip, waiting for data, and data that goes bad late."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kontext_jax.chips import CHIPS, Chip
+from kontext_jax.data.pipeline import DataConfig
+from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.training import telemetry
+from kontext_jax.training.telemetry import MetricsWindow, TrainingStopped
+
+
+def new_window(data: DataConfig | None = None) -> MetricsWindow:
+    return MetricsWindow(data or DataConfig(), 20, make_mesh(MeshConfig()))
+
+
+@pytest.mark.parametrize("peak", [None, 5e12])
+def test_a_window_rates_chips_by_the_flops_of_all_its_steps(monkeypatch, peak):
+    """Steps that were skipped were computed too. MFU needs a chip whose peak is known."""
+    if peak:
+        monkeypatch.setitem(CHIPS, jax.devices()[0].device_kind, Chip(peak))
+    window = new_window()
+    metrics = {"loss": 2.0, "model_flops": 4e12, "examples": 16, "skipped_records": 0}
+    for skipped_in_a_row in range(3):
+        skipped = int(skipped_in_a_row > 0)
+        values = metrics | {"skipped": skipped, "skipped_in_a_row": skipped_in_a_row}
+        window.add({name: jnp.asarray(value) for name, value in values.items()})
+    summary = window.summary({})
+    rate = summary["examples_per_second"]
+    assert (summary["loss"], summary["examples"]) == (2.0, 48)
+    assert "model_flops" not in summary
+    np.testing.assert_allclose(summary["examples_per_second_per_chip"], rate / 8)
+    np.testing.assert_allclose(summary["model_tflop_per_second_per_chip"], rate / 8 * 4 / 16)
+    assert ("mfu" in summary) == bool(peak)
+    if peak:
+        np.testing.assert_allclose(summary["mfu"], rate / 8 * 4 / 16 / 5)
+
+
+def good_step(**changed) -> dict:
+    values = {"loss": 2.0, "model_flops": 0.0, "examples": 256, "skipped_records": 0}
+    values |= {"skipped": 0, "skipped_in_a_row": 0} | changed
+    return {name: jnp.asarray(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("windows_before", [1, 1000])
+def test_data_that_breaks_stops_a_run_however_long_it_went_well(windows_before):
+    window = new_window(DataConfig(max_skipped=0.01))
+    for _ in range(windows_before):
+        for _ in range(20):
+            window.add(good_step())
+        window.summary({})
+        window.stop_if_hopeless()
+    with pytest.raises(TrainingStopped, match="records could not be read"):
+        for _ in range(10):
+            window.add(good_step(examples=0, skipped_records=256))
+            window.summary({})
+            window.stop_if_hopeless()
+
+
+def test_a_share_of_lost_records_that_is_allowed_never_stops_a_run():
+    window = new_window(DataConfig(max_skipped=0.01))
+    for _ in range(2000):
+        window.add(good_step(examples=498, skipped_records=2))
+        window.summary({})
+        window.stop_if_hopeless()
+
+
+def test_a_window_tells_how_long_data_was_waited_for_and_what_was_skipped(monkeypatch):
+    """Of its own time: pauses do not count."""
+    clock = iter([0.0, 10.0, 10.0, 14.0, 14.0])
+    monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(clock))
+    window = new_window()
+    window.wait(1.5)
+    window.wait(0.5)
+    window.pause(2.0)
+    for skipped in (0, 1, 0, 1):
+        window.add(good_step(skipped=skipped))
+    summary = window.summary({})
+    assert (summary["data_wait"], summary["steps_per_second"]) == (0.25, 0.5)
+    assert summary["skipped_steps"] == 2
+    window.add(good_step())
+    summary = window.summary(summary)
+    assert (summary["data_wait"], summary["skipped_steps"]) == (0.0, 0)
+
+
+class Running:
+    """A number that devices are still at, or are not."""
+
+    def __init__(self, ready: bool):
+        self.ready = ready
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+def test_waiting_for_data_counts_where_devices_have_nothing_left_to_do():
+    window = new_window()
+    window.wait(0.25)  # nothing was queued yet
+    for ready, seconds in ((False, 1.0), (True, 0.5), (False, 2.0)):
+        window.add(good_step() | {"skipped": Running(ready)})
+        window.wait(seconds)
+    assert window._waited == 0.75
+
+
+def test_a_window_tells_of_the_fullest_device(monkeypatch):
+    class Device:
+        def __init__(self, peak):
+            self.peak = peak
+
+        def memory_stats(self):
+            return self.peak and {"peak_bytes_in_use": self.peak}
+
+    window = new_window()
+    window.add(good_step())
+    assert "device_memory_gb" not in window.summary({})
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(2e9), Device(5e9), Device(None)])
+    window.add(good_step())
+    assert window.summary({})["device_memory_gb"] == 5.0
