@@ -9,7 +9,10 @@ COMMANDS = {
     "encode": ("kontext_jax.encode", "cache latents, or a teacher's samples"),
     "sample": ("kontext_jax.sample", "generate or edit one image"),
     "evaluate": ("kontext_jax.evaluate", "sweep checkpoints and samplers over benchmarks"),
-    "compile": ("kontext_jax.compile", "compile a train step ahead of time: memory, FLOPs, roofline"),
+    "compile": (
+        "kontext_jax.compile",
+        "compile a train step ahead of time: memory, FLOPs, time",
+    ),
     "convert": ("kontext_jax.convert", "convert weights to and from diffusers, BFL and LoRA files"),
 }
 """The module and the summary of each verb."""
@@ -19,7 +22,13 @@ def usage() -> str:
     """The verbs, one per line."""
     lines = [f"  {verb:10}{summary}" for verb, (_, summary) in COMMANDS.items()]
     return "\n".join(
-        ["usage: kontext VERB [--flag=value ...]", "", *lines, "", "kontext VERB --help has the flags."]
+        [
+            "usage: kontext VERB [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            "kontext VERB --help has the flags.",
+        ]
     )
 
 

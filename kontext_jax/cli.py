@@ -1,6 +1,7 @@
-"""What all commands share: quiet libraries, and one clear sentence for a user's mistake."""
+"""What all commands share: quiet libraries, one sentence per error, and exit codes."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,27 @@ from typing import Any
 from absl import app, flags, logging
 
 
+class UserError(Exception):
+    """An error that only the user can fix; the message says what is wrong and how to fix it."""
+
+    exit_code = 1
+
+
+RESUMABLE = ("encode", "evaluate", "train")
+"""Commands that resume where they stopped when they are started again."""
+
+COMMAND_OF_CONFIG = {"Config": "train", "EvalConfig": "evaluate"}
+"""The command that takes a kind of config."""
+
+_URL = re.compile(r"--?(?P<flag>[\w.]+)=(?P<path>[a-z][a-z0-9+.-]*://.*)")
+
+
 def check_config_file(argv: list[str]) -> None:
-    """Says so in one line if there is no such file; ml_collections would list all it tried."""
+    """Refuses a config file that does not exist; ml_collections would list every path it tried.
+
+    Raises:
+      ValueError: there is no such file.
+    """
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -19,51 +39,63 @@ def check_config_file(argv: list[str]) -> None:
                 raise ValueError(f"there is no config file {path}.")
 
 
-class UserError(Exception):
-    """Something only the user can mend; the message says what and how."""
+def check_local(argv: list[str]) -> None:
+    """Refuses paths such as gs://bucket/run, which would become local folders of that name.
 
-
-GO_ON = ("encode", "evaluate", "train")
-"""The commands that, given again after they were stopped, go on where they were."""
-
-TAKERS = {"Config": "train", "EvalConfig": "evaluate"}
-"""The kinds of config, and the command of each."""
+    Raises:
+      ValueError: a flag or setting has one.
+    """
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        match = _URL.fullmatch(argument) or _URL.fullmatch(f"{argument}={following}")
+        if match and match["flag"] != "prompt":
+            raise ValueError(
+                f"--{match['flag']}={match['path']}: only local paths are supported; mount the "
+                "bucket (such as with Cloud Storage FUSE) and give the path of the mount."
+            )
 
 
 def check_config(config: Any, kind: type) -> None:
-    """Says so in one sentence if the config is for another command.
+    """Refuses a config that is for another command.
 
     Raises:
       UserError: it is not of this kind.
     """
     if not isinstance(config, kind):
-        made = type(config).__name__
-        command = TAKERS.get(made)
+        name = type(config).__name__
+        command = COMMAND_OF_CONFIG.get(name)
         raise UserError(
-            f"--config makes the kind {made}, not {kind.__name__}: "
+            f"--config returns a {name}, not a {kind.__name__}: "
             + (f"run kontext_jax.{command} with it." if command else "give another file.")
         )
 
 
 def join_processes() -> None:
     """Joins the processes of a pod or cluster."""
-    import jax  # takes a second, which a mistake in the flags need not wait for
+    import jax  # takes a second, which an error in the flags need not wait for
 
-    # It would take SIGTERM for itself: `training.preemption` listens, other commands just end.
+    # JAX would catch SIGTERM itself: `training.preemption` does, and other commands just end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize()
+
+
+def say(line: str) -> None:
+    """Prints a line, once per job: on its first process."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def run(name: str, body: Callable[[], None]) -> None:
     """Parses the flags and runs the command.
 
-    Its exit code is 1 after any error that it names, and 130 where the user stopped it.
-    ``--verbosity=1`` shows where an error came from.
+    The exit code is 1 after an error, 75 (EX_TEMPFAIL) if the run was preempted and has saved its
+    state, and 130 after Ctrl-C. ``--verbosity=1`` shows the traceback of an error.
     """
 
     def main(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax and TFDS tell all they do
+            logging.set_verbosity(logging.WARNING)  # Orbax and TFDS log every step they take
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}; flags look like --name=value.")
@@ -71,21 +103,23 @@ def run(name: str, body: Callable[[], None]) -> None:
         except (UserError, ImportError, OSError, ValueError) as error:
             if flags.FLAGS.verbosity > 0:
                 raise
-            sys.exit(f"{name}: {error}")
+            print(f"{name}: {error}", file=sys.stderr)
+            sys.exit(getattr(error, "exit_code", UserError.exit_code))
 
     def parse(argv: list[str]) -> list[str]:
         try:
             check_config_file(argv)
+            check_local(argv)
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-            # ml_collections hands on the whole traceback of a config file; its end says it all.
+            # ml_collections includes the whole traceback of a config file; its last line is enough.
             sys.exit(f"{name}: {str(error.args[0] if error.args else error).splitlines()[-1]}")
 
     try:
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
-        hint = "; the same command goes on." if name in GO_ON else "."
+        hint = "; the same command resumes it." if name in RESUMABLE else "."
         sys.stdout.flush()
         print(f"{name}: stopped{hint}", file=sys.stderr, flush=True)
-        # All is closed by now, and Python's own way out crashes where XLA was compiling.
+        # Everything is closed by now, and a normal exit crashes while XLA is compiling.
         os._exit(130)

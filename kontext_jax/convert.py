@@ -27,7 +27,12 @@ import kontext_jax
 from kontext_jax import cli
 from kontext_jax.files import atomic_path
 from kontext_jax.flow import TimeConfig
-from kontext_jax.loading.locations import PARAMS, load_adapters, open_networks, tokenizers_of
+from kontext_jax.loading.locations import (
+    PARAMETER_SETS,
+    load_adapters,
+    open_networks,
+    tokenizers_of,
+)
 from kontext_jax.settings import from_dict
 from kontext_jax.weights.export import write_bfl, write_diffusers, write_orbax
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
@@ -43,7 +48,7 @@ from kontext_jax.weights.pipeline import (
 from kontext_jax.weights.reading import Reader
 
 FORMATS = ("diffusers", "bfl", "orbax", "lora")
-DTYPES = {
+EXPORT_DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -55,9 +60,9 @@ def define_flags() -> None:
     flags.DEFINE_string("input", None, "the place to read, see above")
     flags.DEFINE_string("output", None, "what to make; must not exist")
     flags.DEFINE_enum("format", None, FORMATS, "layout of the output")
-    flags.DEFINE_enum("params", "ema", PARAMS, "averaged or raw parameters of a run")
+    flags.DEFINE_enum("params", "ema", PARAMETER_SETS, "averaged or raw parameters of a run")
     flags.DEFINE_enum("network", None, list(NETWORKS), "this network alone; all if left out")
-    flags.DEFINE_enum("dtype", None, list(DTYPES), "to cast to; as stored if left out")
+    flags.DEFINE_enum("dtype", None, list(EXPORT_DTYPES), "to cast to; as stored if left out")
     flags.DEFINE_string("lora", None, "adapters to merge, a file or folder of diffusers' layout")
     flags.DEFINE_bool("verify", False, "also compares outputs with PyTorch's (extra: convert)")
     flags.mark_flags_as_required(["input", "output", "format"])
@@ -126,7 +131,7 @@ def convert(
     for name in TOKENIZERS.keys() & readers.keys() - tokenizers.keys():
         if not single:
             raise FileNotFoundError(f"There is no {TOKENIZERS[name]} for the {name} in {place}.")
-    to = DTYPES[dtype] if dtype else None
+    to = EXPORT_DTYPES[dtype] if dtype else None
     for reader in readers.values():
         if to and isinstance(reader, MergedReader):
             reader.round_to(to)

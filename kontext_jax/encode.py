@@ -104,7 +104,7 @@ def encode_with(
     if _agreed(store.meta_path(folder, data.split).exists()):
         meta = store.Meta.load(store.meta_path(folder, data.split))
         _check_same(folder, meta.settings.changes(settings))
-        _say(f"{folder} is complete: there is nothing to do")
+        cli.say(f"{folder} is complete: there is nothing to do")
         return
     plan = plan_of(source, data, config.seed)
     job = begin(folder, settings, plan, data.batch_size)
@@ -120,11 +120,11 @@ def encode_with(
                 store.write_chunk(path, progress.watch(examples))
             else:
                 deque(progress.watch(examples), maxlen=0)  # computes along
-            _say(f"chunk {chunk + 1} of {job.num_chunks}: {progress}")
+            cli.say(f"chunk {chunk + 1} of {job.num_chunks}: {progress}")
     if jax.process_index() == 0:
         channels = networks["autoencoder"].config.token_channels
         meta = store.finish(folder, settings, channels, job.num_chunks)
-        _say(f"wrote {folder}: {sum(meta.records)} examples, {meta.unreadable} unreadable")
+        cli.say(f"wrote {folder}: {sum(meta.records)} examples, {meta.unreadable} unreadable")
 
 
 class Job(NamedTuple):
@@ -414,11 +414,6 @@ def _check_same(folder: Path, changed: Sequence[str]) -> None:
 def _agreed(value) -> np.ndarray:
     """What the first process, which writes the files, says of them."""
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ Writes ``cells/SET/CELL/`` (``results.py``), ``losses/``, ``summary.json``, ``su
 import copy
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -33,7 +32,7 @@ from ml_collections import config_flags
 from kontext_jax import cli
 from kontext_jax.config import LossConfig
 from kontext_jax.data.pipeline import prepare_all
-from kontext_jax.evaluation.cell_folder import CellFolder, Picture, check_record, write_text
+from kontext_jax.evaluation.cell_folder import CellFolder, check_record
 from kontext_jax.evaluation.generation import (
     OF_MODELS,
     load_networks,
@@ -48,10 +47,11 @@ from kontext_jax.evaluation.held_out_loss import (
     kinds_of,
     summarise_losses,
 )
-from kontext_jax.evaluation.judges import JudgesConfig, Jury, Lineup, judge, make_jury
+from kontext_jax.evaluation.judges import JudgePanel, JudgesConfig, Outputs, judge, make_judges
 from kontext_jax.evaluation.scores import ALL, METRICS, summarise
 from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
 from kontext_jax.evaluation.tasks.sets import Set, SetConfig, load_sets, triples_of
+from kontext_jax.files import short_digest, write_text
 from kontext_jax.geometry import resize
 from kontext_jax.loading.locations import split_step
 from kontext_jax.loading.models import Model
@@ -59,6 +59,7 @@ from kontext_jax.report.report import table, write_report
 from kontext_jax.sampling.generator import with_room
 from kontext_jax.settings import Settings, check_least, to_dict, validated
 from kontext_jax.sharding import MeshConfig, make_mesh
+from kontext_jax.types import RGBImage
 
 TIMED = (
     "Seconds per image are wall time of all batches, by the number of their images. They include "
@@ -146,17 +147,17 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
     _check(cells, sets, loss_sets, config, workdir)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-    jury = make_jury(config.judges, mesh)
-    for name, why in jury.left_out.items():
-        _say(f"judge {name} is left out: {why}")
+    panel = make_judges(config.judges, mesh)
+    for name, why in panel.left_out.items():
+        cli.say(f"judge {name} is left out: {why}")
     summary: dict[str, Any] = {
         "config": to_dict(config),
         "sets": {c.name: _of_set(c, each) for c, each in zip(config.sets, sets, strict=True)},
         "loss_sets": {
             c.name: _of_set(c, each) for c, each in zip(config.loss_sets, loss_sets, strict=True)
         },
-        "judges": jury.record,
-        "left_out": jury.left_out,
+        "judges": panel.record,
+        "left_out": panel.left_out,
         "timed": TIMED,
         "losses": {},
     }
@@ -168,8 +169,8 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         for cell in group:
             found = {}
             for each in _sets_of(cell, sets):
-                found[each.name] = _found(cell, model, each, jury, workdir, mesh, config.seed)
-                _say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
+                found[each.name] = _found(cell, model, each, panel, workdir, mesh, config.seed)
+                cli.say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
             found_of[cell.name] = _about(cell, model) | {"sets": found}
         learns_flow = model is not None and model.objective.kind == "flow_matching"
         if learns_flow and any(not cell.baseline for cell in group):
@@ -177,7 +178,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
                 name = f"{group[0].checkpoint} {group[0].params}"
                 losses = _losses(name, model, each, workdir, mesh, config)
                 summary["losses"].setdefault(each.name, {})[name] = losses
-                _say(f"{each.name}: {name}  held-out loss {losses['mean']:.4f}")
+                cli.say(f"{each.name}: {name}  held-out loss {losses['mean']:.4f}")
     summary["cells"] = {cell.name: found_of[cell.name] for cell in cells}
     summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - began, 1)}
     if jax.process_index() == 0:
@@ -199,17 +200,17 @@ def _found(
     cell: Cell,
     model: Model | None,
     each: Set,
-    jury: Jury,
+    panel: JudgePanel,
     workdir: Path,
     mesh: Mesh,
     seed: int,
 ) -> dict[str, Any]:
     """What the summary says of one cell on one set, once its pictures are made and judged."""
     folder = CellFolder(_folder(workdir, cell, each), record_of(cell, each, model, seed))
-    scores = folder.scores(jury.record, [task.id for task in each.tasks])
+    scores = folder.scores(panel.record, [task.id for task in each.tasks])
     if not _everywhere(scores is not None):
         images = make(cell, model, each, folder, mesh, seed)
-        scores = _judge(jury, each, folder, images)
+        scores = _judge(panel, each, folder, images)
     return _summarised(*scores, folder.batches())
 
 
@@ -314,12 +315,12 @@ def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
 
 
 def _judge(
-    jury: Jury, each: Set, folder: CellFolder, images: Sequence[Picture]
+    panel: JudgePanel, each: Set, folder: CellFolder, images: Sequence[RGBImage]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(a line a task, what is said of all together), once they are written."""
     # At the size that was asked for, so that models which make smaller pictures are no better off.
     sized = [resize(image, task.size) for image, task in zip(images, each.tasks, strict=True)]
-    columns, whole = judge(jury.judges, Lineup(each.name, each.tasks, sized))
+    columns, whole = judge(panel.judges, Outputs(each.name, each.tasks, sized))
     rows = [
         {
             "id": task.id,
@@ -330,7 +331,7 @@ def _judge(
         }
         for i, task in enumerate(each.tasks)
     ]
-    said = {"judges": jury.record, "scores": dict(whole)}
+    said = {"judges": panel.record, "scores": dict(whole)}
     folder.write_scores(rows, said)
     return rows, said
 
@@ -411,14 +412,8 @@ def _losses_file(workdir: Path, name: str, each: Set, loss: LossConfig) -> Path:
     """One of its own for names that look alike, other settings, and other tasks."""
     short = folder_name(name.strip("/"))[-LOSS_NAME:]
     all_of_it = json.dumps([name, to_dict(loss), each.fingerprint])
-    digest = hashlib.sha256(all_of_it.encode()).hexdigest()[:8]
+    digest = short_digest(all_of_it)[:8]
     return workdir / "losses" / folder_name(each.name) / f"{short}-{digest}.jsonl"
-
-
-def _say(line: str) -> None:
-    """One line a cell, when it is done."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
 
 
 def _in_short(found: Mapping[str, Any]) -> str:

@@ -37,10 +37,10 @@ from kontext_jax.loading.locations import is_run, load_config
 from kontext_jax.loading.models import load_model
 from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sampler import METHODS, SamplerConfig
-from kontext_jax.sampling.generator import Generator, Image
+from kontext_jax.sampling.generator import Generator
 from kontext_jax.sampling.provenance import format_of, write_image
 from kontext_jax.sharding import MeshConfig, make_mesh
-from kontext_jax.types import Example
+from kontext_jax.types import Example, RGBImage
 
 
 def define_flags() -> None:
@@ -77,16 +77,16 @@ def define_flags() -> None:
 def generate(
     checkpoint: str,
     prompt: str,
-    contexts: Sequence[Image],
+    contexts: Sequence[RGBImage],
     sampler: SamplerConfig,
     *,
-    init: Image | None = None,
+    init: RGBImage | None = None,
     size: Size | None = None,
     seed: int = 0,
     params: str = "ema",
     dtype: str = "",
     lora: str = "",
-) -> tuple[Image, dict[str, Any]]:
+) -> tuple[RGBImage, dict[str, Any]]:
     """One image, and the record of how it was made.
 
     Args:
@@ -134,7 +134,7 @@ def generate(
     return image, record | dataclasses.asdict(sampler)
 
 
-def _check_strength(init: Image | None, sampler: SamplerConfig) -> None:
+def _check_strength(init: RGBImage | None, sampler: SamplerConfig) -> None:
     if init is None and sampler.strength < 1:
         raise ValueError("A --strength below 1 starts from an image: name it with --init.")
     if init is not None and sampler.first_step == 0:
@@ -144,7 +144,7 @@ def _check_strength(init: Image | None, sampler: SamplerConfig) -> None:
         )
 
 
-def _describe(image: Image) -> dict[str, str]:
+def _describe(image: RGBImage) -> dict[str, str]:
     """What tells a given image from others: its pixels' hash, not the name of its file."""
     return {
         "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
@@ -154,8 +154,8 @@ def _describe(image: Image) -> dict[str, str]:
 
 def _example(
     prompt: str,
-    contexts: Sequence[Image],
-    init: Image | None,
+    contexts: Sequence[RGBImage],
+    init: RGBImage | None,
     size: Size | None,
     data: DataConfig,
 ) -> Example:
@@ -169,7 +169,9 @@ def _example(
     return Example("sample", target, fitted, tokenizer(prompt), tokenizer.clip(prompt))
 
 
-def _default_size(fitted: Sequence[Image], init: Image | None, geometry: GeometryConfig) -> Size:
+def _default_size(
+    fitted: Sequence[RGBImage], init: RGBImage | None, geometry: GeometryConfig
+) -> Size:
     if init is not None:
         return nearest_size(*size_of(init), geometry.sizes)
     return size_of(fitted[0]) if fitted else _squarest(geometry)

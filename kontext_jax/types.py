@@ -21,6 +21,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
+RGBImage = UInt8[np.ndarray, "_ _ 3"]
+"""An image on the host: height, width, RGB."""
+
 CATEGORIES = ("local", "global", "text", "character", "style", "text_to_image")
 """KontextBench's five kinds of edit, and images made from text alone."""
 

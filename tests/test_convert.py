@@ -246,7 +246,7 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
     tensors = files.TensorFiles(folder)
     kept = [
         files.NewTensor(
-            name, entry.shape, files.DTYPES[entry.dtype], lambda n=name: tensors.read(n)
+            name, entry.shape, files.TENSOR_DTYPES[entry.dtype], lambda n=name: tensors.read(n)
         )
         for name, entry in tensors.entries.items()
         if "guidance" not in name

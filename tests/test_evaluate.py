@@ -393,16 +393,16 @@ def test_pictures_are_judged_at_the_size_that_was_asked_for(tmp_path):
     """Smaller ones hide what is wrong with them."""
     seen = []
 
-    def judge(lineup):
-        seen.extend([*lineup.sizes, *map(size_of, lineup.truths)])
-        return judges.judge_pixels(lineup)
+    def judge(outputs):
+        seen.extend([*outputs.sizes, *map(size_of, outputs.truths)])
+        return judges.judge_pixels(outputs)
 
     truth = np.random.default_rng(0).integers(0, 256, (24, 48, 3), np.uint8)
     task = Task("a", (), "do", "local", (48, 24), truth=truth)
     folder = CellFolder(tmp_path, {})
-    jury = judges.Jury([judge], {}, {})
+    panel = judges.JudgePanel([judge], {}, {})
     small = resize(truth, (24, 12))
-    [row], _ = evaluate_module._judge(jury, Set("edits", [task], "0"), folder, [small])
+    [row], _ = evaluate_module._judge(panel, Set("edits", [task], "0"), folder, [small])
     assert seen == [(48, 24)] * 2
     assert row["l1"] == l1(resize(small, (48, 24)), truth) > 0.1
 

@@ -23,14 +23,11 @@ from urllib.parse import quote
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import UInt8
 from PIL import Image
 
 from kontext_jax.data.folder import load_image
 from kontext_jax.files import atomic_path, short_digest, write_text
-from kontext_jax.types import Task
-
-Picture = UInt8[np.ndarray, "_ _ 3"]
+from kontext_jax.types import RGBImage, Task
 
 MAX_NAME = 200
 """Characters of a picture's name; file systems take 255 bytes, ends included."""
@@ -61,7 +58,7 @@ class CellFolder:
         file = picture_file(self._path, task)
         return file.is_file() and file.stat().st_size > 0
 
-    def load(self, task: Task) -> Picture:
+    def load(self, task: Task) -> RGBImage:
         """A task's picture.
 
         Raises:
@@ -69,7 +66,7 @@ class CellFolder:
         """
         return load_picture(self._path, task.id)
 
-    def save(self, pictures: Mapping[str, Picture]) -> None:
+    def save(self, pictures: Mapping[str, RGBImage]) -> None:
         """Writes pictures, by the ids of their tasks."""
         if not self._writes:
             return
@@ -150,7 +147,7 @@ def picture_file(folder: Path, task: str) -> Path:
     return folder / "images" / f"{name}.png"
 
 
-def load_picture(folder: Path, task: str) -> Picture:
+def load_picture(folder: Path, task: str) -> RGBImage:
     """The picture of a task in a cell's folder.
 
     Raises:

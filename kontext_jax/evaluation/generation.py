@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from kontext_jax.chips import num_chips
-from kontext_jax.evaluation.cell_folder import CellFolder, Picture
+from kontext_jax.evaluation.cell_folder import CellFolder
 from kontext_jax.evaluation.sweep import Cell
 from kontext_jax.evaluation.tasks.sets import Set, examples_of
 from kontext_jax.geometry import fit, resize
@@ -21,7 +21,7 @@ from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampling.generator import Generator, reconstruct, with_room
 from kontext_jax.settings import to_dict
 from kontext_jax.sharding import shardings_of
-from kontext_jax.types import Task
+from kontext_jax.types import RGBImage, Task
 
 OF_MODELS = ("weights", "settings")
 """What of a record is known once the networks are."""
@@ -105,7 +105,7 @@ def takes_guidance(cell: Cell) -> bool:
 
 def make(
     cell: Cell, model: Model | None, each: Set, folder: CellFolder, mesh: Mesh, seed: int
-) -> list[Picture]:
+) -> list[RGBImage]:
     """A picture for each task: those that are in the folder, and those that are made now.
 
     Args:
@@ -119,7 +119,7 @@ def make(
     Raises:
       ValueError: a picture cannot be decoded, or what was sampled is no picture.
     """
-    made: dict[str, Picture] = {}
+    made: dict[str, RGBImage] = {}
     for turn, group in itertools.groupby(each.tasks, key=lambda task: task.turn):
         tasks = list(group)
         seen = np.array([folder.has(task.id) for task in tasks])
@@ -140,14 +140,14 @@ def make(
     return [made[task.id] for task in each.tasks]
 
 
-def _copy(task: Task) -> Picture:
+def _copy(task: Task) -> RGBImage:
     """The context as it is; grey where there is none."""
     if task.contexts:
         return resize(task.contexts[0], task.size)
     return np.full((task.size[1], task.size[0], 3), 128, np.uint8)
 
 
-def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, Picture]:
+def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, RGBImage]:
     """The truths through the autoencoder: what no sampler can be better than."""
     sizes = model.data.geometry.sizes
     truths = [fit(task.truth, sizes) for task in tasks if task.truth is not None]
@@ -160,12 +160,12 @@ def _sample(
     model: Model,
     tasks: Sequence[Task],
     turn: int,
-    made: Mapping[str, Picture],
+    made: Mapping[str, RGBImage],
     done: set[int],
     folder: CellFolder,
     mesh: Mesh,
     seed: int,
-) -> dict[str, Picture]:
+) -> dict[str, RGBImage]:
     """Makes the pictures of one turn that are missing; some that are not, in the same batches."""
     objective = model.objective
     if cell.shift:

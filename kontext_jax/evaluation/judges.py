@@ -1,6 +1,6 @@
 """Who says what pictures are worth: each judge has numbers for every picture, or for all together.
 
-A judge is called with a `Lineup`, tasks and the pictures that a model made of them, and says what
+A judge is called with a `Outputs`, tasks and the pictures that a model made of them, and says what
 it can; where it has nothing to go by (no truth, no face, no words) it says None. Networks are read
 from local files, and a number has the name of its network: ``fd_efflite0`` is no FID.
 """
@@ -39,7 +39,7 @@ from kontext_jax.models.lpips import TRUNKS, Lpips
 from kontext_jax.settings import Settings, check_choices, to_dict
 from kontext_jax.sharding import over_batches
 from kontext_jax.toy_data import checker
-from kontext_jax.types import Task
+from kontext_jax.types import RGBImage, Task
 from kontext_jax.weights.clip_vision import Clip, load_clip
 from kontext_jax.weights.efficientnet import load_lite0
 from kontext_jax.weights.inception import is_fid, load_inception
@@ -47,7 +47,6 @@ from kontext_jax.weights.loading import load
 from kontext_jax.weights.lpips import load_lpips
 from kontext_jax.weights.reading import open_folder
 
-Image = UInt8[np.ndarray, "_ _ 3"]
 Column = list[float | None]
 
 VERSION = 1
@@ -109,13 +108,13 @@ class JudgesConfig(Settings):
         check_choices(self, lpips_net=TRUNKS)
 
 
-class Lineup:
+class Outputs:
     """What is judged: the pictures made for a set's tasks, and what they are compared with.
 
     Truths and contexts are brought to the size of the picture that was made, as a model's own are.
     """
 
-    def __init__(self, name: str, tasks: Sequence[Task], images: Sequence[Image]):
+    def __init__(self, name: str, tasks: Sequence[Task], images: Sequence[RGBImage]):
         """``name`` is the set's: judges may remember what they know of its truths and contexts."""
         self.name, self.tasks, self.images = name, list(tasks), list(images)
 
@@ -124,15 +123,15 @@ class Lineup:
         return [size_of(image) for image in self.images]
 
     @functools.cached_property
-    def truths(self) -> list[Image | None]:
+    def truths(self) -> list[RGBImage | None]:
         return self._resized([task.truth for task in self.tasks])
 
     @functools.cached_property
-    def contexts(self) -> list[Image | None]:
+    def contexts(self) -> list[RGBImage | None]:
         """The first context of each; in a session, that of its first turn."""
         return self._resized([task.contexts[0] if task.contexts else None for task in self.tasks])
 
-    def _resized(self, images: Sequence[Image | None]) -> list[Image | None]:
+    def _resized(self, images: Sequence[RGBImage | None]) -> list[RGBImage | None]:
         pairs = zip(images, self.sizes, strict=True)
         return [None if image is None else resize(image, size) for image, size in pairs]
 
@@ -149,11 +148,11 @@ class Scores(NamedTuple):
     whole: Mapping[str, float] = {}
 
 
-Judge = Callable[[Lineup], Scores]
+Judge = Callable[[Outputs], Scores]
 """Anything that can be called with a line-up, on all processes together."""
 
 
-class Jury(NamedTuple):
+class JudgePanel(NamedTuple):
     """All judges of a sweep.
 
     Attributes:
@@ -169,7 +168,7 @@ class Jury(NamedTuple):
     record: dict[str, Any]
 
 
-def make_jury(config: JudgesConfig, mesh: Mesh) -> Jury:
+def make_judges(config: JudgesConfig, mesh: Mesh) -> JudgePanel:
     """The judges that ``config`` asks for. All processes call it.
 
     Raises:
@@ -217,7 +216,7 @@ def make_jury(config: JudgesConfig, mesh: Mesh) -> Jury:
         "files": _hashes(Path(place) for place in (*places, config.auraface) if place),
         "packages": _versions(packages),
     }
-    return Jury(judges, left_out, record)
+    return JudgePanel(judges, left_out, record)
 
 
 def _hashes(places: Iterable[Path]) -> dict[str, str]:
@@ -245,7 +244,7 @@ def _load_dino(folder: Path, mesh: Mesh) -> Dino:
     return load(reader, dataclasses.replace(reader.config, dtype="float32"), mesh)
 
 
-def judge(judges: Sequence[Judge], lineup: Lineup) -> Scores:
+def judge(judges: Sequence[Judge], outputs: Outputs) -> Scores:
     """What all judges say.
 
     Raises:
@@ -254,13 +253,13 @@ def judge(judges: Sequence[Judge], lineup: Lineup) -> Scores:
     columns: dict[str, Column] = {}
     whole: dict[str, float] = {}
     for each in judges:
-        said = each(lineup)
+        said = each(outputs)
         twice = (columns.keys() & said.columns.keys()) | (whole.keys() & said.whole.keys())
         if twice:
             raise ValueError(f"Two judges say {', '.join(sorted(twice))}.")
         for name, column in said.columns.items():
-            if len(column) != len(lineup.tasks):
-                raise ValueError(f"{name} has {len(column)} values for {len(lineup.tasks)} tasks.")
+            if len(column) != len(outputs.tasks):
+                raise ValueError(f"{name} has {len(column)} values for {len(outputs.tasks)} tasks.")
         columns |= said.columns
         whole |= said.whole
     return Scores(columns, whole)
@@ -300,10 +299,10 @@ def _column(values: Float[np.ndarray, " n"]) -> Column:
     return [None if np.isnan(value) else float(value) for value in values]
 
 
-def judge_pixels(lineup: Lineup) -> Scores:
+def judge_pixels(outputs: Outputs) -> Scores:
     """Errors, PSNR and SSIM to the truth; `metrics.pixels`."""
 
-    def look(image: Image, truth: Image | None) -> dict[str, float | None]:
+    def look(image: RGBImage, truth: RGBImage | None) -> dict[str, float | None]:
         if truth is None:
             return {}
         # A picture that is right to the last bit has no finite PSNR; 100 dB are beyond 8 bits.
@@ -317,32 +316,34 @@ def judge_pixels(lineup: Lineup) -> Scores:
         return found
 
     names = ("l1", "l2", "psnr", "ssim")
-    return by_picture(look, names, lineup.images, lineup.truths)
+    return by_picture(look, names, outputs.images, outputs.truths)
 
 
-def judge_world(lineup: Lineup) -> Scores:
+def judge_world(outputs: Outputs) -> Scores:
     """Whether the world's checker reads what was asked for, and all else kept; 1 is yes.
 
     It reads pictures of the truth's size alone.
     """
 
-    def look(image: Image, task: Task) -> dict[str, float | None]:
+    def look(image: RGBImage, task: Task) -> dict[str, float | None]:
         if task.truth is None or task.truth.shape != image.shape:
             return {}
         verdict = checker.check(image, task.details)
         said = {"edit_success": verdict.edited, "preservation": verdict.preserved}
         return {name: None if value is None else float(value) for name, value in said.items()}
 
-    return by_picture(look, ("edit_success", "preservation"), lineup.images, lineup.tasks)
+    return by_picture(look, ("edit_success", "preservation"), outputs.images, outputs.tasks)
 
 
-def judge_drift(lineup: Lineup) -> Scores:
+def judge_drift(outputs: Outputs) -> Scores:
     """How far pictures have moved, grown and changed colour where they were to stay as they were.
 
     That is where truth and context are the same: everywhere, in a probe.
     """
 
-    def look(image: Image, truth: Image | None, context: Image | None) -> dict[str, float | None]:
+    def look(
+        image: RGBImage, truth: RGBImage | None, context: RGBImage | None
+    ) -> dict[str, float | None]:
         if truth is None or context is None:
             return {}
         far = np.abs(truth.astype(np.int16) - context) > UNCHANGED
@@ -361,27 +362,27 @@ def judge_drift(lineup: Lineup) -> Scores:
         return found
 
     names = ("shift", "zoom", "colour_drift")
-    return by_picture(look, names, lineup.images, lineup.truths, lineup.contexts)
+    return by_picture(look, names, outputs.images, outputs.truths, outputs.contexts)
 
 
 class Remembered:
     """Vectors of images that many cells of a set are compared with."""
 
-    def __init__(self, features: Callable[[Sequence[Image]], np.ndarray]):
+    def __init__(self, features: Callable[[Sequence[RGBImage]], np.ndarray]):
         self._features = features
         self._known: dict[tuple, np.ndarray] = {}
 
-    def __call__(self, lineup: Lineup, role: str) -> tuple[list[int], np.ndarray]:
+    def __call__(self, outputs: Outputs, role: str) -> tuple[list[int], np.ndarray]:
         """(places of the tasks that have such an image, their vectors), of truths or contexts."""
-        images = getattr(lineup, role)
+        images = getattr(outputs, role)
         places = [i for i, image in enumerate(images) if image is not None]
-        key = (lineup.name, role, tuple(lineup.sizes), len(places))
+        key = (outputs.name, role, tuple(outputs.sizes), len(places))
         if places and key not in self._known:
             self._known[key] = self._features([images[i] for i in places])
         return places, self._known.get(key, np.zeros((0, 1), np.float32))
 
 
-def _features(network, mesh: Mesh) -> Callable[[Sequence[Image]], np.ndarray]:
+def _features(network, mesh: Mesh) -> Callable[[Sequence[RGBImage]], np.ndarray]:
     return lambda images: pooled_features(network, images, mesh)
 
 
@@ -394,7 +395,7 @@ class FeatureJudge:
     def __init__(
         self,
         name: str,
-        features: Callable[[Sequence[Image]], np.ndarray],
+        features: Callable[[Sequence[RGBImage]], np.ndarray],
         *,
         similarity: str | None = None,
         fd: str = "",
@@ -405,20 +406,20 @@ class FeatureJudge:
         self._fd, self._kid = fd or f"fd_{name}", kid
         self._features, self._remembered = features, Remembered(features)
 
-    def __call__(self, lineup: Lineup) -> Scores:
-        places, truths = self._remembered(lineup, "truths")
+    def __call__(self, outputs: Outputs) -> Scores:
+        places, truths = self._remembered(outputs, "truths")
         if not self._similarity and not places:
             return Scores({})
-        made = self._features(lineup.images)
+        made = self._features(outputs.images)
         columns = {}
         if self._similarity:
             columns[self._similarity] = _cosines(made, places, truths)
             columns[f"{self._similarity}_context"] = _cosines(
-                made, *self._remembered(lineup, "contexts")
+                made, *self._remembered(outputs, "contexts")
             )
         # Pictures of one session are not independent.
-        followed = {task.follows for task in lineup.tasks}
-        kept = [i for i, place in enumerate(places) if lineup.tasks[place].id not in followed]
+        followed = {task.follows for task in outputs.tasks}
+        kept = [i for i, place in enumerate(places) if outputs.tasks[place].id not in followed]
         whole = {}
         if len(kept) > 1:
             ends = made[[places[i] for i in kept]]
@@ -442,12 +443,12 @@ class ClipJudge:
         self._clip, self._mesh = clip, mesh
         self._remembered = Remembered(lambda images: clip.image(images, mesh))
 
-    def __call__(self, lineup: Lineup) -> Scores:
-        made = self._clip.image(lineup.images, self._mesh)
-        truths = self._remembered(lineup, "truths")
-        places, contexts = self._remembered(lineup, "contexts")
+    def __call__(self, outputs: Outputs) -> Scores:
+        made = self._clip.image(outputs.images, self._mesh)
+        truths = self._remembered(outputs, "truths")
+        places, contexts = self._remembered(outputs, "contexts")
         wanted = [
-            task.target_caption or ("" if task.contexts else task.prompt) for task in lineup.tasks
+            task.target_caption or ("" if task.contexts else task.prompt) for task in outputs.tasks
         ]
         described = [i for i, text in enumerate(wanted) if text]
         columns = {
@@ -462,10 +463,10 @@ class ClipJudge:
         columns["clip_t"] = _cosines(made, described, texts)
         text_of = dict(zip(described, texts, strict=True))
         context_of = dict(zip(places, contexts, strict=True))
-        captioned = [i for i in described if i in context_of and lineup.tasks[i].source_caption]
+        captioned = [i for i in described if i in context_of and outputs.tasks[i].source_caption]
         if not captioned:
             return Scores(columns)
-        texts = self._clip.text([lineup.tasks[i].source_caption for i in captioned], self._mesh)
+        texts = self._clip.text([outputs.tasks[i].source_caption for i in captioned], self._mesh)
         before_of = dict(zip(captioned, texts, strict=True))
         # Captions that CLIP cannot tell apart ask for no direction.
         apart = 1 - cosine(texts, np.stack([text_of[i] for i in captioned]))
@@ -487,15 +488,15 @@ class LpipsJudge:
         self._name, self._network, self._mesh = name, network, mesh
         self._smallest = TRUNKS[network.config.net].smallest
 
-    def __call__(self, lineup: Lineup) -> Scores:
-        column: Column = [None] * len(lineup.tasks)
+    def __call__(self, outputs: Outputs) -> Scores:
+        column: Column = [None] * len(outputs.tasks)
         places = [
             i
-            for i, truth in enumerate(lineup.truths)
-            if truth is not None and min(lineup.sizes[i]) >= self._smallest
+            for i, truth in enumerate(outputs.truths)
+            if truth is not None and min(outputs.sizes[i]) >= self._smallest
         ]
-        pairs = [np.stack([lineup.images[i], lineup.truths[i]]) for i in places]
-        sizes = [lineup.sizes[i] for i in places]
+        pairs = [np.stack([outputs.images[i], outputs.truths[i]]) for i in places]
+        sizes = [outputs.sizes[i] for i in places]
         at_once = {size: min(sizes.count(size), 16) for size in set(sizes)}
         found = over_batches(
             lambda _, batch: _lpips(self._network, batch), pairs, sizes, at_once, self._mesh
@@ -519,10 +520,10 @@ class FaceJudge:
 
     def __init__(self, encoder: IdentityEncoder):
         self._encoder, self._metric = encoder, encoder.metric
-        self._known: dict[int, tuple[Image, np.ndarray | None]] = {}
+        self._known: dict[int, tuple[RGBImage, np.ndarray | None]] = {}
 
-    def __call__(self, lineup: Lineup) -> Scores:
-        def look(image: Image, task: Task) -> dict[str, float | None]:
+    def __call__(self, outputs: Outputs) -> Scores:
+        def look(image: RGBImage, task: Task) -> dict[str, float | None]:
             before = self._of_context(task.contexts[0]) if task.contexts else None
             if before is None:
                 return {}
@@ -533,9 +534,9 @@ class FaceJudge:
             return {self._metric: similarity, f"{self._metric}_found": 1.0}
 
         names = (self._metric, f"{self._metric}_found")
-        return by_picture(look, names, lineup.images, lineup.tasks, threads=1)
+        return by_picture(look, names, outputs.images, outputs.tasks, threads=1)
 
-    def _of_context(self, image: Image) -> np.ndarray | None:
+    def _of_context(self, image: RGBImage) -> np.ndarray | None:
         """Tasks share images. The image is kept too: what is gone might lend its id to another."""
         if id(image) not in self._known:
             self._known[id(image)] = image, self._encoder.embed(image)
@@ -551,8 +552,8 @@ class OcrJudge:
     def __init__(self, reader: Reader):
         self._reader = reader
 
-    def __call__(self, lineup: Lineup) -> Scores:
-        def look(image: Image, task: Task) -> dict[str, float | None]:
+    def __call__(self, outputs: Outputs) -> Scores:
+        def look(image: RGBImage, task: Task) -> dict[str, float | None]:
             if not task.words:
                 return {}
             read = self._reader.read(image)
@@ -562,4 +563,4 @@ class OcrJudge:
             }
 
         names = ("ocr_contains", "ocr_accuracy")
-        return by_picture(look, names, lineup.images, lineup.tasks, threads=1)
+        return by_picture(look, names, outputs.images, outputs.tasks, threads=1)

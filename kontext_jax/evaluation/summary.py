@@ -33,7 +33,7 @@ OVER_TURNS = (
 )
 """The same of charts over turns: how much is still there of what was."""
 
-PARAMS = {"ema": "averaged", "params": "raw"}
+PARAMETER_NAMES = {"ema": "averaged", "params": "raw"}
 
 DISTANCES = ("fid", "fd_inception", "fd_dinov2", "fd_efflite0")
 
@@ -141,7 +141,7 @@ def describe(about: Mapping[str, Any]) -> tuple[str, str, str]:
     if about["baseline"] == "untrained":
         networks = f"new networks of the sizes of {networks}"
     elif about["step"] is not None:
-        networks += f", step {about['step']}, {PARAMS[about['params']]} parameters"
+        networks += f", step {about['step']}, {PARAMETER_NAMES[about['params']]} parameters"
     sampling = ", ".join(
         (
             f"{sampler['num_steps']} step{'s' if sampler['num_steps'] > 1 else ''}",

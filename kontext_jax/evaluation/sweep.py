@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kontext_jax.flow import SHIFTS
-from kontext_jax.loading.locations import PARAMS, is_run, split_step, step_at, steps_at
+from kontext_jax.loading.locations import PARAMETER_SETS, is_run, split_step, step_at, steps_at
 from kontext_jax.sampler import SamplerConfig, check_blind
 from kontext_jax.settings import Settings, check_choices
 
@@ -49,7 +49,7 @@ class Cell(Settings):
         check_choices(
             self,
             where,
-            params=PARAMS,
+            params=PARAMETER_SETS,
             shift=("", *SHIFTS),
             baseline=("", "copy", "reconstruction", "untrained"),
         )

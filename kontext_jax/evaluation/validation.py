@@ -13,12 +13,12 @@ from jax.sharding import Mesh
 from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.evaluation.held_out_loss import held_out_loss, kinds_of, summarise_losses
-from kontext_jax.evaluation.judges import Lineup, judge, judge_drift, judge_pixels, judge_world
+from kontext_jax.evaluation.judges import Outputs, judge, judge_drift, judge_pixels, judge_world
 from kontext_jax.evaluation.tasks.sets import examples_of, triples_of
 from kontext_jax.evaluation.tasks.triples import triples
 from kontext_jax.objectives.flow_matching import networks_of
-from kontext_jax.sampling.generator import Generator, Image, reconstruct
-from kontext_jax.types import Task
+from kontext_jax.sampling.generator import Generator, reconstruct
+from kontext_jax.types import RGBImage, Task
 
 Validation = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
 
@@ -75,8 +75,8 @@ def _losses(summary: Mapping[str, Any]) -> dict[str, float]:
     return {"loss": summary["mean"]} | kinds | levels
 
 
-def _judged(tasks: Sequence[Task], images: Sequence[Image]) -> dict[str, float]:
+def _judged(tasks: Sequence[Task], images: Sequence[RGBImage]) -> dict[str, float]:
     """The mean of each column that judges fill."""
-    columns = judge([judge_pixels, judge_world, judge_drift], Lineup("", tasks, images)).columns
+    columns = judge([judge_pixels, judge_world, judge_drift], Outputs("", tasks, images)).columns
     values = {name: [x for x in column if x is not None] for name, column in columns.items()}
     return {name: float(np.mean(known)) for name, known in values.items() if known}

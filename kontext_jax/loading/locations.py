@@ -41,10 +41,10 @@ from kontext_jax.weights.reading import (
     read_config,
 )
 
-PARAMS = ("ema", "params")
+PARAMETER_SETS = ("ema", "params")
 """A run's averaged parameters, and those that it trains."""
 
-DTYPES = ("dtype", "timestep_dtype")
+DTYPE_SETTINGS = ("dtype", "timestep_dtype")
 """Settings of how networks are computed that change what comes out."""
 
 
@@ -346,7 +346,7 @@ def record_of(config: Config, step: int, params: str) -> dict[str, Any]:
 
 
 def _dtypes(config) -> dict[str, str]:
-    return {name: value for name, value in vars(config).items() if name in DTYPES}
+    return {name: value for name, value in vars(config).items() if name in DTYPE_SETTINGS}
 
 
 def is_run(place: str | Path) -> bool:

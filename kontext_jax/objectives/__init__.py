@@ -22,13 +22,13 @@ class Sums(NamedTuple):
     Attributes:
       weight: the step divides all sums by it; where it is 0 the step is skipped.
       metrics: to log, sums as the loss is.
-      handed_on: entries added to the inputs of the players after this one, which need not compute
+      forwarded: entries added to the inputs of the players after this one, which need not compute
         again what it has at hand; without gradient.
     """
 
     weight: Float[Array, ""]
     metrics: Metrics
-    handed_on: Mapping[str, Any] = {}
+    forwarded: Mapping[str, Any] = {}
 
 
 @runtime_checkable

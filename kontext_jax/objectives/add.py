@@ -189,8 +189,8 @@ class Add:
         loss = terms["adversarial"] + config.distillation_weight * terms["distillation"]
         sums = jax.tree.map(jnp.sum, terms)
         sums["t"] = jnp.sum(jnp.where(tokens.example_ids >= 0, t, 0.0))
-        handed_on = {"made": jax.lax.stop_gradient(seen.maps)}
-        return jnp.sum(loss), Sums(jnp.sum(present), sums, handed_on)
+        forwarded = {"made": jax.lax.stop_gradient(seen.maps)}
+        return jnp.sum(loss), Sums(jnp.sum(present), sums, forwarded)
 
     def _look(self, frozen: dict, images: list[Float[Array, "B N _ _ 3"]]) -> Features:
         """The features of images of all sizes, one after the other."""

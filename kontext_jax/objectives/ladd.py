@@ -134,9 +134,9 @@ class Ladd:
         if player == "student":
             made, t = self.make(student, tokens, make_keys, step)
             loss, sums = self.student_loss(heads, teacher, tokens, made, judge_keys)
-            handed_on = {"made": jax.lax.stop_gradient(made)} if self._hands_on else {}
+            forwarded = {"made": jax.lax.stop_gradient(made)} if self._hands_on else {}
             t = jnp.sum(jnp.where(tokens.example_ids >= 0, t, 0.0))
-            return loss, Sums(sums.weight, sums.metrics | {"t": t}, handed_on)
+            return loss, Sums(sums.weight, sums.metrics | {"t": t}, forwarded)
         made = inputs.get("made")
         if made is None:
             made, _ = self.make(student, tokens, make_keys, step)

@@ -11,15 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from kontext_jax.evaluation.cell_folder import load_picture
 from kontext_jax.evaluation.scores import METRICS, spread
 from kontext_jax.evaluation.summary import HEADLINE, goodness
 from kontext_jax.evaluation.sweep import folder_name
-from kontext_jax.types import Task
+from kontext_jax.types import RGBImage, Task
 
 MAX_SIDE, MAX_EXACT = 256, 128
 """Larger pictures are made smaller; and those beyond the second lose a little as JPEG."""
@@ -106,8 +104,6 @@ if (grid) {
   compare();
 }
 """
-
-Picture = UInt8[np.ndarray, "_ _ 3"]
 
 
 class Gallery:
@@ -202,14 +198,14 @@ class Gallery:
     def _path(self, of_set: str, cell: str) -> Path:
         return self._folder / folder_name(of_set) / folder_name(cell)
 
-    def _load(self, of_set: str, cell: str, task: Task) -> Picture:
+    def _load(self, of_set: str, cell: str, task: Task) -> RGBImage:
         return load_picture(self._path(of_set, cell), task.id)
 
-    def _add(self, image: Picture) -> int:
+    def _add(self, image: RGBImage) -> int:
         """The number of a picture in the data."""
         return self._numbers.setdefault(data_uri(image), len(self._numbers))
 
-    def _image(self, image: Picture, side: int, name: str) -> str:
+    def _image(self, image: RGBImage, side: int, name: str) -> str:
         return (
             f"<img data-picture={self._add(image)} width={side} height={side} "
             f"alt='{html.escape(name)}'>"
@@ -262,7 +258,7 @@ def ranked(rows: Iterable[Mapping[str, Any]], metric: str) -> list[str]:
     return [row["id"] for row in sorted(judged, key=worth)]
 
 
-def data_uri(image: Picture) -> str:
+def data_uri(image: RGBImage) -> str:
     """A picture as the source of an ``<img>``, no larger than the page has use for."""
     picture, buffer = Image.fromarray(image), io.BytesIO()
     kind = "jpeg" if max(picture.size) > MAX_EXACT else "png"

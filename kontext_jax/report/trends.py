@@ -12,7 +12,7 @@ from kontext_jax.evaluation.summary import (
     DISTANCES,
     HEADLINE,
     OVER_TURNS,
-    PARAMS,
+    PARAMETER_NAMES,
     Estimate,
     alike,
     describe,
@@ -182,7 +182,7 @@ def _loss_by_step(sweep: Sweep, of_set: str) -> list[str]:
 
 
 def _run(about: Mapping[str, Any]) -> str:
-    return f"{about['checkpoint']}, {PARAMS[about['params']]} parameters"
+    return f"{about['checkpoint']}, {PARAMETER_NAMES[about['params']]} parameters"
 
 
 def _first_below(points: Mapping[int, Estimate], target: float) -> int | None:

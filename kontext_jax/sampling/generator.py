@@ -23,15 +23,13 @@ from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards, over_batches
-from kontext_jax.types import Batch, Example, unprompted
-
-Image = UInt8[np.ndarray, "_ _ 3"]
+from kontext_jax.types import Batch, Example, RGBImage, unprompted
 
 MAX_PIXELS = 2**21
 """Decoded at once by one part of the mesh: two images of a megapixel."""
 
 
-class Made(NamedTuple):
+class GeneratedBatch(NamedTuple):
     """What became of one batch.
 
     Attributes:
@@ -44,7 +42,7 @@ class Made(NamedTuple):
 
     number: int
     indices: list[int]
-    images: list[Image]
+    images: list[RGBImage]
     seconds: float
     finite: bool
 
@@ -85,20 +83,20 @@ class Generator:
             limit = max(1, MAX_PIXELS // (width * height)) * num_batch_shards(mesh)
             self._decoded_at_once[width, height] = min(self._decoded_at_once[width, height], limit)
 
-    def __call__(self, networks: dict[str, Network]) -> list[Image]:
+    def __call__(self, networks: dict[str, Network]) -> list[RGBImage]:
         """An image for each example, in their order.
 
         Args:
           networks: all that the objective has, see ``flow_matching.networks_of``.
         """
-        images: dict[int, Image] = {}
+        images: dict[int, RGBImage] = {}
         for made in self.batches(networks):
             images.update(zip(made.indices, made.images, strict=True))
         return [images[i] for i in range(len(self._examples))]
 
     def batches(
         self, networks: dict[str, Network], done: Container[int] = frozenset()
-    ) -> Iterator[Made]:
+    ) -> Iterator[GeneratedBatch]:
         """Batch by batch, without those of which all examples are ``done``.
 
         Batches hold the same examples whatever is done, so that whoever stops and goes on gets the
@@ -118,7 +116,7 @@ class Generator:
             images = self._images(tokens, indices, networks["autoencoder"])
             seconds = time.perf_counter() - began
             finite = all(bool(np.isfinite(each).all()) for each in tokens)
-            yield Made(number, indices, images, seconds, finite)
+            yield GeneratedBatch(number, indices, images, seconds, finite)
 
     def warm_up(self, networks: dict[str, Network]) -> float:
         """Compiles all that a call runs, on one batch; the seconds that took, its run included."""
@@ -146,7 +144,7 @@ class Generator:
         tokens: Sequence[Float[np.ndarray, "_ _"]],
         indices: Sequence[int],
         autoencoder: Autoencoder,
-    ) -> list[Image]:
+    ) -> list[RGBImage]:
         """Decodes the tokens of some examples."""
         sizes = [size_of(self._examples[i].target) for i in indices]
         return over_batches(
@@ -257,7 +255,7 @@ def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> A
     return to_uint8(autoencoder.decode(autoencoder.encode(to_pixels(images))))
 
 
-def reconstruct(autoencoder: Autoencoder, images: Sequence[Image], mesh: Mesh) -> list[Image]:
+def reconstruct(autoencoder: Autoencoder, images: Sequence[RGBImage], mesh: Mesh) -> list[RGBImage]:
     """Each image through the autoencoder, by the mean of its latents."""
     sizes = [size_of(image) for image in images]
     at_once = {

@@ -56,7 +56,7 @@ RESTYLE = {
     "outlined": "turn it into line art",
     "striped": "make everything striped",
 }
-# Made of twelve letters only (ABCDEGNOPSTU), so that each letter is seen often.
+# GeneratedBatch of twelve letters only (ABCDEGNOPSTU), so that each letter is seen often.
 WORDS = tuple(
     "ACE ANT APE BAG BAT BED BEE BUG BUS BUN CAB CAN CAP CAT COD COG CUB CUP DEN DOG "
     "DOT EGG GAS NET NUT ONE PAN PEA PEN PET POD POT SEA SUN TAG TAP TEA TEN TOE TUB".split()

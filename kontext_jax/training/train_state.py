@@ -154,13 +154,13 @@ def make_train_step(
             every = objective.every.get(player, 1)
             due = state.step % every == 0
             if every == 1:
-                loss, weight, sums, grads, handed_on = gradient(inputs)
+                loss, weight, sums, grads, forwarded = gradient(inputs)
             else:
                 nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
-                loss, weight, sums, grads, handed_on = jax.lax.cond(due, gradient, nothing, inputs)
-            if handed_on and every > 1:
+                loss, weight, sums, grads, forwarded = jax.lax.cond(due, gradient, nothing, inputs)
+            if forwarded and every > 1:
                 raise ValueError(f"{player} hands on, and is not due in every step.")
-            inputs = inputs | handed_on
+            inputs = inputs | forwarded
             grad_norm = optax.tree.norm(grads)
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]
@@ -265,26 +265,26 @@ def _accumulate(loss_fn, network, inputs):
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def sums_of(microbatch):
-        (loss, (weight, metrics, handed_on)), grads = grad_fn(network, microbatch)
-        return (loss, weight, metrics, grads), dict(handed_on)
+        (loss, (weight, metrics, forwarded)), grads = grad_fn(network, microbatch)
+        return (loss, weight, metrics, grads), dict(forwarded)
 
     first = jax.tree.map(lambda x: x[0], inputs)
     if len(jax.tree.leaves(inputs)[0]) == 1:
-        sums, handed_on = sums_of(first)
-        handed_on = jax.tree.map(lambda x: x[None], handed_on)
+        sums, forwarded = sums_of(first)
+        forwarded = jax.tree.map(lambda x: x[None], forwarded)
     else:
         shapes, _ = jax.eval_shape(sums_of, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def add(total, microbatch):
-            sums, handed_on = sums_of(microbatch)
-            return jax.tree.map(jnp.add, total, sums), handed_on
+            sums, forwarded = sums_of(microbatch)
+            return jax.tree.map(jnp.add, total, sums), forwarded
 
-        sums, handed_on = jax.lax.scan(add, zeros, inputs)
+        sums, forwarded = jax.lax.scan(add, zeros, inputs)
     loss, weight, metrics, grads = sums
     scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
     metrics, grads = jax.tree.map(lambda x: x * scale, (metrics, grads))
-    return loss * scale, weight, metrics, grads, handed_on
+    return loss * scale, weight, metrics, grads, forwarded
 
 
 def _nothing(shapes, inputs):

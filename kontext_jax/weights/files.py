@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {
+TENSOR_DTYPES = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -129,7 +129,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
     Raises:
       OSError: the disk is full, or the folder is missing.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in TENSOR_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for tensor in tensors:

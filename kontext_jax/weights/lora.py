@@ -26,8 +26,8 @@ from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.layers import LowRank
 from kontext_jax.models.lora import Adapters, LoraConfig
 from kontext_jax.weights.files import (
-    DTYPES,
     METADATA_KEY,
+    TENSOR_DTYPES,
     Entry,
     NewTensor,
     TensorFiles,
@@ -329,11 +329,13 @@ class _StoredAdapters:
         ranks = {}
         for module, tensors in found.items():
             missing = [ending for ending in (A, B) if ending not in tensors]
-            odd = {entry.dtype for entry in tensors.values()} - DTYPES.keys()
+            odd = {entry.dtype for entry in tensors.values()} - TENSOR_DTYPES.keys()
             if missing:
                 wrong.append(f"{module} has {', '.join(tensors)} but no {' or '.join(missing)}")
             if odd:
-                wrong.append(f"{module} is {', '.join(sorted(odd))}, not {', '.join(DTYPES)}")
+                wrong.append(
+                    f"{module} is {', '.join(sorted(odd))}, not {', '.join(TENSOR_DTYPES)}"
+                )
             if missing or odd:
                 continue
             a, b = tensors[A].shape, tensors[B].shape

@@ -11,7 +11,7 @@ import numpy as np
 import tensorstore as ts
 
 from kontext_jax.tree_paths import named_leaves
-from kontext_jax.weights.files import DTYPES, TensorFiles, WeightsError
+from kontext_jax.weights.files import TENSOR_DTYPES, TensorFiles, WeightsError
 from kontext_jax.weights.networks import ALL_NETWORKS, NETWORKS, Network
 from kontext_jax.weights.table import Place, Table
 
@@ -81,9 +81,12 @@ class TensorReader:
                 entry = self._files.entries[self._stored_as[piece.name]]
                 if entry.shape != piece.shape:
                     wrong.append(f"{piece.name} is {entry.shape}, not {piece.shape}")
-                elif entry.dtype not in DTYPES:
-                    wrong.append(f"{piece.name} is {entry.dtype}, not {', '.join(DTYPES)}")
-                elif dtypes.setdefault(param, DTYPES[entry.dtype]) != DTYPES[entry.dtype]:
+                elif entry.dtype not in TENSOR_DTYPES:
+                    wrong.append(f"{piece.name} is {entry.dtype}, not {', '.join(TENSOR_DTYPES)}")
+                elif (
+                    dtypes.setdefault(param, TENSOR_DTYPES[entry.dtype])
+                    != TENSOR_DTYPES[entry.dtype]
+                ):
                     wrong.append(f"{piece.name} is {entry.dtype}, other layers or parts are not")
         missing = {
             param

@@ -31,7 +31,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 ZIP_START = b"PK\x03\x04"
 
-DTYPES = {
+STORAGE_DTYPES = {
     "torch FloatStorage": np.dtype("<f4"),
     "torch HalfStorage": np.dtype("<f2"),
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -216,7 +216,7 @@ def _interpret(file: io.BytesIO) -> Any:
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                if argument not in _CALLS and argument not in DTYPES:
+                if argument not in _CALLS and argument not in STORAGE_DTYPES:
                     raise WeightsError(f"it asks for {argument.replace(' ', '.')}")
                 stack.append(_Name(argument))
             case "REDUCE":
@@ -226,7 +226,7 @@ def _interpret(file: io.BytesIO) -> Any:
                 _, kind, key, _, size, *whole = stack.pop()
                 if whole not in ([], [None]):
                     raise WeightsError("one of its storages is a part of another")
-                stack.append(_Storage(key, DTYPES[kind.name], size))
+                stack.append(_Storage(key, STORAGE_DTYPES[kind.name], size))
             case "BUILD":
                 stack.pop()  # the versions of the modules that the tensors are of
             case "STOP":

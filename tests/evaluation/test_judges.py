@@ -20,18 +20,19 @@ from kontext_jax.evaluation.judges import (
     FaceJudge,
     FeatureJudge,
     JudgesConfig,
-    Lineup,
     LpipsJudge,
     OcrJudge,
+    Outputs,
     Scores,
     by_picture,
     judge,
     judge_drift,
     judge_pixels,
     judge_world,
-    make_jury,
+    make_judges,
 )
 from kontext_jax.evaluation.scores import METRICS
+from kontext_jax.files import sha256_of
 from kontext_jax.geometry import resize
 from kontext_jax.metrics import pixels
 from kontext_jax.metrics.faces import DETECTOR, RECOGNISER
@@ -68,30 +69,30 @@ def task(truth=None, *contexts: np.ndarray, **fields) -> Task:
 def test_truths_and_contexts_have_the_size_of_the_picture_that_was_made():
     truth, first = image(0, 40, 30), image(1, 16, 24)
     tasks = [task(truth, first, image(2)), task(), task(image(3), image(3))]
-    lineup = Lineup("set", tasks, [image(4, 20, 15), image(5), image(6)])
-    assert lineup.sizes == [(20, 15), (16, 16), (16, 16)]
-    for found, wanted in ((lineup.truths, truth), (lineup.contexts, first)):
+    outputs = Outputs("set", tasks, [image(4, 20, 15), image(5), image(6)])
+    assert outputs.sizes == [(20, 15), (16, 16), (16, 16)]
+    for found, wanted in ((outputs.truths, truth), (outputs.contexts, first)):
         np.testing.assert_array_equal(found[0], resize(wanted, (20, 15)))
         assert found[1] is None
-        assert found[2] is (lineup.tasks[2].truth if wanted is truth else tasks[2].contexts[0])
-    assert lineup.images[0].shape == (15, 20, 3)
+        assert found[2] is (outputs.tasks[2].truth if wanted is truth else tasks[2].contexts[0])
+    assert outputs.images[0].shape == (15, 20, 3)
 
 
 def test_what_all_judges_say_is_put_together():
-    lineup = Lineup("set", [task(), task()], [image(0), image(1)])
+    outputs = Outputs("set", [task(), task()], [image(0), image(1)])
 
     def says(columns, whole):
-        return lambda lineup: Scores(columns, whole)
+        return lambda outputs: Scores(columns, whole)
 
     first = says({"a": [1.0, None]}, {"fid": 2.0})
-    found = judge([first, says({"b": [3.0, 4.0]}, {}), says({}, {"kid": 5.0})], lineup)
+    found = judge([first, says({"b": [3.0, 4.0]}, {}), says({}, {"kid": 5.0})], outputs)
     assert found == Scores({"a": [1.0, None], "b": [3.0, 4.0]}, {"fid": 2.0, "kid": 5.0})
-    assert judge([], lineup) == Scores({}, {})
+    assert judge([], outputs) == Scores({}, {})
     for other in (says({"a": [0.0, 0.0]}, {}), says({}, {"fid": 0.0})):
         with pytest.raises(ValueError, match=r"Two judges say (a|fid)\."):
-            judge([first, other], lineup)
+            judge([first, other], outputs)
     with pytest.raises(ValueError, match="c has 3 values for 2 tasks"):
-        judge([first, says({"c": [1.0, 2.0, 3.0]}, {})], lineup)
+        judge([first, says({"c": [1.0, 2.0, 3.0]}, {})], outputs)
 
 
 VALUES = [1 / 3, None, np.pi * 1e-30, float("nan"), -7.0, 1e300, 0.0]
@@ -209,11 +210,11 @@ def test_the_first_picture_that_fails_is_the_error_and_no_other_is_begun(cores):
 def test_threads_say_the_same_to_the_last_bit(monkeypatch):
     truths = [waves(i) for i in range(8)]
     made = [waves(i, (0.1 * i, -0.3), 1 + i / 500) for i in range(8)]
-    lineup = Lineup("set", [task(truth, truth) for truth in truths], made)
+    outputs = Outputs("set", [task(truth, truth) for truth in truths], made)
     found = []
     for cores in (1, 5):
         monkeypatch.setattr(judges.os, "cpu_count", lambda n=cores: n)
-        found.append(judge([judge_pixels, judge_drift], lineup))
+        found.append(judge([judge_pixels, judge_drift], outputs))
     assert found[0] == found[1]
     assert len(set(found[0].columns["ssim"])) == len(set(found[0].columns["shift"])) == 8
 
@@ -225,7 +226,7 @@ def test_pixels_are_those_of_the_metrics():
     truth = image(0, 20, 24)
     tasks = [task(truth), task(image(0, 40, 30)), task(), task(truth), task(image(1, 8, 8))]
     made = [image(2, 20, 24), image(3, 20, 15), image(4), truth.copy(), image(5, 8, 8)]
-    columns, whole = judge_pixels(Lineup("set", tasks, made))
+    columns, whole = judge_pixels(Outputs("set", tasks, made))
     assert list(columns) == ["l1", "l2", "psnr", "ssim"] and whole == {}
     for i, wanted in ((0, truth), (1, resize(tasks[1].truth, (20, 15))), (4, tasks[4].truth)):
         for name in ("l1", "l2", "psnr"):
@@ -241,21 +242,21 @@ def test_the_world_s_checker_says_yes_to_truths_and_no_to_contexts():
     tasks = [task for task in world.sessions(6, turns=2) if task.turn == 1]
     named = {task.prompt for task in tasks}
     assert len(named) > 3
-    truths = judge_world(Lineup("set", tasks, [task.truth for task in tasks])).columns
+    truths = judge_world(Outputs("set", tasks, [task.truth for task in tasks])).columns
     assert truths == {"edit_success": [1.0] * 6, "preservation": [1.0] * 6}
-    contexts = judge_world(Lineup("set", tasks, [task.contexts[0] for task in tasks])).columns
+    contexts = judge_world(Outputs("set", tasks, [task.contexts[0] for task in tasks])).columns
     assert contexts == {"edit_success": [0.0] * 6, "preservation": [1.0] * 6}
     grey = [np.full((32, 32, 3), 128, np.uint8)] * 6
-    assert judge_world(Lineup("set", tasks, grey)).columns["preservation"] == [0.0] * 6
+    assert judge_world(Outputs("set", tasks, grey)).columns["preservation"] == [0.0] * 6
     large = [np.full((64, 64, 3), 128, np.uint8)] * 6
-    assert judge_world(Lineup("set", tasks, large)).columns["edit_success"] == [None] * 6
+    assert judge_world(Outputs("set", tasks, large)).columns["edit_success"] == [None] * 6
 
 
 def test_the_world_s_checker_is_silent_where_it_knows_nothing():
     triples = (world.triple(index, split="train") for index in range(100))
     drawn = next(triple for triple in triples if not triple.contexts)
     tasks = [task(image(0)), task(drawn.target, details=drawn.details)]
-    columns = judge_world(Lineup("set", tasks, [image(1), drawn.target])).columns
+    columns = judge_world(Outputs("set", tasks, [image(1), drawn.target])).columns
     assert columns == {"edit_success": [None, 1.0], "preservation": [None, None]}
 
 
@@ -273,7 +274,7 @@ def waves(seed: int, shift=(0.0, 0.0), scale: float = 1.0) -> np.ndarray:
 
 
 def drift_of(made: np.ndarray, truth, *contexts) -> dict:
-    columns = judge_drift(Lineup("set", [task(truth, *contexts)], [made])).columns
+    columns = judge_drift(Outputs("set", [task(truth, *contexts)], [made])).columns
     assert list(columns) == ["shift", "zoom", "colour_drift"]
     return {name: column[0] for name, column in columns.items()}
 
@@ -359,7 +360,7 @@ class Features:
         return np.stack(rows).astype(np.float32) / 100 - 1
 
 
-def features_lineup(name: str = "set", seed: int = 100, side: int = 16) -> Lineup:
+def features_lineup(name: str = "set", seed: int = 100, side: int = 16) -> Outputs:
     tasks = [
         task(image(0), image(10)),
         task(None, image(11)),
@@ -367,24 +368,24 @@ def features_lineup(name: str = "set", seed: int = 100, side: int = 16) -> Lineu
         task(image(3)),
         task(image(4, 32, 32), image(14, 32, 32)),
     ]
-    return Lineup(name, tasks, [image(seed + i, side, side) for i in range(5)])
+    return Outputs(name, tasks, [image(seed + i, side, side) for i in range(5)])
 
 
 def test_features_are_compared_by_the_metrics():
-    lineup, features = features_lineup(), Features()
-    columns, whole = FeatureJudge("net", features, kid="kid_net")(lineup)
+    outputs, features = features_lineup(), Features()
+    columns, whole = FeatureJudge("net", features, kid="kid_net")(outputs)
     assert list(columns) == ["net", "net_context"]
-    made = Features.of(lineup.images)
+    made = Features.of(outputs.images)
     for name, images, places in (
-        ("net", lineup.truths, [0, 2, 3, 4]),
-        ("net_context", lineup.contexts, [0, 1, 2, 4]),
+        ("net", outputs.truths, [0, 2, 3, 4]),
+        ("net_context", outputs.contexts, [0, 1, 2, 4]),
     ):
         others = Features.of([images[i] for i in places])
         found = [columns[name][i] for i in places]
         np.testing.assert_array_equal(found, cosine(made[places], others))
         assert [columns[name][i] for i in range(5) if i not in places] == [None]
         assert len(set(found)) == 4
-    truths, mine = Features.of([lineup.truths[i] for i in (0, 2, 3, 4)]), made[[0, 2, 3, 4]]
+    truths, mine = Features.of([outputs.truths[i] for i in (0, 2, 3, 4)]), made[[0, 2, 3, 4]]
     assert whole == {
         "fd_net": frechet_distance(truths, mine),
         "kid_net": kernel_distance(truths, mine)[0],
@@ -398,10 +399,10 @@ def test_of_sessions_the_last_pictures_are_compared_as_a_set():
         task(image(i), image(9))._replace(id=name, follows=before)
         for i, (name, before) in enumerate(turns.items())
     ]
-    lineup = Lineup("set", tasks, [image(100 + i) for i in range(6)])
-    _, whole = FeatureJudge("net", Features(), kid="kid_net")(lineup)
+    outputs = Outputs("set", tasks, [image(100 + i) for i in range(6)])
+    _, whole = FeatureJudge("net", Features(), kid="kid_net")(outputs)
     truths, made = (
-        Features.of([images[i] for i in (1, 2, 5)]) for images in (lineup.truths, lineup.images)
+        Features.of([images[i] for i in (1, 2, 5)]) for images in (outputs.truths, outputs.images)
     )
     assert whole["fd_net"] == frechet_distance(truths, made)
     assert whole["kid_net"] == kernel_distance(truths, made)[0]
@@ -411,10 +412,10 @@ def test_a_network_for_distances_alone():
     judge = FeatureJudge("inception", Features(), similarity="", fd="fid", kid="kid")
     columns, whole = judge(features_lineup())
     assert columns == {} and list(whole) == ["fid", "kid"]
-    one = Lineup("one", [task(image(0)), task()], [image(1), image(2)])
+    one = Outputs("one", [task(image(0)), task()], [image(1), image(2)])
     assert judge(one) == Scores({}, {})
     same = [image(0), image(1)]
-    columns, whole = judge(Lineup("same", [task(x) for x in same], same))
+    columns, whole = judge(Outputs("same", [task(x) for x in same], same))
     assert whole["fid"] == pytest.approx(0, abs=1e-6)
 
 
@@ -437,8 +438,8 @@ def test_what_cells_share_is_computed_once():
 
 def test_without_truths_and_contexts_a_network_has_nothing_to_say():
     features = Features()
-    lineup = Lineup("set", [task(), task()], [image(0), image(1)])
-    columns, whole = FeatureJudge("net", features, kid="kid_net")(lineup)
+    outputs = Outputs("set", [task(), task()], [image(0), image(1)])
+    columns, whole = FeatureJudge("net", features, kid="kid_net")(outputs)
     assert columns == {"net": [None, None], "net_context": [None, None]} and whole == {}
     assert features.asked == [2]
 
@@ -459,7 +460,7 @@ class FakeClip(Clip):
 
 
 def clip_columns(tasks: list[Task], made: list[np.ndarray]) -> dict[str, list]:
-    columns, whole = ClipJudge(FakeClip(None, None), mesh_of())(Lineup("set", tasks, made))
+    columns, whole = ClipJudge(FakeClip(None, None), mesh_of())(Outputs("set", tasks, made))
     assert list(columns) == ["clip_i", "clip_i_context", "clip_t", "clip_dir"] and whole == {}
     return columns
 
@@ -517,18 +518,18 @@ def test_lpips_is_the_network_s(lpips):
     """Of two sizes, and one without a truth, on two devices."""
     tasks = [task(image(0, 32, 32)), task(), task(image(2, 64, 80)), task(image(3, 32, 32))]
     made = [image(4, 32, 32), image(5), image(6, 32, 40), tasks[3].truth]
-    lineup = Lineup("set", tasks, made)
-    columns, whole = LpipsJudge("lpips_alex", lpips, mesh_of(2))(lineup)
+    outputs = Outputs("set", tasks, made)
+    columns, whole = LpipsJudge("lpips_alex", lpips, mesh_of(2))(outputs)
     assert list(columns) == ["lpips_alex"] and whole == {}
     column = columns["lpips_alex"]
     assert column[1] is None and column[3] == pytest.approx(0, abs=1e-6)
     direct = jax.jit(lambda net, a, b: net(to_pixels(a), to_pixels(b)))
     for i in (0, 2):
-        wanted = float(direct(lpips, made[i][None], lineup.truths[i][None])[0])
+        wanted = float(direct(lpips, made[i][None], outputs.truths[i][None])[0])
         assert column[i] == pytest.approx(wanted, rel=1e-5) and abs(wanted) > 1e-3
     assert len({column[0], column[2]}) == 2
-    none = LpipsJudge("lpips_vgg", lpips, mesh_of())(Lineup("set", [task()], [image(0)]))
-    small = Lineup("set", [task(image(0, 30, 32))], [image(1, 30, 32)])
+    none = LpipsJudge("lpips_vgg", lpips, mesh_of())(Outputs("set", [task()], [image(0)]))
+    small = Outputs("set", [task(image(0, 30, 32))], [image(1, 30, 32)])
     assert LpipsJudge("x", lpips, mesh_of())(small).columns == {"x": [None]}  # below 31 pixels
     assert none.columns == {"lpips_vgg": [None]}
 
@@ -568,17 +569,17 @@ def test_faces_are_compared_where_there_are_any(cores):
     judge = FaceJudge(encoder)
     made = [face(1, 10 + i, 0) for i in range(6)]
     made[2] = face(0, 0, 0)
-    found = judge(Lineup("set", tasks, made))
+    found = judge(Outputs("set", tasks, made))
     similarity = {"faces": [90.0, None, None, 87.0, None, None]}
     # A face that is gone is no face less in the mean.
     assert found == Scores(similarity | {"faces_found": [1.0, None, 0.0, 1.0, None, None]})
     assert encoder.asked.count([100, 5, 0]) == encoder.asked.count([0, 0, 0]) - 1 == 1
     encoder.asked.clear()
-    assert judge(Lineup("set", tasks, made)) == found
+    assert judge(Outputs("set", tasks, made)) == found
     assert encoder.asked == [[1, 10, 0], [0, 0, 0], [1, 13, 0]]  # what was made, and no context
     # The same place in memory may be another image's later: what is known is of what is alive.
     for shade in range(1, 20):
-        one = judge(Lineup("set", [task(None, face(shade, 0, 0))], [face(7, 1, 0)]))
+        one = judge(Outputs("set", [task(None, face(shade, 0, 0))], [face(7, 1, 0)]))
         assert one.columns["faces"] == [shade - 1.0]
 
 
@@ -594,7 +595,7 @@ class FakeReader(Reader):
 def test_words_are_read_where_some_are_wanted(cores):
     tasks = [task(words="open"), task(), task(words="OPEN!"), task(words="open")]
     made = [face(1, 1, 1), face(1, 1, 1), face(1, 1, 1), face(0, 0, 0)]
-    found = OcrJudge(FakeReader())(Lineup("set", tasks, made))
+    found = OcrJudge(FakeReader())(Outputs("set", tasks, made))
     read = {"ocr_contains": [1.0, None, 0.0, 0.0]}
     assert found == Scores(read | {"ocr_accuracy": [1.0, None, pytest.approx(0.8), 0.0]})
 
@@ -604,19 +605,19 @@ def test_words_are_read_where_some_are_wanted(cores):
 
 def test_lite0_is_left_out_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
-    jury = make_jury(JudgesConfig(), mesh_of())
-    assert jury.judges == [judge_pixels, judge_world, judge_drift]
-    assert list(jury.left_out) == ["efflite0"] and "not installed" in jury.left_out["efflite0"]
-    assert jury.record["left_out"] == ["efflite0"] and jury.record["files"] == {}
-    jury = make_jury(JudgesConfig(efflite0=False), mesh_of())
-    assert len(jury.judges) == 3 and jury.left_out == {} and jury.record["left_out"] == []
+    panel = make_judges(JudgesConfig(), mesh_of())
+    assert panel.judges == [judge_pixels, judge_world, judge_drift]
+    assert list(panel.left_out) == ["efflite0"] and "not installed" in panel.left_out["efflite0"]
+    assert panel.record["left_out"] == ["efflite0"] and panel.record["files"] == {}
+    panel = make_judges(JudgesConfig(efflite0=False), mesh_of())
+    assert len(panel.judges) == 3 and panel.left_out == {} and panel.record["left_out"] == []
 
 
 @pytest.mark.parametrize("name", ["inception", "dino", "clip", "lpips", "auraface"])
 def test_a_path_that_is_not_there_is_an_error(tmp_path, name):
     config = JudgesConfig(efflite0=False, lpips_heads="heads", **{name: str(tmp_path / "gone")})
     with pytest.raises(FileNotFoundError, match="gone"):
-        make_jury(config, mesh_of())
+        make_judges(config, mesh_of())
 
 
 def test_another_network_is_not_taken_for_dinov2(monkeypatch):
@@ -625,7 +626,7 @@ def test_another_network_is_not_taken_for_dinov2(monkeypatch):
 
     monkeypatch.setattr(judges, "open_folder", lambda folder: Other)
     with pytest.raises(ValueError, match="judges.dino: some/folder holds another network"):
-        make_jury(JudgesConfig(efflite0=False, dino="some/folder"), mesh_of())
+        make_judges(JudgesConfig(efflite0=False, dino="some/folder"), mesh_of())
 
 
 def test_bad_settings_are_named():
@@ -685,25 +686,25 @@ def test_tables_know_every_number_that_judges_say(everyone, monkeypatch):
     other = {"lpips_vgg", "fid", "kid"}
     if everyone.lpips_net == "vgg":  # and FID's own file, so that each name is said once
         other = {"lpips_alex", "fd_inception", "kid_inception"}
-        monkeypatch.setattr(inception, "FID_SHA256", judges.sha256_of(Path(everyone.inception)))
-    jury = make_jury(everyone, mesh_of())
-    assert jury.left_out == {}
+        monkeypatch.setattr(inception, "FID_SHA256", sha256_of(Path(everyone.inception)))
+    panel = make_judges(everyone, mesh_of())
+    assert panel.left_out == {}
     tasks = list(world.sessions(3, turns=1))
     words = dict(words="OPEN", source_caption="a cat", target_caption="too big")
-    lineup = Lineup("set", [task._replace(**words) for task in tasks], [t.truth for t in tasks])
-    columns, whole = judge(jury.judges, lineup)
+    outputs = Outputs("set", [task._replace(**words) for task in tasks], [t.truth for t in tasks])
+    columns, whole = judge(panel.judges, outputs)
     said = [*columns, *whole]
     known = [name for name in METRICS if name not in other]
     assert sorted(said) == sorted(known) and other < METRICS.keys()
     assert known[-len(whole) :] == [name for name in known if name in whole]
     made = np.stack([task.contexts[0] for task in tasks])
-    columns, whole = judge(jury.judges, Lineup("set", lineup.tasks, list(made)))
+    columns, whole = judge(panel.judges, Outputs("set", outputs.tasks, list(made)))
     for name, value in (("efflite0", 0.0), ("dinov2", 2.0)):
         network = {"number": np.array(value)}
-        wanted = cosine(features_of(network, made), features_of(network, lineup.truths))
+        wanted = cosine(features_of(network, made), features_of(network, outputs.truths))
         np.testing.assert_array_equal(columns[name], wanted)
     network = {"number": np.array(1.0)}
-    distance = frechet_distance(features_of(network, lineup.truths), features_of(network, made))
+    distance = frechet_distance(features_of(network, outputs.truths), features_of(network, made))
     assert whole["fid" if "fid" in known else "fd_inception"] == distance
 
 
@@ -717,25 +718,25 @@ def test_a_network_is_another_where_its_file_was_replaced(everyone, tmp_path):
     for file in (*inside, folder / "README.md"):
         file.write_text("0")
     config = dataclasses.replace(everyone, clip=str(folder))
-    before = make_jury(config, mesh_of()).record
-    assert json.loads(json.dumps(before)) == before == make_jury(config, mesh_of()).record
+    before = make_judges(config, mesh_of()).record
+    assert json.loads(json.dumps(before)) == before == make_judges(config, mesh_of()).record
     assert before["files"].keys() == set(map(str, files))
     for file in files:
         kept = file.read_text()
         file.write_text("77")
-        after = make_jury(config, mesh_of()).record
+        after = make_judges(config, mesh_of()).record
         changed = {name for name, value in after["files"].items() if value != before["files"][name]}
         assert changed == {str(file)} and after | {"files": before["files"]} == before
         file.write_text(kept)
     (folder / "README.md").write_text("1")
-    assert make_jury(config, mesh_of()).record == before
+    assert make_judges(config, mesh_of()).record == before
 
 
 def test_judges_are_told_apart_in_the_record(everyone, monkeypatch):
-    record = make_jury(everyone, mesh_of()).record
+    record = make_judges(everyone, mesh_of()).record
     with monkeypatch.context() as patch:
         patch.setattr(judges, "VERSION", record["version"] + 1)
-        assert make_jury(everyone, mesh_of()).record != record
+        assert make_judges(everyone, mesh_of()).record != record
     assert record["config"] == to_dict(everyone) and record["left_out"] == []
     versions = {"dlib-bin": "20.0.1", "rapidocr-onnxruntime": "1.4.4"}
 
@@ -745,10 +746,10 @@ def test_judges_are_told_apart_in_the_record(everyone, monkeypatch):
         return versions[name]
 
     monkeypatch.setattr(judges.importlib.metadata, "version", version)
-    assert make_jury(everyone, mesh_of()).record["packages"] == versions
+    assert make_judges(everyone, mesh_of()).record["packages"] == versions
     without = dataclasses.replace(everyone, dlib=False, ocr=False)
-    assert make_jury(without, mesh_of()).record["packages"] == {}
+    assert make_judges(without, mesh_of()).record["packages"] == {}
     versions["lpips"] = "0.1.4"
-    assert make_jury(without, mesh_of()).record["packages"] == {}
+    assert make_judges(without, mesh_of()).record["packages"] == {}
     without = dataclasses.replace(without, lpips_heads="")
-    assert make_jury(without, mesh_of()).record["packages"] == {"lpips": "0.1.4"}
+    assert make_judges(without, mesh_of()).record["packages"] == {"lpips": "0.1.4"}

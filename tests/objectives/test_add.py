@@ -65,7 +65,7 @@ def run(add, player="student"):
         inputs = objective.prepare(frozen, batch)
         loss, sums = objective.loss("student", params, frozen, inputs, KEY, STEP)
         if player == "discriminator":
-            inputs = inputs | sums.handed_on
+            inputs = inputs | sums.forwarded
             loss, sums = objective.loss(player, params, frozen, inputs, KEY, STEP)
         return loss, sums, inputs
 

@@ -353,7 +353,7 @@ def test_the_heads_judge_the_images_that_the_student_was_taught_by(ladd):
     made, _ = jax.jit(ladd.objective.make)(
         models["student"]["transformer"], ladd.tokens, keys, AFTER
     )
-    np.testing.assert_allclose(sums.handed_on["made"], made, atol=1e-6)
+    np.testing.assert_allclose(sums.forwarded["made"], made, atol=1e-6)
 
 
 def test_the_heads_ask_the_student_only_for_images_that_are_not_handed_on(ladd, target):
@@ -361,9 +361,9 @@ def test_the_heads_ask_the_student_only_for_images_that_are_not_handed_on(ladd, 
     student = Formula(lambda x, t: x, config)
     models = ladd.params | {"student": {"transformer": student}}
     given = jnp.full_like(tokens.latents, 3.0)
-    for handed_on, number, mean in (({"made": given}, 0, 3.0), ({}, 1, 0.0)):
+    for forwarded, number, mean in (({"made": given}, 0, 3.0), ({}, 1, 0.0)):
         teacher = Formula(lambda x, t: jnp.zeros_like(x), config)
-        frozen, inputs = ladd.frozen | {"teacher": teacher}, {"tokens": tokens} | handed_on
+        frozen, inputs = ladd.frozen | {"teacher": teacher}, {"tokens": tokens} | forwarded
         ladd.objective.loss("discriminator", models, frozen, inputs, KEY, AFTER)
         assert len(student.seen) == number
         seen, s = teacher.seen[1]

@@ -109,7 +109,7 @@ def test_diffusers_loads_an_exported_pipeline(
     assert not complaints()
 
 
-class Made(NamedTuple):
+class GeneratedBatch(NamedTuple):
     """What one side made on its way to an image; ``text_ids`` to ``pooled`` by prompt.
 
     ``sequence`` is what the transformer reads at first: noise, then contexts.
@@ -132,7 +132,7 @@ def make_here(
     sampler: SamplerConfig,
     size: Size | None,
     init: np.ndarray | None = None,
-) -> Made:
+) -> GeneratedBatch:
     """By the functions that `sample.generate` calls, looking at what lies between them."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = models.load_model(folder, mesh, dtype="float32")
@@ -151,7 +151,7 @@ def make_here(
     encode_text = jax.jit(model.objective.encode_text)
     text, pooled = zip(*(encode_text(model.networks, batch) for batch in batches), strict=True)
     times = flow.schedule(sampler.num_steps, int(is_target.sum()), model.objective.time)
-    return Made(
+    return GeneratedBatch(
         text_ids=np.concatenate([batch.text_ids for batch in batches]),
         clip_ids=np.concatenate([batch.clip_ids[:, 0] for batch in batches]),
         text=np.concatenate(text),
@@ -167,7 +167,7 @@ def make_here(
 PROMPT = "make it red, and then some more of it"
 
 
-def make_there(pipe, width_and_height: Size, **settings: Any) -> Made:
+def make_there(pipe, width_and_height: Size, **settings: Any) -> GeneratedBatch:
     """By a pipeline of diffusers, looking at what its networks are given."""
     ids, encoder_ids, calls, steps = [], [], [], []
     hooks = [
@@ -190,7 +190,7 @@ def make_there(pipe, width_and_height: Size, **settings: Any) -> Made:
         hook.remove()
     prompts = len(ids)
     assert not calls[0]["txt_ids"].any()
-    return Made(
+    return GeneratedBatch(
         text_ids=torch.cat(encoder_ids).numpy(),
         clip_ids=torch.cat(ids).numpy(),
         text=torch.cat([call["encoder_hidden_states"] for call in calls[:prompts]]).numpy(),
@@ -207,7 +207,7 @@ TOLERANCES = {"text": 1e-4, "pooled": 2e-5, "sequence": 2e-5, "times": 1e-6, "la
 """Of what is not counted."""
 
 
-def check_same(made: Made, wanted: Made) -> None:
+def check_same(made: GeneratedBatch, wanted: GeneratedBatch) -> None:
     for name, expected in wanted._asdict().items():
         found = getattr(made, name)
         if name in TOLERANCES:

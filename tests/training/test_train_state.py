@@ -30,7 +30,7 @@ class Chase:
     generator = "leader"
     optim = MappingProxyType({})
     every: Mapping[str, int] = MappingProxyType({})
-    handed_on: Mapping[str, Any] = MappingProxyType({})
+    forwarded: Mapping[str, Any] = MappingProxyType({})
 
     def init(self, key):
         return {"leader": {"kernel": jnp.zeros((2, 1))}, "follower": {"bias": jnp.ones(2)}}
@@ -49,7 +49,7 @@ class Chase:
         target, weight = inputs["target"], inputs["weight"]
         leader, follower = models["leader"]["kernel"][:, 0], models["follower"]["bias"]
         gap = leader - target if player == "leader" else follower - leader
-        sums = Sums(weight, {"gap": weight * jnp.sum(gap)}, dict(self.handed_on))
+        sums = Sums(weight, {"gap": weight * jnp.sum(gap)}, dict(self.forwarded))
         return weight * 0.5 * jnp.sum(jnp.square(gap)), sums
 
 
@@ -70,7 +70,7 @@ class Light(Chase):
 class Telling(Seldom):
     """And hands something on, which others could not count on."""
 
-    handed_on = MappingProxyType({"word": jnp.ones(())})
+    forwarded = MappingProxyType({"word": jnp.ones(())})
 
 
 class Chased(NamedTuple):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from kontext_jax.weights.files import (
-    DTYPES,
+    TENSOR_DTYPES,
     NewTensor,
     TensorFiles,
     WeightsError,
@@ -54,9 +54,9 @@ def refusal(path: Path) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", TENSOR_DTYPES)
 def test_a_file_is_what_the_library_writes_and_reads(tmp_path, name):
-    dtype = DTYPES[name]
+    dtype = TENSOR_DTYPES[name]
     arrays = arrays_of(dtype, (3, 5), (7,), (2, 3, 1, 1), (1,))
     metadata = {"format": "pt", "kontext_jax": json.dumps({"prompt": '"夜"\n'})}
     write_file(tmp_path / "ours", new(arrays), metadata)
@@ -75,7 +75,9 @@ def test_a_file_is_what_the_library_writes_and_reads(tmp_path, name):
 
 def test_dtypes_may_be_mixed_and_tensors_start_at_multiples_of_eight(tmp_path):
     shapes = iter([(3,), (2, 2), (5,)])
-    arrays = {name: arrays_of(dtype, next(shapes))["tensor.0"] for name, dtype in DTYPES.items()}
+    arrays = {
+        name: arrays_of(dtype, next(shapes))["tensor.0"] for name, dtype in TENSOR_DTYPES.items()
+    }
     write_file(tmp_path / "file", new(arrays), {})
     assert_same(load_file(tmp_path / "file"), arrays)
     length = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little")
@@ -205,7 +207,7 @@ def test_a_pickle_s_ending_is_refused_unread(tmp_path, nothing_is_unpickled, end
 
 def test_a_folder_of_several_files_needs_an_index(tmp_path):
     for name in ("a", "b"):
-        write_file(tmp_path / f"{name}.safetensors", new(arrays_of(DTYPES["F16"], (2,))), {})
+        write_file(tmp_path / f"{name}.safetensors", new(arrays_of(TENSOR_DTYPES["F16"], (2,))), {})
     assert refusal(tmp_path) == f"{tmp_path} holds 2 .safetensors files and no index."
 
 
