@@ -1,9 +1,21 @@
-"""LADD against ADD, from the quickstart's teacher; `launch/distillation.sh` runs all of it.
+"""Trains one LADD and one ADD student from the quickstart's teacher, to compare the two.
 
-Both students start as the same teacher, and train on the same prompts and contexts for about the
-same time on a CPU, which gives ADD the fewer steps. LADD's targets are the teacher's samples of 50
-steps with classifier-free guidance 2. ADD's are the images of the data set, as its paper has it,
-but seen through the autoencoder: this one loses so much that its heads learned nothing else.
+    python -m kontext_jax.encode --config=configs/distillation.py:ladd
+    python -m kontext_jax.train --config=configs/distillation.py:ladd --config.seed=0 \\
+        --workdir=runs/distillation/ladd-0
+    python -m kontext_jax.train --config=configs/distillation.py:add --config.seed=0 \\
+        --workdir=runs/distillation/add-0
+    python -m kontext_jax.evaluate --config=configs/eval_distillation.py:0 \\
+        --workdir=runs/distillation/eval-0
+
+`launch/distillation.sh` runs this for three seeds in about an hour on two CPU cores; it needs the
+quickstart's outputs in `runs/quickstart`. README.md has the results.
+
+Both students start from the same teacher and train on the same prompts and contexts for about the
+same CPU time, so ADD takes fewer steps. LADD's targets are the teacher's samples, drawn in 50 steps
+with a classifier-free guidance scale of 2. ADD's targets are the images of the data set, as in its
+paper, but encoded and decoded by the autoencoder: it loses so much that with the original images
+the discriminator heads learned nothing but that loss.
 """
 
 import dataclasses

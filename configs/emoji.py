@@ -1,4 +1,4 @@
-"""Real images: edits between artists' icons, of mixed sizes, with no, one or two contexts.
+"""Trains on real images: edits between artists' icons, mixed sizes, and zero, one or two contexts.
 
     mkdir icons && (cd icons && npm pack @iconify-json/{noto,noto-v1,twemoji,fluent-emoji-flat})
     python -m kontext_jax.data.build --source=emoji --input=icons --output=data/emoji \\
@@ -12,10 +12,11 @@
     python -m kontext_jax.train --config=configs/emoji.py:ladd --workdir=runs/emoji/ladd
     python -m kontext_jax.evaluate --config=configs/eval_emoji.py --workdir=runs/emoji
 
-The variants `autoencoder` and `flow` are for two CPU cores and take about 20 minutes together;
-`--config.num_steps=2200` lets `flow` go on for as long again. `ladd` distils it.
-`autoencoder_gpu`, `flow_gpu` and `ladd_gpu` are the same at 64 to 96 pixels, wider and deeper, for
-one GPU; build their data with --sizes=64,80,96 --num_train=200000 (the prompts: 20000).
+`autoencoder` and `flow` are sized for two CPU cores and take about 20 minutes together;
+`--config.num_steps=2200` resumes `flow` for as long again. `ladd` distils the result.
+`autoencoder_gpu`, `flow_gpu` and `ladd_gpu` are wider, deeper variants at 64 to 96 pixels, sized
+for one GPU: build their data with `--sizes=64,80,96 --num_train=200000`, and the prompts with
+`--num_train=20000`.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Fewer steps, side by side: the teacher, its untrained student, LADD's and ADD's, of one seed.
+"""Compares the teacher, its untrained student, LADD and ADD with few sampling steps, for one seed.
 
 python -m kontext_jax.evaluate --config=configs/eval_distillation.py:SEED \\
     --workdir=runs/distillation/eval-SEED
 
-The seed is the students' and of the noise that pictures are sampled from.
+SEED selects the students trained with that seed, and also seeds the sampling noise.
 """
 
 from configs.eval_quickstart import DATA, TEACHER, students, teacher

@@ -1,6 +1,8 @@
-"""How far the emoji model's student gets in few steps; no checker reads these pictures.
+"""Evaluates the emoji teacher and its student with few sampling steps.
 
 python -m kontext_jax.evaluate --config=configs/eval_emoji.py --workdir=runs/emoji
+
+Icons have no checker like the world's, so edits are compared with the reference images only.
 """
 
 from configs.emoji import CFG_SCALE

@@ -1,17 +1,17 @@
-"""A fine-tuned Kontext beside the released one, on real edits.
+"""Compares a fine-tuned Kontext with the released one on real edits.
 
 python -m kontext_jax.evaluate --config=configs/eval_kontext.py --workdir=runs/kontext/evaluation \\
     [--distributed]
 
-Wants local copies under ``models/`` and ``data/``: FLUX.1-Kontext-dev, facebook/dinov2-base and
-openai/clip-vit-base-patch32 (as safetensors, which transformers' ``save_pretrained`` writes), FID's
-Inception (pytorch-fid's release), AlexNet (torchvision's), and fal's AuraFace-v1;
-black-forest-labs/kontext-bench, and MagicBrush's test set. ``pip install -e '.[ocr,faces]'`` brings
-the readers of words and faces, ``pip install --no-deps lpips==0.1.4`` LPIPS' heads.
+This needs local copies of the following. Under `models/`: FLUX.1-Kontext-dev, facebook/dinov2-base
+and openai/clip-vit-base-patch32 (as safetensors, which transformers' `save_pretrained` writes),
+FID's Inception (pytorch-fid's release), AlexNet (torchvision's), and fal's AuraFace-v1. Under
+`data/`: black-forest-labs/kontext-bench and MagicBrush's test set. `pip install -e '.[ocr,faces]'`
+installs the OCR and face judges, `pip install --no-deps lpips==0.1.4` the LPIPS heads.
 
-A picture of a megapixel in 28 steps takes 4.6 PFLOP, a v5p chip 20 s at half of its peak: some 7
-hours of 8 chips for the 10,000 pictures of the three models. Judging is the hosts' work, a few
-seconds a picture of that size and process.
+Sampling a one-megapixel image in 28 steps takes 4.6 PFLOP, or 20 s on a v5p chip at half of its
+peak: about 7 hours on 8 chips for the 10,000 images of the three models. The judges run on the
+hosts; each process takes a few seconds per image of that size.
 """
 
 from kontext_jax.evaluate import EvalConfig
@@ -45,7 +45,7 @@ def get_config() -> EvalConfig:
             SetConfig(name="MagicBrush sessions", turns=3, **brush),
         ),
         loss_sets=(SetConfig(name="MagicBrush", **brush),),
-        batch_size=8,  # a row a chip
+        batch_size=8,  # one row per chip
         judges=JudgesConfig(
             efflite0=False,
             inception="models/pt_inception-2015-12-05-6726825d.pth",

@@ -1,11 +1,11 @@
-"""MLPerf Training's measure of text-to-image: the held-out loss of ``configs/flow_256.py``.
+"""Computes MLPerf Training's text-to-image metric, a held-out loss, for `configs/flow_256.py`.
 
 python -m kontext_jax.evaluate --config=configs/eval_mlperf.py --workdir=runs/flow_256/evaluation
 
-``data/coco`` holds COCO 2014's 29,696 validation pairs in the order of their annotations' ids, each
-image resized (not cropped) to 256 x 256: a folder for ``data.build --source=folder``. A run is done
-when the mean of all losses is 0.586 or below. Every checkpoint that is kept is measured, raw and
-averaged.
+`data/coco` holds COCO 2014's 29,696 validation pairs in the order of their annotation ids, each
+image resized (not cropped) to 256 x 256, built from a folder with `data.build --source=folder`. A
+run has converged when the mean of all losses is 0.586 or below. The evaluation covers every kept
+checkpoint, with raw and with averaged parameters.
 """
 
 from kontext_jax.evaluate import EvalConfig

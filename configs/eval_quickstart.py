@@ -1,11 +1,11 @@
-"""Scores the quickstart's model on held-out combinations, and writes the report.
+"""Evaluates the quickstart's models on held-out combinations and writes the report.
 
 python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=runs/quickstart
 
-The cells ask how few steps will do: the teacher with many and with few, the student of
-``configs/quickstart.py:ladd``, and, to see what its training is worth, the teacher's own networks
-in the student's place. Some of them also edit their own pictures, turn after turn, and are asked
-for what is done already, which shows what an edit moves that it should leave alone.
+The cells measure how few sampling steps are enough: the teacher with many and few steps, the
+student of `configs/quickstart.py:ladd`, and, as the student's baseline, the teacher's own networks
+sampled like a student. Some cells also edit their own outputs over four turns and are asked for
+edits that are already done; both show what an edit changes that it should leave alone.
 """
 
 import dataclasses

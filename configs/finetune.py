@@ -1,22 +1,24 @@
-"""Fine-tuning released weights into an editing model: Kontext from text-to-image, on your triples.
+"""Fine-tunes released FLUX.1 weights into an editing model on your own triples.
 
     python -m kontext_jax.data.build --source=folder --input=FOLDER --output=data/edits
     python -m kontext_jax.train --config=configs/finetune.py --workdir=runs/kontext
     python -m kontext_jax.train --config=configs/finetune.py:lora --workdir=runs/kontext_lora
     python -m kontext_jax.convert --input=runs/kontext --output=kontext --format=diffusers
 
-``models/FLUX.1-dev`` is a local copy of the diffusers pipeline (any of FLUX.1 [dev], Krea or
-Kontext itself has the same shapes; ``--config.objective.init_from.transformer=`` also takes a
-single file of Black Forest Labs' layout, or a run). An editing model needs nothing that a
-text-to-image model does not have: contexts are more tokens.
+`models/FLUX.1-dev` is a local copy of the diffusers pipeline. FLUX.1 [dev], Krea and Kontext itself
+have the same shapes; `--config.objective.init_from.transformer=` also accepts a single file in
+Black Forest Labs' layout, or a run. An editing model has no parameters that a text-to-image model
+lacks: contexts are more tokens.
 
-`full` trains all 11.9 B parameters, with float32 weights, gradients, moments and average: 238 GB
-over the chips of a slice, beside activations and the frozen text encoders. `lora` keeps the
-transformer as stored, in bfloat16, and trains adapters of rank 16 on attention and MLPs. Neither
-has been run at full size on released weights: their parts are tested at small sizes, and their
-shapes at full size.
+`full` trains all 11.9 B parameters. Float32 weights, gradients, moments and averaged parameters
+take 238 GB over the chips of a slice, beside activations and the frozen text encoders. `lora`
+keeps the transformer in bfloat16, as stored, and trains adapters of rank 16 on attention and MLPs.
+Neither has been run at full size on released weights: their parts are tested at small sizes, and
+their shapes at full size.
 
-Sheets show examples of the training set, for a folder has no other split.
+Sheets show training examples, because a folder has a validation split only if its `triples.jsonl`
+marks lines with `"split": "validation"`. If yours does, add `--config.sheets.split=validation`;
+`--config.validation.every=500` then also measures the held-out loss and samples.
 """
 
 from kontext_jax.config import Config, SheetConfig, pick

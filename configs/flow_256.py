@@ -1,21 +1,21 @@
-"""FLUX from nothing at 256 x 256 pixels: the setting of MLPerf Training's text-to-image benchmark.
+"""Trains FLUX from scratch at 256 x 256 pixels, as MLPerf Training's text-to-image benchmark does.
 
     python -m kontext_jax.data.build --source=folder --input=cc12m --output=data/cc12m_256
     python -m kontext_jax.train --config=configs/flow_256.py --workdir=runs/flow_256 --distributed
 
-The model is FLUX.1 [schnell]; 256 tokens of image and 256 of text, prompts padded, the encoders
-those in ``models/FLUX.1-schnell``. As in the reference (mlcommons/training, text_to_image, v5.1 and
-later): 512 examples a step, AdamW with betas 0.9 and 0.95 and decay 0.1, a rate of 2e-4 after 1600
-steps of warmup (the reference's own at this batch size; mlcommons/logging, rcps_flux1.json, v6.0),
-gradients clipped at 1, times uniform and not shifted, a tenth of the prompts left out. The data are
-1,099,776 images of CC12M; there 7.2 million examples, 14,100 steps, reach the validation loss of
-0.586.
+The model is FLUX.1 [schnell] with 256 image tokens and 256 text tokens, padded prompts, and the
+frozen encoders of `models/FLUX.1-schnell`. The settings follow the reference (mlcommons/training,
+text_to_image, v5.1 and later): 512 examples per step, AdamW with betas 0.9 and 0.95 and weight
+decay 0.1, learning rate 2e-4 after 1600 warmup steps (the reference's value at this batch size;
+mlcommons/logging, rcps_flux1.json, v6.0), gradients clipped at 1, uniform times without shift, and
+a caption dropout of 0.1. The data are 1,099,776 images of CC12M. The reference reaches the
+validation loss of 0.586 after 7.2 million examples, which are 14,100 steps.
 
-Weight decay leaves biases and norms alone here, which the reference does not. The benchmark's
-measure is ``configs/eval_mlperf.py``; its target has not been tried.
+One difference is known: weight decay skips biases and norms here, and does not in the reference.
+`configs/eval_mlperf.py` computes the benchmark's loss; no run has been trained to its target yet.
 
-`v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
-`h100_64` for 64 GPUs. README.md has the numbers of the first.
+`v5p_128` is sized for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16,
+v6e:16x16), `h100_64` for 64 GPUs. README.md has the numbers of the first.
 """
 
 from kontext_jax.config import Config, SheetConfig, pick

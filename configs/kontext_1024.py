@@ -1,25 +1,27 @@
-"""Kontext at 1024 x 1024 pixels on a pod: all 11.9 B parameters, targets with one context each.
+"""Trains Kontext at 1024 x 1024 pixels on a pod: 11.9 B parameters, one context per target.
 
     python -m kontext_jax.data.build --source=folder --input=FOLDER --output=data/edits
     python -m kontext_jax.compile --config=configs/kontext_1024.py --topology=v5p:4x4x4
     python -m kontext_jax.train --config=configs/kontext_1024.py --workdir=runs/kontext \\
         --distributed
 
-Starts from text-to-image weights in ``models/FLUX.1-dev``, a local copy of the diffusers pipeline;
-``--config.objective.init_from.transformer=`` (empty) starts from nothing, and such a model knows
-one value of the guidance input: draw it with ``--config.sheets.sampler.guidance=1``. A row is one
-example: 4096 tokens of the target, 4096 of a context or padding, 512 of text; text-to-image
-examples mix in. With
-``--config.data.packing.max_examples=2 --config.data.packing.text_tokens=1024`` those without a
-context share rows.
+Training starts from the text-to-image weights in `models/FLUX.1-dev`, a local copy of the diffusers
+pipeline. An empty `--config.objective.init_from.transformer=` trains from scratch; that model knows
+a single value of the guidance input, so sample its sheets with
+`--config.sheets.sampler.guidance=1`.
 
-`v5p_128` is for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16, v6e:16x16),
-`h100_64` for 64 GPUs; each has one row a chip. The state is 190 GB of float32, split over all of
-them, or over those of a slice where there are several: of GPUs, those that NVLink joins, 24 GB
-each of eight (``--config.mesh.data=1`` splits it over all). The variants differ in what the
-backward pass computes again, which is what the chips' memory decides; README.md has the numbers.
-Every size that images may have costs each row image slots to encode, so here there is one;
-``geometry.KONTEXT_SIZES`` are Kontext's own 17.
+A row holds one example: 4096 tokens of the target, 4096 of a context or padding, and 512 of text.
+Text-to-image examples mix in; `--config.data.packing.max_examples=2
+--config.data.packing.text_tokens=1024` lets examples without a context share rows.
+
+`v5p_128` is sized for 64 chips (v5p:4x4x4), `v5e_256` and `v6e_256` for 256 (v5e:16x16,
+v6e:16x16), `h100_64` for 64 GPUs, always one row per chip. The variants differ in what the backward
+pass recomputes, which the chips' memory decides; README.md has the numbers. The state is 190 GB of
+float32, sharded over all chips of a slice. On GPUs a slice is an NVLink domain, 24 GB per GPU if it
+has eight; `--config.mesh.data=1` shards over all of them.
+
+Every image size that a row may contain costs it image slots to encode, so this recipe has a single
+size; `geometry.KONTEXT_SIZES` are Kontext's own 17.
 """
 
 from kontext_jax.config import Config, SheetConfig, pick

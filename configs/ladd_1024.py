@@ -1,4 +1,4 @@
-"""LADD at 1024 x 1024 pixels on a pod: Kontext [dev], 11.9 B parameters, from 50 steps to 4.
+"""Distils Kontext [dev], 11.9 B parameters, from 50 steps to 4 with LADD at 1024 x 1024 pixels.
 
     python -m kontext_jax.data.build --source=folder --input=FOLDER --output=data/edits
     python -m kontext_jax.encode  --config=configs/ladd_1024.py --distributed
@@ -6,14 +6,14 @@
     python -m kontext_jax.train   --config=configs/ladd_1024.py --workdir=runs/ladd --distributed
     python -m kontext_jax.sample  --checkpoint=runs/ladd ...
 
-Student, teacher and encoders are ``models/FLUX.1-Kontext-dev``, a local copy of the diffusers
-pipeline. The second command samples the teacher once for every prompt and context of the data set;
-training reads these latents, and decodes nothing. Its times are the paper's (arXiv 2403.12015):
-{1, 0.75, 0.5, 0.25}, first the low ones, then 0.7 of them pure noise. Learning rates are ours, for
-the paper tells none; nobody has run this yet.
+Student, teacher and encoders start from `models/FLUX.1-Kontext-dev`, a local copy of the diffusers
+pipeline. `encode` samples the teacher once for every prompt and context of the data set; training
+reads these latents and decodes nothing. The student's times are the paper's (arXiv 2403.12015):
+{1, 0.75, 0.5, 0.25}, at first only the low ones, then 70 % pure noise. The learning rates are ours,
+because the paper gives none. This recipe has not been run yet.
 
-`v5p_128` is for 64 chips (v5p:4x4x4) with a row each, `h100_64` for 64 GPUs. What a step needs,
-beside flow matching's, is in README.md.
+`v5p_128` is sized for 64 chips (v5p:4x4x4), one row per chip, `h100_64` for 64 GPUs. README.md
+compares the cost of a step with flow matching's.
 """
 
 from kontext_jax.config import Config, SheetConfig, pick

@@ -1,13 +1,14 @@
 """What all commands share: quiet libraries, one sentence per error, and exit codes."""
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
+
+from kontext_jax.files import check_local
 
 
 class UserError(Exception):
@@ -21,8 +22,6 @@ RESUMABLE = ("encode", "evaluate", "train")
 
 COMMAND_OF_CONFIG = {"Config": "train", "EvalConfig": "evaluate"}
 """The command that takes a kind of config."""
-
-_URL = re.compile(r"--?(?P<flag>[\w.]+)=(?P<path>[a-z][a-z0-9+.-]*://.*)")
 
 
 def check_config_file(argv: list[str]) -> None:
@@ -39,19 +38,16 @@ def check_config_file(argv: list[str]) -> None:
                 raise ValueError(f"there is no config file {path}.")
 
 
-def check_local(argv: list[str]) -> None:
-    """Refuses paths such as gs://bucket/run, which would become local folders of that name.
+def check_local_flags(argv: list[str]) -> None:
+    """Refuses URLs as values of flags, prompts excepted; see `files.check_local`.
 
     Raises:
-      ValueError: a flag or setting has one.
+      ValueError: a flag has one.
     """
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        match = _URL.fullmatch(argument) or _URL.fullmatch(f"{argument}={following}")
-        if match and match["flag"] != "prompt":
-            raise ValueError(
-                f"--{match['flag']}={match['path']}: only local paths are supported; mount the "
-                "bucket (such as with Cloud Storage FUSE) and give the path of the mount."
-            )
+        name, equals, value = argument.partition("=")
+        if name.startswith("-") and name.strip("-") != "prompt":
+            check_local(name, value if equals else following)
 
 
 def check_config(config: Any, kind: type) -> None:
@@ -64,7 +60,7 @@ def check_config(config: Any, kind: type) -> None:
         name = type(config).__name__
         command = COMMAND_OF_CONFIG.get(name)
         raise UserError(
-            f"--config returns a {name}, not a {kind.__name__}: "
+            f"--config returns {name}, not {kind.__name__}: "
             + (f"run kontext_jax.{command} with it." if command else "give another file.")
         )
 
@@ -109,7 +105,7 @@ def run(name: str, body: Callable[[], None]) -> None:
     def parse(argv: list[str]) -> list[str]:
         try:
             check_config_file(argv)
-            check_local(argv)
+            check_local_flags(argv)
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             # ml_collections includes the whole traceback of a config file; its last line is enough.

@@ -1,17 +1,17 @@
-"""Compiles a train step without running it, and says what it needs and how fast it can be.
+"""Compiles a train step without running it, and reports its memory, cost and roofline time.
 
     python -m kontext_jax.compile --config=configs/X.py[:variant] [--topology=v5p:4x4x4]
         [--num_slices=2] [--json=FILE] [--config.a.b=v ...]
 
-With ``--topology`` it compiles for a slice of TPUs that is elsewhere, or ``--num_slices`` of them,
-on any machine with libtpu (``pip install 'kontext-jax[aot]'``); without, for this machine's
-devices. Nothing is read or allocated but the settings of weights that are at hand. Rows are as full
-as can be of images of the largest size; data of many sizes has more image slots, which the
-autoencoder pays for.
+``--topology`` compiles for TPUs that are not attached (``--num_slices`` slices of that topology),
+on any machine with libtpu (``pip install 'kontext-jax[aot]'``). Without it, the step is compiled
+for this machine's devices. No data is read and no array is allocated; of pretrained weights that
+exist, only settings and dtypes are read. Rows are filled with images of the largest size. Data of
+many sizes has more image slots per row, which adds autoencoder work.
 
-The time is that of a roofline, of which no program does better: FLOPs at the chip's peak, memory
-traffic at its bandwidth, and what collectives send over all links at once, the three at the same
-time ("at best") or one after the other ("without overlap").
+The time is a lower bound, from a roofline: FLOPs at the chip's peak, memory traffic at its
+bandwidth, and collectives over all links at once. The three either overlap fully ("at best") or not
+at all ("without overlap").
 """
 
 import dataclasses
@@ -70,10 +70,10 @@ GB = 1e9
 
 
 class Step(NamedTuple):
-    """A train step, its text, and its arguments as shapes that know where they live."""
+    """A compiled train step, its HLO text, and its arguments as shapes with shardings."""
 
     compiled: jax.stages.Compiled
-    text: str
+    hlo_text: str
     state: TrainState
     frozen: dict[str, Network]
     batch: Batch
@@ -82,19 +82,19 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a train step needs. Bytes, FLOPs and seconds are of one device and step.
+    """What a train step needs; bytes, FLOPs and seconds are per device and step.
 
     Attributes:
-      device_kind, num_devices, mesh: what it was compiled for.
-      rows, examples: of a step.
-      parameters: of each network.
-      memory: bytes of the arguments by name, of temporaries, and of all at the fullest moment.
-      capacity: bytes that the device has; None where it is not known.
+      device_kind, num_devices, mesh: the devices that the step is compiled for.
+      rows, examples: rows and examples per step.
+      parameters: parameter count of each network.
+      memory: bytes of each argument by name, of temporaries, and of the peak.
+      capacity: memory of a device in bytes; None if not known.
       cost: see `hlo.Cost`.
-      model_flops: see ``flops.py``; 0 where nobody counts them.
-      seconds: the roofline's terms, "compute", "memory" and "links"; none where the chip is
-        not known.
-      mfu: at best, and without overlap.
+      model_flops: see ``flops.py``; 0 if not modelled.
+      seconds: terms of the roofline, "compute", "memory" and "links"; empty if the chip is not
+        known.
+      mfu: MFU at best and without overlap; None if the chip is not known.
     """
 
     device_kind: str
@@ -112,22 +112,22 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has the memory, as far as that is known."""
+        """Whether the step fits into the device's memory, if that is known."""
         return self.capacity is None or self.memory["peak"] <= self.capacity
 
 
 def full_row(data: DataConfig, channels: int = 0) -> Batch:
-    """A row that is as full as can be of images of the largest size; its pixels and ids are 0.
+    """Returns a row filled with images of the largest size; all pixels and ids are 0.
 
-    Where all images have that size, `Loader` yields rows of this shape. An example has one context,
-    or as many as it takes to fill the row.
+    If all images have that size, `Loader` yields rows of this shape. Each example has one context
+    image, or more if that is needed to fill the row.
 
     Args:
-      data: what is fed, and how; neither the data set nor a store of latents need be there.
-      channels: of a token, where latents are fed; 0 where pixels are.
+      data: settings of the data; neither the data set nor the latents have to exist.
+      channels: channels of a latent token if the run reads latents, 0 if it reads pixels.
 
     Raises:
-      ValueError: a row cannot hold an image of that size.
+      ValueError: an image of that size does not fit into a row.
     """
     geometry, packing = data.geometry, data.packing
     tokens_of = {size: num_tokens(size, geometry.pixels_per_token) for size in geometry.sizes}
@@ -135,41 +135,41 @@ def full_row(data: DataConfig, channels: int = 0) -> Batch:
     slots = packing.image_tokens // tokens_of[size]
     if not slots:
         raise ValueError(
-            f"An image of {size_key(size)} pixels takes {tokens_of[size]} tokens, a row holds "
+            f"An image of {size_key(size)} pixels takes {tokens_of[size]} tokens, but a row holds "
             f"{packing.image_tokens}: raise packing.image_tokens or use smaller geometry.sizes."
         )
     count = min(packing.max_examples, max(1, slots // 2))
-    image, room = np.zeros((size[1], size[0], 3), np.uint8), {size_key(size): slots}
+    image, image_slots = np.zeros((size[1], size[0], 3), np.uint8), {size_key(size): slots}
     if channels:
-        image, room = Latents(size, np.zeros((tokens_of[size], channels), DTYPE)), {}
+        image, image_slots = Latents(size, np.zeros((tokens_of[size], channels), DTYPE)), {}
     text_ids = np.zeros(min(data.text.max_tokens, packing.text_tokens // count), np.int32)
     clip_ids = np.zeros(data.text.clip_length, np.int32)
     contexts = (image,) * (slots // count - 1)
     examples = [Example(str(i), image, contexts, text_ids, clip_ids) for i in range(count)]
-    row = assemble(examples, range(count), room, data, channels)
+    row = assemble(examples, range(count), image_slots, data, channels)
     if data.negatives:
         row = row.replace(negative=Prompts(row.text_ids, row.text_segments, row.clip_ids))
     return row
 
 
 def row_of(config: Config) -> Batch:
-    """A full row of what the run reads, pixels or latents; see `full_row`."""
+    """Returns a full row for a run, of pixels or latents; see `full_row`."""
     channels = config.objective.transformer.in_channels if config.data.latents.path else 0
     return full_row(config.data, channels)
 
 
 def abstract_frozen(config: Config) -> dict[str, Network]:
-    """The networks that a run uses and does not train, as shapes in the dtypes they are stored in.
+    """Returns a run's frozen networks, as shapes with the dtypes in which they are stored.
 
-    Of weights that are not at hand it takes bfloat16, as FLUX.1's pipelines have, and for the
-    autoencoder the one of ours that fits the transformer.
+    Weights that do not exist are assumed to be bfloat16, like FLUX.1's pipelines. A missing
+    autoencoder is assumed to be the known one that matches the transformer.
 
     Raises:
-      ValueError: the weights do not fit the run, or none of our autoencoders does.
+      ValueError: the weights do not match the run, or no known autoencoder does.
     """
     frozen = {}
     for name in config.make_objective().frozen():
-        if name == "efficientnet":  # a package brings its weights, in float32
+        if name == "efficientnet":  # its weights come with a Python package, in float32
             settings = config.objective.efficientnet
             frozen[name] = nnx.eval_shape(lambda s=settings: EfficientNet(s, rngs=nnx.Rngs(0)))
             continue
@@ -178,7 +178,7 @@ def abstract_frozen(config: Config) -> dict[str, Network]:
             dtypes, stored = reader.dtypes, reader.config
         except FileNotFoundError:
             dtypes, stored = {}, None
-        network_config = getattr(config.objective, name, stored) or _fitting_autoencoder(config)
+        network_config = getattr(config.objective, name, stored) or _matching_autoencoder(config)
         abstract = ALL_NETWORKS[network_of(name)].abstract(network_config)
         leaves = [
             jax.ShapeDtypeStruct(leaf.shape, dtypes.get(param, jnp.bfloat16))
@@ -188,22 +188,23 @@ def abstract_frozen(config: Config) -> dict[str, Network]:
     return frozen
 
 
-def _fitting_autoencoder(config: Config) -> AutoencoderConfig:
-    wanted = (config.objective.transformer.in_channels, config.data.geometry.pixels_per_token)
+def _matching_autoencoder(config: Config) -> AutoencoderConfig:
+    channels = config.objective.transformer.in_channels
+    pixels = config.data.geometry.pixels_per_token
     for known in (AutoencoderConfig.flux(), AutoencoderConfig.tiny()):
-        if (known.token_channels, known.pixels_per_token) == wanted:
+        if (known.token_channels, known.pixels_per_token) == (channels, pixels):
             return known
     raise ValueError(
-        f"There is no autoencoder at {config.objective.init_from.autoencoder!r}, and none is known "
-        f"whose tokens have {wanted[0]} channels and are {wanted[1]} pixels wide."
+        f"No autoencoder at {config.objective.init_from.autoencoder!r}, and no known autoencoder "
+        f"has tokens of {channels} channels that are {pixels} pixels wide."
     )
 
 
 def compile_step(config: Config, mesh: Mesh) -> Step:
-    """The train step of a run, compiled for the devices of ``mesh``.
+    """Compiles the train step of a run for the devices of ``mesh``.
 
     Raises:
-      ValueError: the settings do not fit one another or the mesh.
+      ValueError: the settings contradict each other, or do not fit the mesh.
       cli.UserError: the program does not fit into the devices' memory.
     """
     objective = config.make_objective()
@@ -218,33 +219,34 @@ def compile_step(config: Config, mesh: Mesh) -> Step:
         row,
     )
     model_flops = rows * float(jax.jit(objective.flops)(jax.tree.map(lambda x: x[None], row)))
-    state, frozen = _placed(state, shardings), _placed(frozen, shardings_of(frozen, mesh))
+    state = _with_shardings(state, shardings)
+    frozen = _with_shardings(frozen, shardings_of(frozen, mesh))
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     with jax.set_mesh(mesh):
         stop_requested = jax.ShapeDtypeStruct((mesh.size,), bool, sharding=device_sharding(mesh))
         lowered = train_step.lower(state, frozen, batch, stop_requested)
         try:
-            compiled, text = _compile(lowered)
+            compiled, hlo_text = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
-            raise cli.UserError(_reason(error)) from error
-    return Step(compiled, text, state, frozen, batch, model_flops)
+            raise cli.UserError(_error_message(error)) from error
+    return Step(compiled, hlo_text, state, frozen, batch, model_flops)
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """The program and its optimized text, under the mesh in use."""
+    """Returns the compiled program and its optimized HLO text."""
     if platform() != "tpu":
         compiled = lowered.compile()
         return compiled, compiled.as_text()
-    # Of large programs `as_text` fails (jaxlib 0.10.2 on what libtpu 0.0.52 makes, "async-update
-    # instruction should have 1 operands"), so the TPU compiler is asked to write it itself.
+    # `as_text` fails for large TPU programs (jaxlib 0.10.2 with libtpu 0.0.52, "async-update
+    # instruction should have 1 operands"), so the TPU compiler dumps the text itself.
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=options)
-        (written,) = Path(folder).glob("*.after_optimizations.txt")
-        return compiled, written.read_text()
+        (dump,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, dump.read_text()
 
 
-def _placed(tree, shardings):
+def _with_shardings(tree, shardings):
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         tree,
@@ -252,8 +254,8 @@ def _placed(tree, shardings):
     )
 
 
-def _reason(error: jax.errors.JaxRuntimeError) -> str:
-    """One sentence for the two ways in which XLA says that memory is short, or its first line."""
+def _error_message(error: jax.errors.JaxRuntimeError) -> str:
+    """Returns a sentence for either of XLA's two out-of-memory errors, else the first line."""
     message = str(error)
     needed = re.search(r"\((\S+)\) exceeds available HBM \((\S+)\)", message) or re.search(
         r"Used (\S+) of (\S+) hbm", message
@@ -262,27 +264,27 @@ def _reason(error: jax.errors.JaxRuntimeError) -> str:
         return message.splitlines()[0]
     return (
         f"the step does not fit: it needs {needed[1]} of a device's {needed[2]} bytes. Use more "
-        "devices, fewer rows (data.batch_size), optim.accumulate_steps, or remat."
+        "devices, fewer rows (data.batch_size), optim.accumulate_steps or remat."
     )
 
 
 def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
-    """What the compiled step needs."""
+    """Returns the report of a compiled step."""
     kind = mesh.devices.flat[0].device_kind
-    used = step.compiled.memory_analysis()
+    usage = step.compiled.memory_analysis()
     arguments = {name: getattr(step.state, name) for name in ("params", "opt_state", "ema")}
     memory = {
-        name: _bytes_on_a_device(tree)
+        name: _bytes_per_device(tree)
         for name, tree in (arguments | {"frozen": step.frozen, "batch": step.batch}).items()
     }
-    memory["temporaries"] = used.temp_size_in_bytes
+    memory["temporaries"] = usage.temp_size_in_bytes
     memory["peak"] = (
-        used.argument_size_in_bytes
-        + used.output_size_in_bytes
-        - used.alias_size_in_bytes
-        + used.temp_size_in_bytes
+        usage.argument_size_in_bytes
+        + usage.output_size_in_bytes
+        - usage.alias_size_in_bytes
+        + usage.temp_size_in_bytes
     )
-    cost = hlo.analyse(step.text, KERNEL_FLOPS)
+    cost = hlo.analyse(step.hlo_text, KERNEL_FLOPS)
     model_flops = step.model_flops / mesh.size
     chip = chip_of(kind)
     seconds, mfu = roofline(cost, model_flops, chip)
@@ -310,7 +312,7 @@ def make_report(config: Config, mesh: Mesh, step: Step) -> Report:
     )
 
 
-def _bytes_on_a_device(tree) -> int:
+def _bytes_per_device(tree) -> int:
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -318,7 +320,7 @@ def _bytes_on_a_device(tree) -> int:
 
 
 def print_report(report: Report) -> None:
-    """Prints the table; all numbers but the parameters are of one device and step."""
+    """Prints the report; all numbers except parameter counts are per device and step."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report.mesh.items()) or "1"
     print(
         f"{report.num_devices} x {report.device_kind}, mesh {mesh}, {report.rows} rows with "
@@ -329,7 +331,7 @@ def print_report(report: Report) -> None:
     for name, size in report.memory.items():
         print(f"  {name:20}{size / GB:12.3f}")
     if report.capacity:
-        print(f"  {'the device has':20}{report.capacity / GB:12.3f}")
+        print(f"  {'device capacity':20}{report.capacity / GB:12.3f}")
     print(f"{'collectives':22}{'count':>12}{'GB sent':>12}")
     for kind, sent in report.cost.collectives.items():
         print(f"  {kind:20}{sent.count:12,.0f}{sent.bytes / GB:12.3f}")
@@ -346,7 +348,7 @@ def print_report(report: Report) -> None:
     if report.seconds:
         terms = ", ".join(f"{name} {value:.4f}" for name, value in report.seconds.items())
         limit = max(report.seconds, key=report.seconds.__getitem__)
-        print(f"seconds      {terms}: {limit} limits")
+        print(f"seconds      {terms}: limited by {limit}")
     if report.seconds and report.model_flops:
         best, worst = report.mfu
         print(
@@ -361,10 +363,10 @@ def main() -> None:
         raise cli.UserError("give --config=configs/X.py[:variant].")
     cli.check_config(options.config, Config)
     if options.num_slices > 1 and not options.topology:
-        raise cli.UserError("--num_slices needs --topology: what one of them is.")
+        raise cli.UserError("--num_slices needs --topology, the topology of one slice.")
     config, devices = validated(options.config), None
     if options.topology:
-        jax.config.update("jax_platforms", "cpu")  # the TPUs are elsewhere
+        jax.config.update("jax_platforms", "cpu")  # no TPU is attached
         devices = topology_devices(options.topology, options.num_slices)
     mesh = make_mesh(config.mesh, devices)
     began = time.monotonic()
@@ -381,8 +383,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", help_string="a file of configs/, :variant")
-    flags.DEFINE_string("topology", "", "TPUs to compile for, such as v5p:4x4x4; else this machine")
-    flags.DEFINE_integer("num_slices", 1, "how many slices of --topology", lower_bound=1)
-    flags.DEFINE_string("json", "", "file for the same as JSON")
+    config_flags.DEFINE_config_file("config", help_string="configs/FILE.py[:variant]")
+    flags.DEFINE_string(
+        "topology", "", "TPUs to compile for, like v5p:4x4x4 (default: this machine's devices)"
+    )
+    flags.DEFINE_integer("num_slices", 1, "number of slices of --topology", lower_bound=1)
+    flags.DEFINE_string("json", "", "file to which the report is written as JSON")
     cli.run("compile", main)

@@ -1,4 +1,4 @@
-"""A run's whole configuration, composed of the small dataclasses beside the code they configure."""
+"""The configuration of a run, composed of the dataclasses beside the code that they configure."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from kontext_jax.objectives.guidance import Guidance, GuidanceConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.objectives.student import StudentConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.sampler import SamplerConfig, check_blind
+from kontext_jax.sampler import SamplerConfig, check_starts_from_noise
 from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.sharding import MeshConfig
 from kontext_jax.training.checkpoint import CheckpointConfig
@@ -32,21 +32,21 @@ OBJECTIVES = {
 
 
 GRIDS = {"left": 0.0, "middle": 0.5}
-"""Where in its part of the unit interval a time lies."""
+"""Offset of a time within its level's interval."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class LossConfig(Settings):
-    """The times, and the noise.
+    """Times and noise of the held-out loss, see `evaluation.held_out_loss`.
 
     Attributes:
-      num_times: n, the number of levels.
+      num_times: n, the number of noise levels.
       grid: "middle", t = (i + 1/2) / n, as in torchtitan, or "left", t = i / n, as in MLPerf.
-      levels: "all" takes every example at every level, so that kinds of examples and checkpoints
-        compare at any number; "index" takes example k of the set at level k mod n, as in MLPerf.
-      seed: of the noise, which else depends on the example's id and the level alone.
-      sample_latents: whether targets are drawn from the autoencoder's normal distribution, as in
-        MLPerf, with noise of their own; otherwise they are its mean, as in training here.
+      levels: "all" evaluates every example at every level, so that categories and checkpoints can
+        be compared at any sample size; "index" evaluates example k at level k mod n, as in MLPerf.
+      seed: seed of the noise, which otherwise depends only on the example's id and the level.
+      sample_latents: whether to draw target latents from the autoencoder's posterior, as in MLPerf;
+        otherwise they are its mean, as in training here.
     """
 
     num_times: int = 8
@@ -61,20 +61,24 @@ class LossConfig(Settings):
 
     @property
     def times(self) -> tuple[float, ...]:
-        """t of each level."""
+        """The time t of each level."""
         return tuple((i + GRIDS[self.grid]) / self.num_times for i in range(self.num_times))
 
     def levels_of(self, index: int) -> tuple[int, ...]:
-        """The levels at which example ``index`` of the set is taken."""
+        """The levels at which example ``index`` of the set is evaluated."""
         every = tuple(range(self.num_times))
         return every if self.levels == "all" else (index % self.num_times,)
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class SheetConfig(Settings):
-    """Pictures made during training: ``num_examples`` of split ``split`` every so many steps.
+    """Sheets of sampled images during training.
 
-    ``every`` = 0 makes none.
+    Attributes:
+      every: steps between sheets; 0 for none.
+      num_examples: number of examples, spread evenly over ``split``.
+      split: split of the run's data.
+      sampler: how images are sampled.
     """
 
     every: int = 1000
@@ -84,20 +88,20 @@ class SheetConfig(Settings):
 
     def __post_init__(self):
         check_least(self, "sheets.", every=0, num_examples=1)
-        check_blind(self.sampler, "sheets.sampler")
+        check_starts_from_noise(self.sampler, "sheets.sampler")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class ValidationConfig(Settings):
-    """Numbers of held-out examples during training, see `validation`.
+    """Metrics of held-out examples during training, see `evaluation.validation`.
 
     Attributes:
-      every: steps from one time to the next; 0 for never.
-      num_examples: the first so many of ``split``; 0 for all.
-      split: of the run's data.
-      loss: the times and the noise of the held-out loss.
-      num_pictures: of the examples, the first so many have a picture made and judged.
-      sampler: how that is made.
+      every: steps between validations; 0 for none.
+      num_examples: number of examples, from the start of ``split``; 0 for all.
+      split: split of the run's data.
+      loss: times and noise of the held-out loss.
+      num_pictures: number of these examples for which an image is sampled and scored.
+      sampler: how images are sampled.
     """
 
     every: int = 0
@@ -109,7 +113,7 @@ class ValidationConfig(Settings):
 
     def __post_init__(self):
         check_least(self, "validation.", every=0, num_examples=0, num_pictures=0)
-        check_blind(self.sampler, "validation.sampler")
+        check_starts_from_noise(self.sampler, "validation.sampler")
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -117,11 +121,15 @@ class Config(Settings):
     """One run.
 
     Attributes:
-      objective: what is trained and how; its ``kind`` picks the objective.
-      num_steps: of the whole run, also for the learning rate's decay.
-      max_skipped_in_a_row: steps without an example or a finite gradient, one after the other, that
-        stop it.
-      log_every: steps between two lines of the log; metrics are averaged over them.
+      objective: what is trained, and how; its ``kind`` selects the objective.
+      data: the data set, and how it is packed.
+      optim: optimizer and schedule of all players that have none of their own.
+      mesh: sizes of the mesh axes.
+      checkpoint, sheets, validation: what happens every so many steps.
+      seed: seed of initialisation, data order, noise and times.
+      num_steps: total number of steps; learning rate schedules end there.
+      log_every: steps between log lines; metrics are averaged over them.
+      max_skipped_in_a_row: number of consecutive skipped steps that stops the run.
       compilation_cache: folder that keeps compiled programs between runs; empty for none.
       profile_steps: "10:13" traces steps 10, 11 and 12 for xprof; empty for none. Steps count
         from 1, as in the log.
@@ -145,7 +153,7 @@ class Config(Settings):
         check_least(self, seed=0, num_steps=1, log_every=1, max_skipped_in_a_row=1)
         if self.data.latents.path and self.objective.kind in ("autoencoder", "add"):
             raise ValueError(
-                f"objective {self.objective.kind} looks at pixels: leave data.latents.path empty."
+                f"objective {self.objective.kind} needs pixels: leave data.latents.path empty."
             )
         if self.objective.kind == "guidance" and not self.data.negatives:
             raise ValueError("objective guidance needs empty prompts too: set data.negatives=True.")
@@ -157,35 +165,35 @@ class Config(Settings):
             )
 
     def _check_guidance(self) -> None:
-        """A student knows one value of the guidance input: that of its training."""
+        """A student can only be used with the guidance that it is trained with."""
         objective, latents = self.objective, self.data.latents
         if not isinstance(objective, StudentConfig) or not objective.transformer.guidance_embed:
             return
-        used = {"sheets.sampler.guidance": self.sheets.sampler.guidance}
+        settings = {"sheets.sampler.guidance": self.sheets.sampler.guidance}
         if self.validation.every:
-            used["validation.sampler.guidance"] = self.validation.sampler.guidance
+            settings["validation.sampler.guidance"] = self.validation.sampler.guidance
         if latents.samples:
-            used["data.latents.guidance"] = latents.guidance
-        for name, value in used.items():
+            settings["data.latents.guidance"] = latents.guidance
+        for name, value in settings.items():
             if value != objective.guidance:
                 raise ValueError(
-                    f"{name} is {value}, but the student is taught at objective.guidance "
+                    f"{name} is {value}, but the student is trained with objective.guidance "
                     f"{objective.guidance}: make them the same."
                 )
 
     @property
     def profiled(self) -> range:
-        """The steps of ``profile_steps``; empty if it names none."""
+        """The steps of ``profile_steps``; empty if it is empty or malformed."""
         match = re.fullmatch(r"([1-9]\d*):(\d+)", self.profile_steps)
         return range(int(match[1]), int(match[2])) if match else range(0)
 
     def make_objective(self) -> Objective:
-        """The objective that ``objective.kind`` names."""
+        """The objective selected by ``objective.kind``."""
         return OBJECTIVES[self.objective.kind](self.objective)
 
 
 def pick(variants: Mapping[str, Callable[[], Config]], name: str) -> Config:
-    """The config that ``--config=file.py:name`` asks for.
+    """The config selected by ``--config=file.py:name``.
 
     Raises:
       ValueError: the file has no such variant.

@@ -1,17 +1,17 @@
-"""Brings weights from one layout to another, bit for bit, a layer of a parameter at a time.
+"""Converts weights from one layout to another, bit for bit, one layer of a parameter at a time.
 
-python -m kontext_jax.convert --input=PLACE --output=PATH --format={diffusers,bfl,orbax} \\
+python -m kontext_jax.convert --input=LOCATION --output=PATH --format={diffusers,bfl,orbax,lora} \\
     [--params=ema] [--network=transformer] [--dtype=bfloat16] [--lora=FILE] [--verify]
 
-A place is a run's workdir, a folder that this command made, a diffusers pipeline or the folder of
-one of its networks, or a single file of Black Forest Labs' layout. ``--format`` is what comes out:
+``--input`` is a run's workdir, an output of this command, a diffusers pipeline or the folder of
+one of its networks, or a single file in Black Forest Labs' layout. ``--format`` is one of:
 
     diffusers  a pipeline for ``FluxKontextPipeline.from_pretrained``, or one network's folder
-    bfl        transformer.safetensors and ae.safetensors, text encoders as transformers has them
-    orbax      one checkpoint, which runs start from and ``sample`` reads
-    lora       the adapters of a run that trained some, for ``load_lora_weights``
+    bfl        transformer.safetensors and ae.safetensors, text encoders in transformers' layout
+    orbax      one checkpoint, to start runs from or to sample with
+    lora       the adapters of a run that trained adapters, for ``load_lora_weights``
 
-The output appears under its name when all of it is written, read again, and found equal.
+The output gets its name only after all of it is written, read back and compared.
 """
 
 from collections.abc import Callable
@@ -57,19 +57,21 @@ EXPORT_DTYPES = {
 
 def define_flags() -> None:
     """Defines the command's flags; not on import, where they would clash with other commands'."""
-    flags.DEFINE_string("input", None, "the place to read, see above")
-    flags.DEFINE_string("output", None, "what to make; must not exist")
+    flags.DEFINE_string("input", None, "location of the weights, see above")
+    flags.DEFINE_string("output", None, "file or folder to write; must not exist")
     flags.DEFINE_enum("format", None, FORMATS, "layout of the output")
     flags.DEFINE_enum("params", "ema", PARAMETER_SETS, "averaged or raw parameters of a run")
-    flags.DEFINE_enum("network", None, list(NETWORKS), "this network alone; all if left out")
-    flags.DEFINE_enum("dtype", None, list(EXPORT_DTYPES), "to cast to; as stored if left out")
-    flags.DEFINE_string("lora", None, "adapters to merge, a file or folder of diffusers' layout")
-    flags.DEFINE_bool("verify", False, "also compares outputs with PyTorch's (extra: convert)")
+    flags.DEFINE_enum("network", None, list(NETWORKS), "network to convert; all by default")
+    flags.DEFINE_enum(
+        "dtype", None, list(EXPORT_DTYPES), "dtype to cast to; the stored dtypes by default"
+    )
+    flags.DEFINE_string("lora", None, "adapters to merge, a file or folder in diffusers' layout")
+    flags.DEFINE_bool("verify", False, "also compare outputs with PyTorch's (extra: convert)")
     flags.mark_flags_as_required(["input", "output", "format"])
 
 
 def convert(
-    place: Path,
+    location: Path,
     output: Path,
     format: str,
     *,
@@ -79,63 +81,64 @@ def convert(
     lora: Path | None = None,
     verify: Callable[[Path, dict[str, Reader]], None] | None = None,
 ) -> dict[str, str]:
-    """Converts and returns the fingerprint of each network as it was written.
+    """Converts weights and returns the fingerprint of every network as written.
 
     Args:
-      place: what to read.
-      output: what to make.
+      location: location of the weights, see the module's docstring.
+      output: file or folder to write.
       format: "diffusers", "bfl", "orbax" or "lora".
-      params: "ema" or "params", of a run.
-      network: the only one to convert.
-      dtype: "float32", "bfloat16" or "float16" to cast to; as stored if left out.
-      lora: adapters to merge into the transformer, a file or folder of diffusers' layout.
-      verify: called with what was written, and its readers, before it gets its name.
+      params: "ema" or "params", the parameter set of a run.
+      network: name of the only network to convert; None converts all.
+      dtype: "float32", "bfloat16" or "float16" to cast to; None keeps the stored dtypes.
+      lora: adapters to merge into the transformer, a file or folder in diffusers' layout.
+      verify: called with the written output and its readers before the output gets its name.
 
     Raises:
-      FileExistsError: there is something at ``output``.
-      FileNotFoundError: there is nothing at ``place``, or no such network.
-      OSError: the disk is full; nothing is left behind.
-      ValueError: the weights are not what they should be, or the layout has no such network.
+      FileExistsError: ``output`` exists.
+      FileNotFoundError: ``location`` has no weights, or lacks the network.
+      OSError: the disk is full; no partial output remains.
+      ValueError: the weights are invalid, or the format does not support the network.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists; delete it or name another --output.")
     if format == "lora":
         if network or dtype or lora or verify:
             raise ValueError(
-                "--format=lora writes a run's adapters as they are: leave out --network, --dtype, "
+                "--format=lora writes a run's adapters unchanged: leave out --network, --dtype, "
                 "--lora and --verify."
             )
-        adapters, config, record = load_adapters(place, params)
+        adapters, config, record = load_adapters(location, params)
         record |= {"fingerprint": fingerprint(adapters)} | _software()
         with atomic_path(output) as path:
             write_lora(adapters, config, path, record)
         return {"lora": record["fingerprint"]}
-    readers = open_networks(place, params, only=network)
+    readers = open_networks(location, params, only=network)
     if others := readers.keys() - NETWORKS.keys():
         raise ValueError(
-            f"{place} holds a {min(others)}, which is part of no pipeline: use it as it is."
+            f"{location} holds a {min(others)}, which is not part of a pipeline and needs no "
+            "conversion."
         )
     if lora is not None:
         if "transformer" not in readers:
-            raise ValueError(f"There is no transformer in {place} to merge {lora} into.")
+            raise ValueError(f"{location} has no transformer to merge {lora} into.")
         adapters = read_lora(lora, readers["transformer"].config)
         record = readers["transformer"].record | {"lora": fingerprint(adapters)}
         readers["transformer"] = MergedReader(readers["transformer"], adapters, record)
-    single = network is not None or (len(readers) == 1 and not _is_pipeline(place))
+    single = network is not None or (len(readers) == 1 and not _is_pipeline(location))
     if output.suffix == ".safetensors" and not (single and format == "bfl"):
         raise ValueError(
-            f"{output} would be a folder; a single file holds one network in Black Forest Labs' "
-            "layout: --format=bfl --network=transformer."
+            f"{output} would be a folder; only one network in Black Forest Labs' layout is a "
+            "single file: --format=bfl --network=transformer."
         )
-    tokenizers = {n: source for n, source in tokenizers_of(place).items() if n in readers}
+    tokenizers = {n: source for n, source in tokenizers_of(location).items() if n in readers}
     for name in TOKENIZERS.keys() & readers.keys() - tokenizers.keys():
         if not single:
-            raise FileNotFoundError(f"There is no {TOKENIZERS[name]} for the {name} in {place}.")
-    to = EXPORT_DTYPES[dtype] if dtype else None
+            raise FileNotFoundError(f"{location} has no {TOKENIZERS[name]} for the {name}.")
+    target = EXPORT_DTYPES[dtype] if dtype else None
     for reader in readers.values():
-        if to and isinstance(reader, MergedReader):
-            reader.round_to(to)
-    records = {name: _record(reader, to) for name, reader in readers.items()}
+        if target and isinstance(reader, MergedReader):
+            reader.round_to(target)
+    records = {name: _record(reader, target) for name, reader in readers.items()}
     with atomic_path(output) as path:
         if format == "orbax":
             step = max(record.get("step", 0) for record in records.values())
@@ -144,11 +147,11 @@ def convert(
                 "records": records,
             }
             _write_tokenizers(tokenizers, path)
-            write_orbax(readers, path, step, meta, to)
+            write_orbax(readers, path, step, meta, target)
         elif single:
-            _write_single(*readers.values(), path, format, *records.values(), to)
+            _write_single(*readers.values(), path, format, *records.values(), target)
         else:
-            _write_pipeline(readers, path, format, records, to)
+            _write_pipeline(readers, path, format, records, target)
             _write_tokenizers(tokenizers, path)
             if format == "diffusers":
                 write_index(path, readers)
@@ -158,7 +161,7 @@ def convert(
 
 
 def _record(reader: Reader, dtype: np.dtype | None) -> dict[str, Any]:
-    """What is known of the source, the fingerprint of its values, and that of what is written."""
+    """Returns the record of the output: the source's record, and fingerprints before and after."""
     record = {k: v for k, v in reader.record.items() if k != "network"} | _software()
     record["made_from"] = record["fingerprint"] = fingerprint_of(reader)
     if dtype:
@@ -170,8 +173,8 @@ def _software() -> dict[str, str]:
     return {"software": f"kontext_jax {kontext_jax.__version__}"}
 
 
-def _is_pipeline(place: Path) -> bool:
-    return (place / "model_index.json").is_file()
+def _is_pipeline(location: Path) -> bool:
+    return (location / "model_index.json").is_file()
 
 
 def _write_single(reader: Reader, path: Path, format: str, record: dict, dtype) -> None:
@@ -181,7 +184,7 @@ def _write_single(reader: Reader, path: Path, format: str, record: dict, dtype) 
         write_bfl(reader, path, record, dtype)
     else:
         raise ValueError(
-            f"Black Forest Labs have no file of their own for the {reader.network.name}: use "
+            f"Black Forest Labs' layout does not include the {reader.network.name}; use "
             "--format=diffusers."
         )
 
@@ -207,10 +210,10 @@ def _write_tokenizers(tokenizers: dict[str, str], folder: Path) -> None:
 
 def main() -> None:
     options = flags.FLAGS
-    place, output = Path(options.input), Path(options.output)
-    jax.config.update("jax_platforms", "cpu")  # nothing here is worth an accelerator's memory
+    output = Path(options.output)
+    jax.config.update("jax_platforms", "cpu")  # conversion needs no accelerator
     fingerprints = convert(
-        place,
+        Path(options.input),
         output,
         options.format,
         params=options.params,
@@ -221,11 +224,14 @@ def main() -> None:
     )
     for name, value in fingerprints.items():
         print(f"{name}: fingerprint {value}")
-    print(f"wrote {output} and read it again: every bit is there")
+    print(f"wrote {output}; every bit is equal when read back")
 
 
 def _verification() -> Callable[[Path, dict[str, Reader]], None]:
-    """Compares with PyTorch, which is looked for before there is anything to compare."""
+    """Returns a function that compares the output with PyTorch.
+
+    Imports PyTorch at once, so that a missing package is reported before any work is done.
+    """
     from kontext_jax.weights.verify import verify
 
     def compare(path: Path, readers: dict[str, Reader]) -> None:

@@ -1,12 +1,13 @@
-"""Makes a store of latents: ``python -m kontext_jax.encode --config=configs/X.py[:variant]``.
+"""Encodes a data set: ``python -m kontext_jax.encode --config=configs/X.py[:variant]``.
 
-A run with a ``data.latents.path`` reads latents from there in place of pixels; this makes what it
-asks for, of its ``data.split`` and by its frozen networks. With ``data.latents.samples`` above 0 it
-also samples the teacher for every target: the synthetic data set of distillation.
+A run with a ``data.latents.path`` reads latents from that store instead of pixels. This command
+writes the store, from the run's ``data.split`` and with its frozen networks. With
+``data.latents.samples`` above 0 it also samples the teacher for every target, to make the synthetic
+data set of distillation.
 
-Started again with the same arguments it goes on with the chunks that are not there yet, on any
-number of devices. What is stored of an example depends on the example alone, not on its row. The
-first process writes the files, and all must see them.
+Started again with the same arguments, on any number of devices, it resumes with the missing chunks.
+An example's latents depend on the example alone, not on its row. The first process writes the
+files, and all processes must see them.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from ml_collections import config_flags
 from kontext_jax import cli
 from kontext_jax.config import Config
 from kontext_jax.data import latents as store
-from kontext_jax.data.latents import Encoded, LatentsConfig, Settings
+from kontext_jax.data.latents import EncodedExample, LatentsConfig, StoreSettings
 from kontext_jax.data.packing import Plan
 from kontext_jax.data.pipeline import (
     DataConfig,
@@ -56,17 +57,17 @@ from kontext_jax.sharding import batch_part, batch_sharding, check_batch, make_m
 from kontext_jax.types import Batch, Latents, unprompted
 
 CHUNK_EXAMPLES = 1000
-"""About so many go into a file; the most that a job loses when it is killed."""
+"""Approximate size of a file, and the most that a killed job loses."""
 
-PADDING = -1  # in place of a row's number
+PADDING = -1  # number of a padding row
 
 
 def encode(config: Config) -> None:
-    """Makes the store that ``config.data.latents`` asks for, or what is missing of it.
+    """Writes the store of ``config.data.latents``, or its missing chunks.
 
     Raises:
       FileNotFoundError: the data set or a network is missing.
-      ValueError: the settings do not go together, another store is at the path, or too many
+      ValueError: the config cannot make a store, the folder holds another store, or too many
         records cannot be read.
     """
     _check(config)
@@ -75,7 +76,7 @@ def encode(config: Config) -> None:
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, 1, mesh)
     source = TripleSource(config.data.path, config.data.split)
-    networks = load_frozen(config, mesh, only=needed(config))
+    networks = load_frozen(config, mesh, only=required_networks(config))
     schedule = teacher_time(config) if config.data.latents.samples else None
     encode_with(networks, schedule, source, config, mesh)
 
@@ -87,39 +88,39 @@ def encode_with(
     config: Config,
     mesh: Mesh,
 ) -> None:
-    """`encode` with what it loads.
+    """`encode` with given networks and data.
 
     Args:
-      networks: frozen ones by name, on the mesh.
-      schedule: the teacher's own; None where nothing is sampled.
+      networks: frozen networks by name, on the mesh.
+      schedule: the teacher's schedule; None without samples.
       source: the data set.
-      config: what to make.
-      mesh: over which each batch is split.
+      config: settings of the store.
+      mesh: devices that each batch is split over.
 
     Raises:
-      ValueError: another store is at the path, or too many records cannot be read.
+      ValueError: the folder holds another store, or too many records cannot be read.
     """
-    folder, data = Path(config.data.latents.path), _undisturbed(config.data)
-    settings = settings_of(networks, schedule, source, config)
-    if _agreed(store.meta_path(folder, data.split).exists()):
+    folder, data = Path(config.data.latents.path), _reading_config(config.data)
+    settings = store_settings(networks, schedule, source, config)
+    if _from_first_process(store.meta_path(folder, data.split).exists()):
         meta = store.Meta.load(store.meta_path(folder, data.split))
-        _check_same(folder, meta.settings.changes(settings))
-        cli.say(f"{folder} is complete: there is nothing to do")
+        _check_same(folder, meta.settings.differences(settings))
+        cli.say(f"{folder} is complete: nothing to do")
         return
     plan = plan_of(source, data, config.seed)
-    job = begin(folder, settings, plan, data.batch_size)
-    batches = [job.batches(chunk, data.batch_size) for chunk in job.todo]
+    job = begin_job(folder, settings, plan, data.batch_size)
+    batches = [job.batches(chunk, data.batch_size) for chunk in job.missing]
     rows = [row for chunk in batches for batch in chunk for row in batch]
     progress = Progress(data, sum(len(plan[row][1]) for row in rows))
     encoder = Encoder(networks, schedule, source, plan, config, mesh)
-    with closing(encoder(list(itertools.chain(*batches)))) as made:
-        for chunk, its_batches in zip(job.todo, batches, strict=True):
-            examples = itertools.chain.from_iterable(itertools.islice(made, len(its_batches)))
+    with closing(encoder(list(itertools.chain(*batches)))) as encoded:
+        for chunk, chunk_batches in zip(job.missing, batches, strict=True):
+            examples = itertools.chain.from_iterable(itertools.islice(encoded, len(chunk_batches)))
             path = store.chunk_path(folder, data.split, chunk, job.num_chunks)
             if jax.process_index() == 0:
-                store.write_chunk(path, progress.watch(examples))
+                store.write_chunk(path, progress.count(examples))
             else:
-                deque(progress.watch(examples), maxlen=0)  # computes along
+                deque(progress.count(examples), maxlen=0)  # all processes compute
             cli.say(f"chunk {chunk + 1} of {job.num_chunks}: {progress}")
     if jax.process_index() == 0:
         channels = networks["autoencoder"].config.token_channels
@@ -128,17 +129,17 @@ def encode_with(
 
 
 class Job(NamedTuple):
-    """How the rows of an epoch are divided into files.
+    """Division of an epoch's rows into files, one chunk each.
 
     Attributes:
-      num_rows: of the epoch.
-      chunk_rows: of a chunk; the last one may have fewer.
-      todo: the chunks that are not there.
+      num_rows: rows of the epoch.
+      chunk_rows: rows of a chunk; the last chunk may have fewer.
+      missing: chunks whose file does not exist yet.
     """
 
     num_rows: int
     chunk_rows: int
-    todo: tuple[int, ...]
+    missing: tuple[int, ...]
 
     @property
     def num_chunks(self) -> int:
@@ -146,75 +147,74 @@ class Job(NamedTuple):
         return -(-self.num_rows // self.chunk_rows)
 
     def batches(self, chunk: int, batch_size: int) -> list[range]:
-        """The rows of each batch of a chunk; of the last one there may be fewer."""
+        """The rows of each batch of a chunk; the last batch may have fewer."""
         first = chunk * self.chunk_rows
         end = min(first + self.chunk_rows, self.num_rows)
         return [range(i, min(i + batch_size, end)) for i in range(first, end, batch_size)]
 
 
-def begin(folder: Path, settings: Settings, plan: Plan, batch_size: int) -> Job:
-    """Says in the folder what is to be made there, or goes on with what a job before this one said.
+def begin_job(folder: Path, settings: StoreSettings, plan: Plan, batch_size: int) -> Job:
+    """Writes the job description into the folder, or resumes the job described there.
 
     Raises:
-      ValueError: the folder holds something else.
+      ValueError: the folder holds another store.
     """
-    path, strays = store.job_path(folder, settings.split), f"latents-{settings.split}-*"
+    path, pattern = store.job_path(folder, settings.split), f"latents-{settings.split}-*"
     rows_per_example = plan.num_rows / plan.num_examples
     rows = batch_size * max(1, round(CHUNK_EXAMPLES * rows_per_example / batch_size))
-    if _agreed(path.exists()):
-        begun = json.loads(path.read_text())
-        changed = Settings(**begun["settings"]).changes(settings)
-        _check_same(folder, changed + ["plan of rows"] * (begun["plan"] != plan.fingerprint()))
-        rows = begun["chunk_rows"]
-    elif _agreed(any(folder.glob(strays))):
+    if _from_first_process(path.exists()):
+        started = json.loads(path.read_text())
+        changed = StoreSettings(**started["settings"]).differences(settings)
+        _check_same(folder, changed + ["plan of rows"] * (started["plan"] != plan.fingerprint()))
+        rows = started["chunk_rows"]
+    elif _from_first_process(any(folder.glob(pattern))):
         raise ValueError(
-            f"{folder} has files {strays} and no {path.name}, which would tell what they were made "
-            "from: delete them, or choose another data.latents.path."
+            f"{folder} has files {pattern} but no {path.name} to say what they were made from: "
+            "delete them or choose another data.latents.path."
         )
     elif jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        begun = {"plan": plan.fingerprint(), "chunk_rows": rows, "settings": settings}
-        store.write_json(path, store.plain(begun))
-    job = Job(plan.num_rows, int(_agreed(rows)), ())
-    files = [
+        started = {"plan": plan.fingerprint(), "chunk_rows": rows, "settings": settings}
+        store.write_json(path, store.as_json(started))
+    job = Job(plan.num_rows, int(_from_first_process(rows)), ())
+    paths = [
         store.chunk_path(folder, settings.split, chunk, job.num_chunks)
         for chunk in range(job.num_chunks)
     ]
-    is_there = _agreed([file.exists() for file in files])
-    return job._replace(todo=tuple(np.flatnonzero(~is_there).tolist()))
+    exists = _from_first_process([path.exists() for path in paths])
+    return job._replace(missing=tuple(np.flatnonzero(~exists).tolist()))
 
 
-def needed(config: Config) -> list[str]:
-    """The frozen networks that the store is made with."""
+def required_networks(config: Config) -> list[str]:
+    """Names of the frozen networks that make the store."""
     if not config.data.latents.samples:
         return ["autoencoder"]
     return ["autoencoder", "teacher", *config.objective.frozen_encoders()]
 
 
-def settings_of(
+def store_settings(
     networks: dict[str, Network],
     schedule: TimeConfig | None,
     source: TripleSource,
     config: Config,
-) -> Settings:
-    """All that decides what is stored."""
+) -> StoreSettings:
+    """Everything that determines the contents of the store."""
     data, sampling = config.data, None
-    networks = {name: networks[name] for name in needed(config)}
+    networks = {name: networks[name] for name in required_networks(config)}
     if data.latents.samples:
-        decided = {"schedule": to_dict(schedule), "text": data.text.lengths()}
-        sampling = data.latents.sampling() | decided
-    return Settings(
+        sampling = data.latents.sampling()
+        sampling |= {"schedule": to_dict(schedule), "text": data.text.lengths()}
+    return StoreSettings(
         data=source.fingerprint,
         split=data.split,
-        geometry=store.plain(data.geometry),
-        networks=store.plain(identity_of(networks)),
+        geometry=store.as_json(data.geometry),
+        networks=store.as_json(identity_of(networks)),
         usage=usage_of(networks, config.objective),
-        sampling=store.plain(sampling),
+        sampling=store.as_json(sampling),
     )
 
 
 class Encoder:
-    """From the numbers of a plan's rows to the examples in them, a batch at a time."""
+    """Encodes the examples of a plan's rows, one batch of rows at a time."""
 
     def __init__(
         self,
@@ -225,17 +225,20 @@ class Encoder:
         config: Config,
         mesh: Mesh,
     ):
-        """The arguments are those of `encode_with`, and the plan.
+        """Takes the arguments of `encode_with`, and the plan of the rows.
 
         Raises:
-          ValueError: an id is not the only one of its kind.
+          ValueError: two examples have the same id.
         """
         self._networks, self._plan, self._mesh = networks, plan, mesh
-        self._data, latents = _undisturbed(config.data), config.data.latents
+        self._data, latents = _reading_config(config.data), config.data.latents
         self._rows = RowAssembler(source, plan, self._data, config.seed)
         self._ids = [str(example_id) for example_id in source.index.ids]
         if len(set(self._ids)) < len(self._ids):
-            raise ValueError(f"{source.path} uses an id twice, and latents go by the ids: mend it.")
+            raise ValueError(
+                f"{source.path} uses an id twice, but latents are stored by id: give each example "
+                "a unique id."
+            )
         self._noise_ids = np.array([noise_id(example_id) for example_id in self._ids], np.int32)
         self._shapes = shapes_of(source, self._data)
         self._key = jax.random.key(latents.seed)
@@ -245,11 +248,11 @@ class Encoder:
             )
         )
 
-    def __call__(self, batches: Sequence[range]) -> Iterator[list[Encoded | None]]:
-        """The examples of each batch, in the plan's order; None for one that could not be read.
+    def __call__(self, batches: Sequence[range]) -> Iterator[list[EncodedExample | None]]:
+        """Yields each batch's examples, in the plan's order; None for one that could not be read.
 
         Args:
-          batches: numbers of rows; a batch that is not full is filled up with padding.
+          batches: row numbers of each batch; incomplete batches are padded.
         """
         numbers = [[*rows] + [PADDING] * (self._data.batch_size - len(rows)) for rows in batches]
         read = batches_of(
@@ -259,13 +262,13 @@ class Encoder:
         )
         with closing(iter(read)) as read:
             started = map(self._start, read)
-            # A batch is fetched once the next one is started: the device need not wait for files.
+            # Start the next batch before fetching one, so that devices do not wait for files.
             one_behind = itertools.pairwise(itertools.chain(started, [None]))
-            for rows, (made, _) in zip(batches, one_behind, strict=True):
-                yield self._examples(rows, *multihost_utils.process_allgather(made, tiled=True))
+            for rows, (outputs, _) in zip(batches, one_behind, strict=True):
+                yield self._examples(rows, *multihost_utils.process_allgather(outputs, tiled=True))
 
     def _start(self, local: Batch) -> tuple[Array | None, ...]:
-        """Numbers of the examples, segments, and what is made of them, on the devices."""
+        """Dispatches a batch; (example numbers, segments, latents, samples) on the devices."""
         numbers = local.example_ids
         local = local.replace(example_ids=np.where(numbers < 0, -1, self._noise_ids[numbers]))
         sharding = batch_sharding(self._mesh)
@@ -282,26 +285,26 @@ class Encoder:
         segments: Int[np.ndarray, "B S"],
         latents: Float[np.ndarray, "B S C"],
         samples: Float[np.ndarray, "B S C"] | None,
-    ) -> list[Encoded | None]:
-        """Takes a batch apart. Where in it a row lies is up to the mesh, so examples are found."""
-        places = {number: place for place, number in np.ndenumerate(numbers) if number >= 0}
-        examples: list[Encoded | None] = []
+    ) -> list[EncodedExample | None]:
+        """Splits a batch into examples, found by number: the mesh decides the order of its rows."""
+        positions = {number: index for index, number in np.ndenumerate(numbers) if number >= 0}
+        examples: list[EncodedExample | None] = []
         for number in itertools.chain.from_iterable(self._plan[row][1] for row in rows):
-            if number not in places:
+            if number not in positions:
                 examples.append(None)
                 continue
-            row, place = places[number]
-            mine, shape = segments[row] == place + 1, self._shapes[number]
+            row, place = positions[number]
+            in_example, shape = segments[row] == place + 1, self._shapes[number]
             sizes = (shape.target, *shape.contexts)
             ends = np.cumsum(
                 [num_tokens(size, self._data.geometry.pixels_per_token) for size in sizes]
             )
-            parts = np.split(latents[row, mine], ends[:-1])
+            parts = np.split(latents[row, in_example], ends[:-1])
             target, *contexts = map(Latents, sizes, parts)
-            sampled = None
+            sample = None
             if samples is not None:
-                sampled = Latents(shape.target, samples[row, mine][: ends[0]])
-            examples.append(Encoded(self._ids[number], target, tuple(contexts), sampled))
+                sample = Latents(shape.target, samples[row, in_example][: ends[0]])
+            examples.append(EncodedExample(self._ids[number], target, tuple(contexts), sample))
         return examples
 
 
@@ -313,15 +316,15 @@ def encode_rows(
     latents: LatentsConfig,
     schedule: TimeConfig | None,
 ) -> tuple[Float[Array, "B S C"], Float[Array, "B S C"] | None]:
-    """(clean latents of all images, the teacher's samples of the targets), bfloat16.
+    """(clean latents of all images, the teacher's samples of the targets or None), in bfloat16.
 
     Args:
-      networks: frozen ones by name.
-      batch: pixels; its ``example_ids`` key the samples' noise.
-      key: of that noise.
+      networks: frozen networks by name.
+      batch: rows of pixels; their ``example_ids`` key the samples' noise.
+      key: random key of that noise.
       objective: how prompts are encoded.
-      latents: how to sample; nothing is sampled where it asks for no samples.
-      schedule: the teacher's.
+      latents: sampler settings; nothing is sampled if ``latents.samples`` is 0.
+      schedule: the teacher's schedule.
     """
     clean = encode_images(networks["autoencoder"], batch)
     if not latents.samples:
@@ -337,36 +340,36 @@ def encode_rows(
 
 
 class Progress:
-    """Counts examples, tells how fast they come, and stops the job if too many are unreadable."""
+    """Counts examples, measures the rate, and stops the job if too many are unreadable."""
 
     def __init__(self, data: DataConfig, total: int):
         self._data, self._total = data, total
-        self._seen = self._unreadable = 0
-        self._began = time.monotonic()
+        self._done = self._unreadable = 0
+        self._start = time.monotonic()
 
-    def watch(self, examples: Iterable[Encoded | None]) -> Iterator[Encoded | None]:
-        """The examples as they are, each of them counted.
+    def count(self, examples: Iterable[EncodedExample | None]) -> Iterator[EncodedExample | None]:
+        """Passes examples through and counts them.
 
         Raises:
-          ValueError: too many could not be read.
+          ValueError: too many examples could not be read.
         """
         for example in examples:
-            self._seen += 1
+            self._done += 1
             self._unreadable += example is None
-            check_readable(self._unreadable, self._seen, self._data)
+            check_readable(self._unreadable, self._done, self._data)
             yield example
 
     def __str__(self) -> str:
-        rate = self._seen / (time.monotonic() - self._began)
-        left = (self._total - self._seen) / rate
+        rate = self._done / (time.monotonic() - self._start)
+        left = (self._total - self._done) / rate
         return (
-            f"{self._seen:,} of {self._total:,} examples, {self._unreadable} unreadable, "
+            f"{self._done:,} of {self._total:,} examples, {self._unreadable} unreadable, "
             f"{rate:.1f} examples/s, {left:.0f} s left"
         )
 
 
 class _Rows(Sequence):
-    """Rows of an assembler, or padding, by their numbers."""
+    """Rows of an assembler, or of padding, with the given numbers."""
 
     def __init__(self, rows: RowAssembler, numbers: list[int]):
         self._rows, self._numbers = rows, numbers
@@ -374,13 +377,13 @@ class _Rows(Sequence):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, place: int) -> Batch:
-        number = self._numbers[place]
+    def __getitem__(self, i: int) -> Batch:
+        number = self._numbers[i]
         return self._rows.empty() if number == PADDING else self._rows[number]
 
 
-def _undisturbed(data: DataConfig) -> DataConfig:
-    """Pixels, with nothing dropped, and empty prompts where the sampler wants them."""
+def _reading_config(data: DataConfig) -> DataConfig:
+    """Settings for reading pixels without dropout, with empty prompts if the sampler needs them."""
     negatives = bool(data.latents.samples) and data.latents.cfg_scale != 1.0
     return dataclasses.replace(
         data,
@@ -392,27 +395,27 @@ def _undisturbed(data: DataConfig) -> DataConfig:
 
 
 def _check(config: Config) -> None:
-    """Refuses configs that say too little to make a store."""
+    """Refuses configs that cannot make a store."""
     latents = config.data.latents
     if not latents.path:
-        raise ValueError("data.latents.path is empty: name the folder that the latents go to.")
+        raise ValueError("data.latents.path is empty: set it to the folder for the latents.")
     if latents.samples and "teacher" not in config.make_objective().frozen():
         raise ValueError(
-            f"A run of {config.objective.kind} has no frozen teacher to make samples with: take "
-            "the config of another objective."
+            f"A run of {config.objective.kind} has no frozen teacher to make samples: use the "
+            "config of another objective."
         )
 
 
 def _check_same(folder: Path, changed: Sequence[str]) -> None:
     if changed:
         raise ValueError(
-            f"{folder} holds latents made with another {' and '.join(changed)}: choose another "
-            "data.latents.path, or delete it."
+            f"{folder} holds latents made with a different {' and '.join(changed)}: choose another "
+            "data.latents.path or delete the folder."
         )
 
 
-def _agreed(value) -> np.ndarray:
-    """What the first process, which writes the files, says of them."""
+def _from_first_process(value) -> np.ndarray:
+    """The first process's value, on all processes, so that they agree about its files."""
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 

@@ -1,6 +1,6 @@
-"""From pixels and token ids to what the transformer reads: `Batch` -> `Tokens`.
+"""Encoding of pixels and token ids into the transformer's inputs: `Batch` -> `Tokens`.
 
-The same functions serve training on the fly, sampling and evaluation.
+Used by training without cached latents, sampling and evaluation.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from kontext_jax.types import Batch, Tokens
 
 
 def encode_images(autoencoder: Autoencoder | None, batch: Batch) -> Float[Array, "B S C"]:
-    """Clean latents of every image token; padding is zero.
+    """Clean latents of every image token; zero for padding.
 
-    A batch that carries latents needs no autoencoder.
+    Batches with cached latents need no autoencoder.
     """
     if batch.latents is not None:
         return jnp.asarray(batch.latents, jnp.float32)
@@ -28,10 +28,10 @@ def encode_images(autoencoder: Autoencoder | None, batch: Batch) -> Float[Array,
 def image_tokens(
     encode: Callable[[Float[Array, "n h w 3"]], Float[Array, "n _ _ _"]], batch: Batch
 ) -> Float[Array, "B S C"]:
-    """What ``encode`` makes of the pixels at every image token; padding has any token's.
+    """The tokens of ``encode(images)``, in the layout of the batch; arbitrary for padding.
 
-    Images of a size are encoded as one dense array; each token of the row is then fetched from
-    the encoded tokens of its own row.
+    All images of one size are encoded as one dense array. Each token is then gathered from the
+    encoded images of its row.
     """
     rows = batch.source.shape[0]
     encoded = []
@@ -44,12 +44,12 @@ def image_tokens(
 
 
 def encode_text(text_encoder: T5Encoder, batch: Batch) -> Float[Array, "B L T"]:
-    """The prompts' token vectors."""
+    """Text tokens of the prompts."""
     return text_encoder(batch.text_ids, batch.text_segments)
 
 
 def encode_clip(clip: ClipText, batch: Batch) -> Float[Array, "B N P"]:
-    """CLIP's vector of each example's prompt, float32; zeros where there is no example."""
+    """CLIP's vector of each example's prompt, float32; zero for empty slots."""
     rows, examples, length = batch.clip_ids.shape
     pooled = clip(batch.clip_ids.reshape(rows * examples, length))
     pooled = pooled.astype(jnp.float32).reshape(rows, examples, -1)
@@ -62,7 +62,7 @@ def to_tokens(
     text: Float[Array, "B L T"],
     pooled: Float[Array, "B N P"],
 ) -> Tokens:
-    """Joins what the encoders made with the layout of the row."""
+    """Joins the encoders' outputs with the layout of the rows."""
     return Tokens(
         latents=latents,
         positions=batch.positions,

@@ -1,11 +1,11 @@
-"""Evaluates in sweeps: ``python -m kontext_jax.evaluate --config=configs/eval_X.py --workdir=DIR``.
+"""Evaluates a sweep: ``python -m kontext_jax.evaluate --config=configs/eval_X.py --workdir=DIR``.
 
-Every *cell* (a checkpoint, its averaged or raw parameters, and a way to sample) makes a picture for
-every task of every *set*, and judges say what they are worth. Sampling and networks of judges are
-split over all devices; other judges' work, over processes. Started again after a stop, it makes the
-pictures that are missing, and comes to the same results.
+A sweep is a grid: each *cell* is one checkpoint with one sampler setting. Every cell generates an
+image for every task of every task set, and judges score the images. Sampling and the judges'
+networks run on all devices; the other judges run on the hosts, split over processes. A sweep that
+was stopped generates only the missing images when started again, and gives the same results.
 
-Writes ``cells/SET/CELL/`` (``results.py``), ``losses/``, ``summary.json``, ``summary.csv`` and
+Writes ``cells/SET/CELL/`` (see `cell_folder`), ``losses/``, ``summary.json``, ``summary.csv`` and
 ``report.html``.
 """
 
@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from kontext_jax.config import LossConfig
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.evaluation.cell_folder import CellFolder, check_record
 from kontext_jax.evaluation.generation import (
-    OF_MODELS,
+    MODEL_KEYS,
+    cell_record,
+    generate_images,
     load_networks,
-    make,
-    record_of,
     takes_guidance,
 )
 from kontext_jax.evaluation.held_out_loss import (
@@ -47,10 +47,10 @@ from kontext_jax.evaluation.held_out_loss import (
     kinds_of,
     summarise_losses,
 )
-from kontext_jax.evaluation.judges import JudgePanel, JudgesConfig, Outputs, judge, make_judges
+from kontext_jax.evaluation.judges import JudgePanel, JudgesConfig, Outputs, make_judges, run_judges
 from kontext_jax.evaluation.scores import ALL, METRICS, summarise
 from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
-from kontext_jax.evaluation.tasks.sets import Set, SetConfig, load_sets, triples_of
+from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets, triples_of
 from kontext_jax.files import short_digest, write_text
 from kontext_jax.geometry import resize
 from kontext_jax.loading.locations import split_step
@@ -62,31 +62,32 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import RGBImage
 
 TIMED = (
-    "Seconds per image are wall time of all batches, by the number of their images. They include "
-    "encoding contexts and prompts, all sampling steps, decoding, and the way to the devices and "
-    "back; not compiling, which is done before, nor loading networks, preparing the examples and "
-    "writing pictures. Seconds to compile are, for each turn, those of the start that took longest."
+    "Seconds per image are the wall time of all batches divided by their number of images. They "
+    "include encoding contexts and prompts, all sampling steps, decoding, and transfers to and "
+    "from the devices, but not compiling, loading networks, preparing the examples, or writing "
+    "images. Seconds to compile are summed over turns, with each turn's longest of all starts."
 )
 
-LOSS_NAME = 60
-"""Last characters of a checkpoint's name that the name of its losses' file has."""
+MAX_LOSS_NAME = 60
+"""Trailing characters of a checkpoint's name that appear in the name of its loss file."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class EvalConfig(Settings):
-    """A sweep: every cell on every set.
+    """A sweep: every cell on every task set.
 
     Attributes:
-      cells: see `cells.Cell` and `cells.grid`; the report's headline is about the first one or, of
-        checkpoints that differ from it in their step alone (as `@all` gives them), the last.
-      sets: see `data.sets.SetConfig`.
-      judges: who looks at the pictures, beside pixels, the world's checker and drift.
-      loss_sets: on whose truths the held-out loss of each checkpoint is measured.
-      loss: how; `losses.MLPERF` is MLPerf Training's way, and wants its number of examples.
-      batch_size: rows sampled at once, over all devices; 0 for as many as each run trains on.
-      seed: of the initial noise.
+      cells: see `sweep.Cell` and `sweep.grid`. The report's headline is about the first cell or, if
+        others differ from it only by step (as with ``@all``), the one with the last step.
+      sets: task sets, see `tasks.sets.SetConfig`.
+      judges: judges to use besides pixels, the toy world's checker and drift.
+      loss_sets: task sets on whose targets the held-out loss of each checkpoint is measured.
+      loss: times and noise of the held-out loss. `held_out_loss.MLPERF` is MLPerf Training's
+        protocol, and requires its number of examples.
+      batch_size: rows sampled at once over all devices; 0 for each run's training batch size.
+      seed: seed of the initial noise.
       sheet_rows: examples shown in the report.
-      curves: title -> workdir of the runs whose training losses the report draws.
+      curves: title -> workdir of the runs whose training losses the report plots.
     """
 
     cells: tuple[Cell, ...] = ()
@@ -101,138 +102,143 @@ class EvalConfig(Settings):
     curves: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
-        # Copies, for overrides change what they are given: `MLPERF`, or what cells share.
+        # Overrides mutate configs in place: copy `MLPERF` and settings that cells share.
         self.loss = copy.deepcopy(self.loss)
         for name in ("cells", "sets", "loss_sets"):
             setattr(self, name, tuple(map(copy.deepcopy, getattr(self, name))))
-        if self.batch_size < 0:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be 0, for as many as each run trains on, or "
-                "more."
-            )
-        check_least(self, sheet_rows=0)
+        check_least(self, batch_size=0, sheet_rows=0)
+        set_names = [config.name for config in self.sets]
         check_names([cell.name for cell in self.cells], "cell")
-        names = [each.name for each in self.sets]
-        check_names(names, "set")
-        check_names([each.name for each in self.loss_sets], "loss set")
+        check_names(set_names, "set")
+        check_names([config.name for config in self.loss_sets], "loss set")
         for cell in self.cells:
-            unknown = sorted(set(cell.sets) - set(names))
+            unknown = sorted(set(cell.sets) - set(set_names))
             if unknown:
-                raise ValueError(f"cell {cell.name!r} is for {unknown[0]!r}, which is no set.")
+                raise ValueError(
+                    f"cell {cell.name!r} names the set {unknown[0]!r}, which is not in sets."
+                )
         if not self.cells or not (self.sets or self.loss_sets):
-            raise ValueError("a sweep needs one cell and one set, or more.")
+            raise ValueError("a sweep needs at least one cell and one set.")
 
 
 def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) -> dict:
-    """Makes and judges what is missing, and writes all files.
+    """Generates and scores everything that is missing, and writes all files.
 
     Args:
       config: the sweep.
-      workdir: where the files go.
-      seconds: what earlier stages took, for the report.
+      workdir: folder of the results.
+      seconds: durations of earlier stages by name, for the report.
 
     Returns:
-      What ``summary.json`` holds.
+      The content of ``summary.json``.
 
     Raises:
-      FileNotFoundError, ValueError: a run, data or network is missing, or other than it was.
+      FileNotFoundError, ValueError: a run, data set or network is missing, or has changed since the
+        sweep was started.
     """
-    began = time.monotonic()
-    _check_folder(workdir)
+    start = time.monotonic()
+    _check_workdir(workdir)
     mesh = make_mesh(config.mesh)
-    cells = resolve(config.cells)  # early, for it may fail soon
+    # All checks that can fail come first; loading and sampling take long.
+    cells = resolve(config.cells)
     _check_guidance(cells)
     loaded = load_sets([*config.sets, *config.loss_sets])
     sets, loss_sets = loaded[: len(config.sets)], loaded[len(config.sets) :]
-    _check(cells, sets, loss_sets, config, workdir)
+    _check_sweep(cells, sets, loss_sets, config, workdir)
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
     panel = make_judges(config.judges, mesh)
-    for name, why in panel.left_out.items():
-        cli.say(f"judge {name} is left out: {why}")
+    for name, reason in panel.left_out.items():
+        cli.say(f"judge {name} is left out: {reason}")
     summary: dict[str, Any] = {
         "config": to_dict(config),
-        "sets": {c.name: _of_set(c, each) for c, each in zip(config.sets, sets, strict=True)},
-        "loss_sets": {
-            c.name: _of_set(c, each) for c, each in zip(config.loss_sets, loss_sets, strict=True)
-        },
+        "sets": _summarise_sets(config.sets, sets),
+        "loss_sets": _summarise_sets(config.loss_sets, loss_sets),
         "judges": panel.record,
         "left_out": panel.left_out,
         "timed": TIMED,
         "losses": {},
     }
-    found_of: dict[str, Any] = {}
-    for networks in dict.fromkeys(cell.networks for cell in cells):
-        group = [cell for cell in cells if cell.networks == networks]
-        model = None  # the last one makes room for the next
+    summaries: dict[str, Any] = {}
+    for key in dict.fromkeys(cell.networks_key for cell in cells):
+        group = [cell for cell in cells if cell.networks_key == key]
+        model = None  # frees the previous networks before the next are loaded
         model = load_networks(group[0], mesh, config.seed, config.batch_size)
         for cell in group:
-            found = {}
-            for each in _sets_of(cell, sets):
-                found[each.name] = _found(cell, model, each, panel, workdir, mesh, config.seed)
-                cli.say(f"{each.name}: {cell.name}  {_in_short(found[each.name])}")
-            found_of[cell.name] = _about(cell, model) | {"sets": found}
+            results = {}
+            for task_set in _sets_of(cell, sets):
+                results[task_set.name] = _evaluate_cell(
+                    cell, model, task_set, panel, workdir, mesh, config.seed
+                )
+                cli.say(f"{task_set.name}: {cell.name}  {_one_line(results[task_set.name])}")
+            summaries[cell.name] = _describe_cell(cell, model) | {"sets": results}
         learns_flow = model is not None and model.objective.kind == "flow_matching"
         if learns_flow and any(not cell.baseline for cell in group):
-            for each in loss_sets:
-                name = f"{group[0].checkpoint} {group[0].params}"
-                losses = _losses(name, model, each, workdir, mesh, config)
-                summary["losses"].setdefault(each.name, {})[name] = losses
-                cli.say(f"{each.name}: {name}  held-out loss {losses['mean']:.4f}")
-    summary["cells"] = {cell.name: found_of[cell.name] for cell in cells}
-    summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - began, 1)}
+            name = f"{group[0].checkpoint} {group[0].params}"
+            for task_set in loss_sets:
+                losses = _measure_loss(name, model, task_set, workdir, mesh, config)
+                summary["losses"].setdefault(task_set.name, {})[name] = losses
+                cli.say(f"{task_set.name}: {name}  held-out loss {losses['mean']:.4f}")
+    summary["cells"] = {cell.name: summaries[cell.name] for cell in cells}
+    summary["seconds"] = {**seconds, "evaluate": round(time.monotonic() - start, 1)}
     if jax.process_index() == 0:
         write_report(
             workdir,
             summary,
-            {each.name: each.tasks for each in sets},
+            {task_set.name: task_set.tasks for task_set in sets},
             sheet_rows=config.sheet_rows,
             curves=dict(config.curves),
         )
         write_text(workdir / "summary.csv", as_csv(summary))
         text = json.dumps(_finite(summary), indent=2, allow_nan=False)
-        write_text(workdir / "summary.json", text + "\n")  # all is done
+        write_text(workdir / "summary.json", text + "\n")  # last: it marks a finished sweep
     multihost_utils.sync_global_devices("the report is written")
     return summary
 
 
-def _found(
+def _evaluate_cell(
     cell: Cell,
     model: Model | None,
-    each: Set,
+    task_set: TaskSet,
     panel: JudgePanel,
     workdir: Path,
     mesh: Mesh,
     seed: int,
 ) -> dict[str, Any]:
-    """What the summary says of one cell on one set, once its pictures are made and judged."""
-    folder = CellFolder(_folder(workdir, cell, each), record_of(cell, each, model, seed))
-    scores = folder.scores(panel.record, [task.id for task in each.tasks])
-    if not _everywhere(scores is not None):
-        images = make(cell, model, each, folder, mesh, seed)
-        scores = _judge(panel, each, folder, images)
-    return _summarised(*scores, folder.batches())
+    """Generates and scores one cell's images for one set, and returns their summary."""
+    folder = CellFolder(
+        _cell_path(workdir, cell, task_set), cell_record(cell, task_set, model, seed)
+    )
+    scores = folder.scores(panel.record, [task.id for task in task_set.tasks])
+    if not _all_processes(scores is not None):
+        images = generate_images(cell, model, task_set, folder, mesh, seed)
+        scores = _score(panel, task_set, folder, images)
+    rows, overall = scores
+    return _summarise_cell(rows, overall, folder.batches())
 
 
-def _sets_of(cell: Cell, sets: Sequence[Set]) -> Iterator[Set]:
-    """Those that the cell makes pictures for."""
-    return (each for each in sets if not cell.sets or each.name in cell.sets)
+def _sets_of(cell: Cell, sets: Sequence[TaskSet]) -> list[TaskSet]:
+    """The sets that the cell is evaluated on."""
+    return [task_set for task_set in sets if not cell.sets or task_set.name in cell.sets]
 
 
-def _folder(workdir: Path, cell: Cell, each: Set) -> Path:
-    return workdir / "cells" / folder_name(each.name) / folder_name(cell.name)
+def _cell_path(workdir: Path, cell: Cell, task_set: TaskSet) -> Path:
+    return workdir / "cells" / folder_name(task_set.name) / folder_name(cell.name)
 
 
-def _of_set(config: SetConfig, each: Set) -> dict[str, Any]:
+def _summarise_sets(configs: Sequence[SetConfig], sets: Sequence[TaskSet]) -> dict[str, Any]:
     return {
-        "num_tasks": len(each.tasks),
-        "fingerprint": each.fingerprint,
-        "held_out": config.held_out,
+        config.name: {
+            "num_tasks": len(task_set.tasks),
+            "fingerprint": task_set.fingerprint,
+            "held_out": config.held_out,
+        }
+        for config, task_set in zip(configs, sets, strict=True)
     }
 
 
 def _finite(value: Any) -> Any:
-    """JSON in which None stands for numbers that it cannot write."""
+    """The JSON value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -240,73 +246,74 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _check_folder(workdir: Path) -> None:
+def _check_workdir(workdir: Path) -> None:
     nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
     if not nearest.is_dir():
-        raise ValueError(f"{nearest} is a file, and --workdir is to be a folder: give another.")
+        raise ValueError(f"{nearest} is a file, but --workdir must be a folder: choose another.")
 
 
 def _check_guidance(cells: Sequence[Cell]) -> None:
-    """Refuses to compare values of an input that there is not.
+    """Refuses to compare values of guidance if the transformer has no guidance input.
 
     Raises:
-      ValueError: cells differ by that alone.
+      ValueError: two cells of a transformer without that input differ only by guidance.
     """
-    alike: dict[Cell, dict[float, Cell]] = defaultdict(dict)
+    groups: dict[Cell, dict[float, Cell]] = defaultdict(dict)
     for cell in cells:
         if cell.baseline in ("", "untrained"):
             sampler = dataclasses.replace(cell.sampler, guidance=0.0)
             key = dataclasses.replace(cell, name="", sampler=sampler)
-            alike[key][cell.sampler.guidance] = cell
-    for group in alike.values():
+            groups[key][cell.sampler.guidance] = cell
+    for group in groups.values():
         first, *others = group.values()
         if others and not takes_guidance(first):
             raise ValueError(
-                f"cells {first.name!r} and {others[0].name!r} differ by guidance alone, an input "
-                f"that the transformer of {first.checkpoint} does not have: leave one out, or vary "
+                f"cells {first.name!r} and {others[0].name!r} differ only by guidance, but the "
+                f"transformer of {first.checkpoint} has no guidance input: leave one out, or vary "
                 "cfg_scale."
             )
 
 
-def _check(
+def _check_sweep(
     cells: Sequence[Cell],
-    sets: Sequence[Set],
-    loss_sets: Sequence[Set],
+    sets: Sequence[TaskSet],
+    loss_sets: Sequence[TaskSet],
     config: EvalConfig,
     workdir: Path,
 ) -> None:
-    """Refuses what could not be done, before anything is.
+    """Refuses a sweep that cannot finish, before any work is done.
 
     Raises:
-      ValueError: truths are missing, or MLPerf's examples, or a folder holds other pictures.
+      ValueError: targets are missing, an MLPerf set has the wrong size, or a cell's folder holds
+        images of other settings.
     """
     for cell in cells:
-        for each in _sets_of(cell, sets):
-            missing = [task.id for task in each.tasks if task.truth is None]
+        for task_set in _sets_of(cell, sets):
+            missing = [task.id for task in task_set.tasks if task.truth is None]
             if cell.baseline == "reconstruction" and missing:
                 raise ValueError(
-                    f"cell {cell.name!r}: {missing[0]} of {each.name!r} has no truth to "
-                    "reconstruct; name the sets that the cell is for."
+                    f"cell {cell.name!r}: task {missing[0]} of {task_set.name!r} has no target to "
+                    "reconstruct; list the sets that have targets in the cell's sets."
                 )
-            record = record_of(cell, each, None, config.seed)
-            check_record(_folder(workdir, cell, each), record, unknown=OF_MODELS)
-    for each in loss_sets:
-        number = len(triples_of(each.tasks))
+            record = cell_record(cell, task_set, None, config.seed)
+            check_record(_cell_path(workdir, cell, task_set), record, unknown=MODEL_KEYS)
+    for task_set in loss_sets:
+        number = len(triples_of(task_set.tasks))
         if not number:
-            raise ValueError(f"loss set {each.name!r} has no truths.")
+            raise ValueError(f"loss set {task_set.name!r} has no targets.")
         if config.loss == MLPERF:
             check_mlperf(number)
 
 
-def _everywhere(value: bool) -> bool:
-    """Whether it is so on all processes: file systems may show some of them an older state."""
+def _all_processes(value: bool) -> bool:
+    """Whether the value is true on all processes; shared file systems may lag on some of them."""
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
-    place, step = split_step(cell.checkpoint)
+def _describe_cell(cell: Cell, model: Model | None) -> dict[str, Any]:
+    location, step = split_step(cell.checkpoint)
     return to_dict(cell) | {
-        "checkpoint": str(place) if cell.checkpoint else "",
+        "checkpoint": str(location) if cell.checkpoint else "",
         "step": step,
         "shift": cell.shift or (model.objective.time.shift if model else ""),
         "takes_guidance": model is not None and model.objective.transformer.guidance_embed,
@@ -314,13 +321,14 @@ def _about(cell: Cell, model: Model | None) -> dict[str, Any]:
     }
 
 
-def _judge(
-    panel: JudgePanel, each: Set, folder: CellFolder, images: Sequence[RGBImage]
+def _score(
+    panel: JudgePanel, task_set: TaskSet, folder: CellFolder, images: Sequence[RGBImage]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(a line a task, what is said of all together), once they are written."""
-    # At the size that was asked for, so that models which make smaller pictures are no better off.
-    sized = [resize(image, task.size) for image, task in zip(images, each.tasks, strict=True)]
-    columns, whole = judge(panel.judges, Outputs(each.name, each.tasks, sized))
+    """Scores the images and writes the scores; returns (one row per task, scores of the set)."""
+    # At the size the task asks for, so that models with smaller outputs have no advantage.
+    pairs = zip(images, task_set.tasks, strict=True)
+    resized = [resize(image, task.size) for image, task in pairs]
+    columns, set_scores = run_judges(panel.judges, Outputs(task_set.name, task_set.tasks, resized))
     rows = [
         {
             "id": task.id,
@@ -329,38 +337,38 @@ def _judge(
             "turn": task.turn,
             **{metric: column[i] for metric, column in columns.items()},
         }
-        for i, task in enumerate(each.tasks)
+        for i, task in enumerate(task_set.tasks)
     ]
-    said = {"judges": panel.record, "scores": dict(whole)}
-    folder.write_scores(rows, said)
-    return rows, said
+    overall = {"judges": panel.record, "scores": dict(set_scores)}
+    folder.write_scores(rows, overall)
+    return rows, overall
 
 
-def _summarised(
-    rows: Sequence[Mapping], whole: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]
+def _summarise_cell(
+    rows: Sequence[Mapping], overall: Mapping[str, Any], batches: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the summary says of one cell on one set."""
+    """The summary of one cell on one set."""
     metrics = {
         name: {
             by: {key: list(estimate) for key, estimate in estimates.items()}
-            for by, estimates in found.items()
+            for by, estimates in breakdowns.items()
         }
-        for name, found in summarise(rows).items()
+        for name, breakdowns in summarise(rows).items()
     }
     counts = Counter(row["category"] for row in rows)
     return {
         "count": dict(sorted(counts.items())) | {ALL: len(rows)},
         "metrics": metrics,
-        "whole": whole["scores"],
+        "whole": overall["scores"],
         "speed": _speed(batches),
     }
 
 
 def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rates of the batches that were sampled; nothing where none was, as of copies.
+    """Sampling rates; empty if nothing was sampled, as for copies.
 
-    A turn is compiled anew at each start, most of it from a cache: the longest time counts. Where
-    starts had other devices, rates are of those that made the most images.
+    Every start of a sweep compiles each turn again, mostly from a cache, so the longest compilation
+    counts. If starts used different devices, the rates are of those that made the most images.
     """
     compiled: dict[int, float] = {}
     for line in lines:
@@ -386,72 +394,71 @@ def _speed(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _losses(
-    name: str, model: Model, each: Set, workdir: Path, mesh: Mesh, config: EvalConfig
+def _measure_loss(
+    name: str, model: Model, task_set: TaskSet, workdir: Path, mesh: Mesh, config: EvalConfig
 ) -> dict[str, Any]:
-    """The held-out loss of a checkpoint on the tasks that have truths.
+    """The held-out loss of a checkpoint on the tasks that have targets.
 
     Raises:
-      ValueError: the losses are not finite, or the file is of other networks.
+      ValueError: a loss is not finite, or the file holds losses of other networks.
     """
-    triples = triples_of(each.tasks)
+    triples = triples_of(task_set.tasks)
     examples = prepare_all(triples, model.data)
     data = with_room(model.data, examples)
-    file = _losses_file(workdir, name, each, config.loss)
+    file = _loss_file(workdir, name, task_set, config.loss)
     rows = held_out_loss(model.networks, examples, data, model.objective, config.loss, mesh, file)
-    wrong = [row["id"] for row in rows if not math.isfinite(row["loss"])]
-    if wrong:
+    bad = [row["id"] for row in rows if not math.isfinite(row["loss"])]
+    if bad:
         raise ValueError(
-            f"the held-out loss of {name} is not finite for {wrong[0]!r}: its weights are damaged, "
-            "or its training diverged. Take another checkpoint, or leave its cells out."
+            f"the held-out loss of {name} is not finite for {bad[0]!r}: its weights are damaged, "
+            "or its training diverged. Use another checkpoint, or leave its cells out."
         )
     return summarise_losses(rows, kinds_of(triples))
 
 
-def _losses_file(workdir: Path, name: str, each: Set, loss: LossConfig) -> Path:
-    """One of its own for names that look alike, other settings, and other tasks."""
-    short = folder_name(name.strip("/"))[-LOSS_NAME:]
-    all_of_it = json.dumps([name, to_dict(loss), each.fingerprint])
-    digest = short_digest(all_of_it)[:8]
-    return workdir / "losses" / folder_name(each.name) / f"{short}-{digest}.jsonl"
+def _loss_file(workdir: Path, name: str, task_set: TaskSet, loss: LossConfig) -> Path:
+    """The file of a checkpoint's losses; a hash keeps similar names, settings and tasks apart."""
+    short = folder_name(name.strip("/"))[-MAX_LOSS_NAME:]
+    digest = short_digest(json.dumps([name, to_dict(loss), task_set.fingerprint]))[:8]
+    return workdir / "losses" / folder_name(task_set.name) / f"{short}-{digest}.jsonl"
 
 
-def _in_short(found: Mapping[str, Any]) -> str:
-    """The first numbers of a cell on a set."""
+def _one_line(results: Mapping[str, Any]) -> str:
+    """The first three metrics of a cell on a set, and its speed."""
     shown = []
-    for metric in list(found["metrics"])[:3]:
-        mean = found["metrics"][metric]["category"][ALL][0]
+    for metric in list(results["metrics"])[:3]:
+        mean = results["metrics"][metric]["category"][ALL][0]
         shown.append(f"{METRICS[metric].title} {METRICS[metric].show(mean)}")
-    if found["speed"]:
-        shown.append(f"{found['speed']['seconds_per_image']:.3g} s an image")
+    if results["speed"]:
+        shown.append(f"{results['speed']['seconds_per_image']:.3g} s an image")
     return "  ".join(shown)
 
 
 def as_csv(summary: Mapping[str, Any]) -> str:
-    """A line for each number: of a cell, or of a checkpoint where it is a held-out loss."""
+    """The summary as CSV, one number per line: of a cell or, for held-out losses, a checkpoint."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["cell", "set", "metric", "by", "of", "mean", "low", "high", "count"])
-    for cell, about in summary["cells"].items():
-        for name, found in about["sets"].items():
-            for metric, by in found["metrics"].items():
-                for kind, estimates in by.items():
+    for cell_name, cell in summary["cells"].items():
+        for set_name, results in cell["sets"].items():
+            for metric, breakdowns in results["metrics"].items():
+                for by, estimates in breakdowns.items():
                     for key, values in estimates.items():
-                        writer.writerow([cell, name, metric, kind, key, *values])
+                        writer.writerow([cell_name, set_name, metric, by, key, *values])
             for part in ("whole", "speed"):
-                for metric, value in found[part].items():
-                    writer.writerow([cell, name, metric, part, ALL, value, "", "", ""])
-    for name, losses in summary["losses"].items():
-        for checkpoint, found in losses.items():
-            parts = {ALL: found} | {f"t={level['t']:g}": level for level in found["levels"]}
-            for key, part in (parts | found["kinds"]).items():
-                row = [checkpoint, name, "held_out_loss", "loss", key, part["mean"]]
+                for metric, value in results[part].items():
+                    writer.writerow([cell_name, set_name, metric, part, ALL, value, "", "", ""])
+    for set_name, checkpoints in summary["losses"].items():
+        for checkpoint, losses in checkpoints.items():
+            levels = {f"t={level['t']:g}": level for level in losses["levels"]}
+            for key, part in ({ALL: losses} | levels | losses["kinds"]).items():
+                row = [checkpoint, set_name, "held_out_loss", "loss", key, part["mean"]]
                 writer.writerow([*row, "", "", part["count"]])
     return text.getvalue()
 
 
 def parse_seconds(items: Sequence[str]) -> dict[str, float]:
-    """``["data=6", "flow=400"]`` as a dict.
+    """Parses ``["data=6", "flow=400"]`` to a dict.
 
     Raises:
       ValueError: an item is not NAME=NUMBER.
@@ -478,11 +485,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The module that config files import, for this one's `EvalConfig` is another class.
+    # Config files import this module, so their `EvalConfig` is not the one of `__main__`.
     from kontext_jax import evaluate as module
 
     config_flags.DEFINE_config_file("config", help_string="a file of configs/")
-    flags.DEFINE_string("workdir", None, "where the results go")
-    flags.DEFINE_list("seconds", [], "what earlier stages took: data=6,flow=400")
-    flags.DEFINE_bool("distributed", False, "joins the processes of a pod or cluster")
+    flags.DEFINE_string("workdir", None, "folder of the results")
+    flags.DEFINE_list("seconds", [], "durations of earlier stages, for the report: data=6,flow=400")
+    flags.DEFINE_bool("distributed", False, "join the processes of a pod or cluster")
     cli.run("evaluate", module.main)

@@ -1,12 +1,30 @@
-"""Files that are complete or absent, and digests of what they hold."""
+"""Local paths, files that are complete or absent, locks, and digests."""
 
+import datetime
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
+
+
+def check_local(name: str, path: str) -> None:
+    """Refuses a path such as gs://bucket/run, which would become a local folder of that name.
+
+    Raises:
+      ValueError: it is a URL; the message has its name.
+    """
+    if re.match(r"[a-z][a-z0-9+.-]*://", path):
+        raise ValueError(
+            f"{name}={path}: only local paths are supported; mount the bucket (with Cloud Storage "
+            "FUSE, for example) and use the path of the mount."
+        )
 
 
 @contextmanager
@@ -42,6 +60,49 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically; one process at a time may write it."""
     with atomic_path(path, shared=False) as temporary:
         temporary.write_text(text)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder that one process may write, such as a run's workdir.
+
+    The operating system releases the lock of a process that dies, so that it never goes stale.
+
+    Raises:
+      BlockingIOError: another process holds it; the message names its host, process and start.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / ".lock") as file:
+        start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, started {start}")
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink()
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    """The file, open and locked."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read() or "another process"
+            file.close()
+            raise BlockingIOError(
+                f"{path.parent} is in use by {owner}: wait until it has ended, or use another "
+                "--workdir."
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its previous owner deleted it in the meantime
 
 
 def sha256_of(path: Path) -> str:

@@ -1,21 +1,21 @@
 """Model FLOPs of the transformer, the numerator of MFU (``chips.py`` has the denominator).
 
-Counted are products of matrices, two operations a multiply-add, that the model's function needs.
-The forward pass of one example of l text tokens, s target tokens and c context tokens, with
-L = l + s + c, width h, MLP of m and D double and S single blocks, takes
+Counts the matmuls that the model needs, with two operations per multiply-add. For one example with
+l text tokens, s target tokens and c context tokens, L = l + s + c, width h, MLP width m, and D
+double and S single blocks, the forward pass takes
 
     linear     = 2 L h (4 h + 2 m) (D + S)     both kinds of block: a token passes one stream
     attention  = 4 L^2 h (D + S)               QK^T and AV, each token with every other
-    modulation = 2 h^2 (12 D + 3 S + 2)        once an example
+    modulation = 2 h^2 (12 D + 3 S + 2)        once per example
     ends       = 2 h (in_channels (s + c) + context_in_dim l + in_channels s)
                + 2 h (256 + h [time] + 256 + h [guidance, if any] + vec_in_dim + h)
 
-and training three times as much: each product has two gradients, which are products of its size.
-(FLUX has m = 4 h: 12 h^2 weights a token and block, 6.455e9 in all.)
+and training three times as much: each matmul has two gradients, which are matmuls of its size.
+(FLUX has m = 4 h: 12 h^2 weights per token and block, 6.455e9 in total.)
 
-Not counted: what is computed again in the backward pass; padding, and attention across segments of
-a packed row; the velocity of context tokens, which nothing reads; the encoders, frozen or not; the
-optimizer; RoPE; everything that is no product of matrices. So MFU falls with all of these.
+Not counted, so that they lower MFU: recomputation in the backward pass; padding, and attention
+across the segments of a packed row; the velocity of context tokens, which is unused; the encoders,
+frozen or not; the optimizer; RoPE; and all operations other than matmuls.
 """
 
 import fnmatch
@@ -27,14 +27,14 @@ from kontext_jax.models.flux import TIME_EMBED_DIM, FluxConfig
 from kontext_jax.models.lora import LoraConfig
 
 Count = int | float | Float[Array, "..."]
-"""A number of tokens, or of each of many examples; float32 on the device, for squares overflow."""
+"""A count, or one count per example; float32 on the device, where squares overflow int32."""
 
 
 class LinearMap(NamedTuple):
-    """The same linear map in each of some layers, and which of an example's tokens go through it.
+    """A linear map that occurs in some number of layers.
 
-    ``tokens`` is "target", "image" (target and contexts), "text", "joint" (image and text), or
-    "example": one vector for the whole example.
+    ``tokens`` names the inputs: "target", "image" (target and contexts), "text", "joint" (image and
+    text), or "example" (one vector per example).
     """
 
     layers: int
@@ -44,7 +44,7 @@ class LinearMap(NamedTuple):
 
 
 def linear_maps(config: FluxConfig) -> dict[str, LinearMap]:
-    """Every linear map of the transformer by its path, as `models.lora` names it."""
+    """Every linear map of the transformer by its path, as in `models.lora`."""
     h, mlp, channels = config.hidden_size, config.mlp_dim, config.in_channels
     maps = {
         "img_in": LinearMap(1, channels, h, "image"),
@@ -76,8 +76,8 @@ def forward_flops(config: FluxConfig, *, target: Count, contexts: Count, text: C
 
     Args:
       config: sizes of the transformer.
-      target, contexts: image tokens to make, and of all contexts together.
-      text: text tokens.
+      target, contexts: number of target tokens, and of tokens of all contexts.
+      text: number of text tokens.
     """
     linear = _linear_flops(config, _lengths(target, contexts, text))
     return linear + _attention_flops(config, target + contexts + text)
@@ -94,17 +94,17 @@ def training_flops(
 ) -> Count:
     """FLOPs of one example's forward and backward pass.
 
-    Of a frozen transformer with adapters, linear maps count twice and not three times, for their
-    kernels have no gradient; attention and the adapters' own products count three times. This
-    takes the input of every map to have a gradient. Those in front of the first adapter have
-    none: with the default targets the modulation and the first maps, 0.1 % of all.
+    With adapters, linear maps count twice instead of three times, because their kernels have no
+    gradient; attention and the adapters' matmuls count three times. This assumes that the input of
+    every map has a gradient. Maps before the first adapter have none: with the default targets
+    these are the modulation and the first maps, 0.1 % of the total.
 
     Args:
       config: sizes of the transformer.
-      target, contexts: image tokens to make, and of all contexts together.
-      text: text tokens.
-      lora: adapters that are trained in the transformer's place, if they have a rank.
-      frozen: nothing of it is trained, but its input has a gradient.
+      target, contexts: number of target tokens, and of tokens of all contexts.
+      text: number of text tokens.
+      lora: adapters that are trained instead of the transformer, if their rank is not 0.
+      frozen: whether the transformer is not trained, but gradients flow to its input.
     """
     lengths = _lengths(target, contexts, text)
     linear = _linear_flops(config, lengths)
@@ -117,12 +117,12 @@ def training_flops(
 
 
 def _lengths(target: Count, contexts: Count, text: Count) -> dict[str, Count]:
-    """How many vectors of an example go through a `LinearMap`, by its ``tokens``."""
+    """Number of inputs of a `LinearMap` per example, by its ``tokens``."""
     image = target + contexts
     return {"target": target, "image": image, "text": text, "joint": image + text, "example": 1}
 
 
-# Factors are floats, for as int32 they would overflow.
+# Factors are floats because int32 would overflow.
 
 
 def _linear_flops(config: FluxConfig, lengths: dict[str, Count]) -> Count:
@@ -137,7 +137,7 @@ def _attention_flops(config: FluxConfig, length: Count) -> Count:
 
 
 def _adapter_flops(config: FluxConfig, lora: LoraConfig, lengths: dict[str, Count]) -> Count:
-    """Of the forward pass: from a map's input to the rank, and on to its output."""
+    """FLOPs of the forward pass: from a map's input to the rank, then to its output."""
     return sum(
         2.0 * m.layers * lora.rank * (m.in_features + m.out_features) * lengths[m.tokens]
         for path, m in linear_maps(config).items()

@@ -1,21 +1,21 @@
-r"""Rectified flow: the maths, and nothing else.
+r"""Rectified flow: paths, velocities, training times, schedules and noise.
 
 Time t runs from 0 (data) to 1 (noise). The path between latents x and noise e is a straight line,
 
     (1)  x_t = (1 - t) x + t e,            (2)  dx_t / dt = e - x,
 
 and the network regresses the velocity (2) at x_t (Liu et al., arXiv 2209.03003; Esser et al.,
-arXiv 2403.03206, eq. 13). From a velocity v the clean end of the line is (3) x = x_t - t v.
+arXiv 2403.03206, eq. 13). Given a velocity v, the clean end of the path is (3) x = x_t - t v.
 
-Large images keep more signal at equal t, for neighbouring pixels share it. FLUX therefore moves
-times towards noise as the number of target tokens n grows (Black Forest Labs ``sampling.py``):
+At equal t, larger images retain more signal, because adjacent pixels are correlated. FLUX therefore
+shifts times towards noise as the number of target tokens n grows (Black Forest Labs
+``sampling.py``):
 
     (4)  shift(t) = e^mu t / (1 + (e^mu - 1) t),
     (5)  mu(n) = 0.5 + (1.15 - 0.5) (n - 256) / (4096 - 256).
 
-In logits, (4) is a translation: logit(shift(t)) = logit(t) + mu. Training times are drawn
-logit-normal, or uniform (whose logits are logistic), and moved by the same mu as the sampler's
-schedule.
+In logits, (4) is a translation: logit(shift(t)) = logit(t) + mu. Training times are logit-normal or
+uniform (with logistic logits), and shifted by the same mu as the sampler's schedule.
 """
 
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ SHIFTS = ("resolution", "none")
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class TimeConfig(Settings):
-    """How training times are drawn, and then moved by `mu`.
+    """The distribution of training times, and the shift of training times and schedules.
 
     Attributes:
       distribution: "logit_normal", sigmoid(N(mean, std^2)), or "uniform" in (0, 1).
-      mean, std: of the normal in logits.
-      shift: "resolution" moves by mu(number of target tokens), "none" not at all.
-      base_tokens, max_tokens, base_shift, max_shift: the two points of the line (5).
+      mean, std: mean and standard deviation of the normal distribution of logits.
+      shift: "resolution" shifts by mu(number of target tokens); "none" does not shift.
+      base_tokens, max_tokens, base_shift, max_shift: the two points that define the line (5).
     """
 
     distribution: str = "logit_normal"
@@ -58,7 +58,7 @@ class TimeConfig(Settings):
             raise ValueError(f"time shift {self.shift!r} is not 'resolution' or 'none'.")
 
     def mu(self, num_tokens: Int[Array, "*n"] | int) -> Float[Array, "*n"]:
-        """Equation (5); zero where ``shift`` is "none"."""
+        """Equation (5); zero if ``shift`` is "none"."""
         tokens = jnp.asarray(num_tokens, jnp.float32)
         if self.shift == "none":
             return jnp.zeros_like(tokens)
@@ -86,7 +86,7 @@ def denoise(
 
 
 def shift_time(t: Float[Array, "*b"], mu: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Equation (4); keeps 0 and 1 in place."""
+    """Equation (4); leaves 0 and 1 unchanged."""
     factor = jnp.exp(mu)
     return factor * t / (1 + (factor - 1) * t)
 
@@ -94,7 +94,7 @@ def shift_time(t: Float[Array, "*b"], mu: Float[Array, "*b"]) -> Float[Array, "*
 def sample_time(
     key: Key[Array, ""], num_tokens: Int[Array, ""], config: TimeConfig
 ) -> Float[Array, ""]:
-    """One training time for an example of ``num_tokens`` target tokens."""
+    """One training time for an example with ``num_tokens`` target tokens."""
     if config.distribution == "uniform":
         logit = jax.random.logistic(key)
     else:
@@ -110,12 +110,12 @@ def sample_times(
 
 
 def at_tokens(t: Float[Array, "B N"], segments: Int[Array, "B S"]) -> Float[Array, "B S 1"]:
-    """Each token's time, that of its example; padding has that of the first."""
+    """The time of each token's example; padding gets the first example's."""
     return jnp.take_along_axis(t, jnp.maximum(segments - 1, 0), axis=1)[:, :, None]
 
 
 def fold_keys(keys: Key[Array, "B N"], tag: Int[Array, ""] | int) -> Key[Array, "B N"]:
-    """Another key for each of ``keys``, by ``tag``."""
+    """``keys`` with ``tag`` folded into each."""
     return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, tag)))(keys)
 
 
@@ -125,7 +125,7 @@ def split_keys(keys: Key[Array, "B N"], number: int) -> list[Key[Array, "B N"]]:
 
 
 def example_keys(key: Key[Array, ""], example_ids: Int[Array, "B N"]) -> Key[Array, "B N"]:
-    """A key for each example, whatever row, device or host it is on."""
+    """A key for each example; it does not depend on the row, device or host of the example."""
     return jax.vmap(jax.vmap(lambda example: jax.random.fold_in(key, example)))(example_ids)
 
 
@@ -135,15 +135,15 @@ def token_noise(
     offsets: Int[Array, "B S"],
     channels: int,
 ) -> Float[Array, "B S C"]:
-    """Standard normal noise that depends on the example and the token's place in it alone.
+    """Standard normal noise that depends only on the example and the token's index in it.
 
-    So an example gets the same noise however it is packed, and on any mesh.
+    An example thus gets the same noise however it is packed, and on any mesh.
 
     Args:
-      keys: of the examples, see `example_keys`.
+      keys: keys of the examples, see `example_keys`.
       segments: example of each token, counted from 1.
-      offsets: place of each token within its example.
-      channels: C.
+      offsets: index of each token within its example.
+      channels: number of channels C.
     """
 
     def row(row_keys, row_segments, row_offsets):
@@ -158,7 +158,7 @@ def token_noise(
 def schedule(
     num_steps: int, num_tokens: Int[Array, "*n"] | int, config: TimeConfig
 ) -> Float[Array, " steps *n"]:
-    """The sampler's ``num_steps + 1`` times from 1 to 0, evenly spaced, then moved by mu."""
+    """The sampler's ``num_steps + 1`` times from 1 to 0, evenly spaced and then shifted by mu."""
     mu = config.mu(num_tokens)
     times = jnp.linspace(1.0, 0.0, num_steps + 1, dtype=jnp.float32)
     return jax.vmap(lambda t: shift_time(jnp.broadcast_to(t, mu.shape), mu))(times)

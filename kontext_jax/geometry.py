@@ -1,7 +1,7 @@
-"""The geometry contract: which size an image gets, how it is resized, where its tokens sit.
+"""Image geometry: which size an image gets, how it is resized, and where its tokens sit.
 
-One copy for training, evaluation, sampling and export. An edit that comes out shifted or zoomed is
-most often a resize rule that differs between two of these.
+Training, evaluation, sampling and export share this module. Most edits that come out shifted or
+zoomed are due to two resize rules that differ.
 
 Sizes are (width, height) in pixels, as in FLUX's list; grids are (rows, columns) in tokens.
 """
@@ -19,7 +19,7 @@ from kontext_jax.settings import Settings, check_choices
 Size = tuple[int, int]
 
 MAX_POSITION = 2048
-"""Positions stay below this: 32,768 pixels at 16 pixels a token. Rotary tables reach this far."""
+"""Exclusive limit of positions, the length of rotary tables: 32,768 pixels at 16 per token."""
 
 KONTEXT_SIZES: tuple[Size, ...] = (
     (672, 1568),
@@ -47,12 +47,12 @@ POSITION_SCHEMES = ("offset", "index")
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class GeometryConfig(Settings):
-    """The contract's settings; stored with every checkpoint.
+    """Settings of the geometry; stored in every checkpoint.
 
     Attributes:
-      sizes: what targets and contexts are resized to, each image to the nearest for itself.
+      sizes: allowed sizes; every target and context is resized to its own nearest one.
       pixels_per_token: side of a token: the autoencoder's downsampling times the 2 x 2 patch.
-      position_scheme: where contexts sit, see `position_ids`.
+      position_scheme: how contexts are positioned, see `position_ids`.
     """
 
     sizes: tuple[Size, ...] = KONTEXT_SIZES
@@ -73,7 +73,7 @@ class GeometryConfig(Settings):
 
 
 def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The size of nearest aspect ratio (BFL's rule); among equals the nearest area, then width."""
+    """The size of nearest aspect ratio (BFL's rule); ties go to the nearest area, then width."""
     aspect, log_area = width / height, math.log(width * height)
     return min(
         sizes,
@@ -86,7 +86,7 @@ def nearest_size(width: int, height: int, sizes: Sequence[Size]) -> Size:
 
 
 def resize(image: UInt8[np.ndarray, "_ _ 3"], size: Size) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Resizes without cropping, by Lanczos (BFL's rule); an image of that size is left as it is."""
+    """Resizes without cropping, by Lanczos (BFL's rule); returns an image of that size as it is."""
     if size_of(image) == size:
         return image
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
@@ -98,17 +98,17 @@ def size_of(image: UInt8[np.ndarray, "_ _ 3"]) -> Size:
 
 
 def fit(image: UInt8[np.ndarray, "_ _ 3"], sizes: Sequence[Size]) -> UInt8[np.ndarray, "_ _ 3"]:
-    """The image at its nearest size: what every image goes through before it is encoded."""
+    """Resizes an image to its nearest size; applied to every image before encoding."""
     return resize(image, nearest_size(*size_of(image), sizes))
 
 
 def grid(size: Size, pixels_per_token: int) -> tuple[int, int]:
-    """Rows and columns of tokens of an image."""
+    """Rows and columns of an image's tokens."""
     return size[1] // pixels_per_token, size[0] // pixels_per_token
 
 
 def num_tokens(size: Size, pixels_per_token: int) -> int:
-    """Tokens of an image."""
+    """Number of tokens of an image."""
     return math.prod(grid(size, pixels_per_token))
 
 
@@ -117,13 +117,14 @@ def position_ids(
 ) -> Int[np.ndarray, "s 3"]:
     """(image index, row, column) of the target's tokens, then of each context's, in raster order.
 
-    The target has image index 0. Contexts, by ``config.position_scheme``:
-      offset: all have index 1 and are laid out beside or below one another on one plane, whichever
-        keeps the plane squarer. What ComfyUI does, and what the released Kontext tolerates.
-      index: the i-th has index i, its rows and columns start at 0.
+    The target has image index 0. Contexts are placed by ``config.position_scheme``:
+      offset: all contexts have index 1 and tile one plane. Each goes beside or below the previous
+        ones, whichever keeps the plane closer to square. ComfyUI does this, and the released
+        Kontext tolerates it.
+      index: the i-th context has index i, and its rows and columns start at 0.
 
     Raises:
-      ValueError: a position beyond the rotary tables.
+      ValueError: a position exceeds the rotary tables.
     """
     grids = [grid(size, config.pixels_per_token) for size in contexts]
     ids = [_raster(grid(target, config.pixels_per_token), (0, 0, 0))]
@@ -140,8 +141,8 @@ def position_ids(
     positions = np.concatenate(ids)
     if positions.max() >= MAX_POSITION:
         raise ValueError(
-            f"Position {positions.max()} is beyond {MAX_POSITION - 1}, the last that rotary "
-            "tables hold; use smaller or fewer images."
+            f"Position {positions.max()} is beyond {MAX_POSITION - 1}, the last entry of the "
+            "rotary tables: use smaller or fewer images."
         )
     return positions
 

@@ -1,4 +1,4 @@
-"""From settings to an optax optimizer: AdamW, Muon, Adafactor, with warmup, decay and clipping."""
+"""Optimizers: AdamW, Muon or Adafactor from Optax, with warmup, weight decay and clipping."""
 
 import functools
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from kontext_jax.models.layers import LowRank
 from kontext_jax.settings import Settings, check_choices, check_least
 
 MUON_RMS = 0.2
-"""Muon's updates are scaled to AdamW's usual size (arXiv 2502.16982), so that rates carry over."""
+"""Muon's updates are scaled to the usual RMS of AdamW's (arXiv 2502.16982), so that learning rates
+carry over."""
 
 MIN_FACTORED = 128
-"""Adafactor factors the second moment of arrays with two axes of at least this size, Optax's
-default. What is smaller in FLUX: norms, biases, adapters, the maps from and to 64 channels."""
+"""Adafactor factors the second moment of arrays with two axes of at least this size (Optax's
+default). Smaller in FLUX are norms, biases, adapters, and the maps from and to 64 channels."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -24,22 +25,28 @@ class OptimConfig(Settings):
     """The optimizer and its schedule.
 
     Attributes:
-      optimizer: "adamw", or "muon": momentum made orthogonal for the kernels of stacked blocks;
-        all else is left to Adam with Nesterov momentum and without decay; or "adafactor"
-        (arXiv 1804.04235), whose second moment of a kernel is a row and a column. With AdamW's
-        decay, a first moment, and steps that are not relative to the parameter's size (as in arXiv
-        2106.04560; they would hold back what starts at zero), rates carry over. Its second moment
-        keeps 1 - step^-0.8 of itself: ``b2`` and ``eps`` have no part in it.
+      optimizer: one of
+
+        - "adamw".
+        - "muon": orthogonalised momentum for the kernels of stacked blocks; Adam with Nesterov
+          momentum and without weight decay for all other parameters.
+        - "adafactor" (arXiv 1804.04235): the second moment of a kernel is a row and a column. It
+          has AdamW's weight decay and a first moment, and its steps are not relative to the scale
+          of the parameter (as in arXiv 2106.04560; relative steps would slow down parameters that
+          start at zero), so that learning rates carry over. The decay of its second moment is
+          1 - step^-0.8; ``b2`` and ``eps`` are not used.
+
       schedule: after the warmup, "constant" or "cosine" (to zero at the run's last step).
-      warmup_steps: linear from zero.
-      b1: of the first moment; 0 leaves AdamW and Adafactor without one.
-      moments_dtype: of the first moment, "float32" or "bfloat16", which is 2 bytes a parameter
-        less. The second one stays float32: in bfloat16, 0.999 of it would round back to itself.
-      weight_decay: on kernels and low-rank adapters only; norms, biases and embeddings are left
-        alone.
-      clip_norm: gradients of larger global norm are scaled down to it.
-      ema_decay: of the averaged parameters; the average starts faster, see `ema_decay_at`.
-      accumulate_steps: microbatches a step; the batch is split into so many.
+      warmup_steps: steps of linear warmup from zero.
+      b1: decay of the first moment; with 0, AdamW and Adafactor do not store one.
+      moments_dtype: dtype of the first moment, "float32" or "bfloat16", which saves 2 bytes per
+        parameter. The second moment stays float32: in bfloat16, a decay by 0.999 rounds to no
+        change.
+      weight_decay: weight decay of kernels and low-rank adapters; norms, biases and embeddings have
+        none.
+      clip_norm: global norm to which larger gradients are scaled down.
+      ema_decay: decay of the averaged parameters; lower in early steps, see `ema_decay_at`.
+      accumulate_steps: number of microbatches into which the batch of a step is split.
     """
 
     optimizer: str = "adamw"
@@ -72,30 +79,30 @@ class OptimConfig(Settings):
                 raise ValueError(f"optim.{name} {getattr(self, name)} must be from 0 to below 1.")
         if self.clip_norm <= 0:
             raise ValueError(
-                f"optim.clip_norm {self.clip_norm} must be above 0; inf leaves gradients alone."
+                f"optim.clip_norm {self.clip_norm} must be above 0; use inf to disable clipping."
             )
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step."""
-    after = max(num_steps - config.warmup_steps, 1)
+    """Learning rate by step, in a run of ``num_steps`` steps."""
     if config.schedule == "cosine":
-        rest = optax.cosine_decay_schedule(config.learning_rate, after)
+        decay_steps = max(num_steps - config.warmup_steps, 1)
+        after_warmup = optax.cosine_decay_schedule(config.learning_rate, decay_steps)
     else:
-        rest = optax.constant_schedule(config.learning_rate)
+        after_warmup = optax.constant_schedule(config.learning_rate)
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
-    return optax.join_schedules([warmup, rest], [config.warmup_steps])
+    return optax.join_schedules([warmup, after_warmup], [config.warmup_steps])
 
 
 def last_learning_rate(config: OptimConfig, num_steps: int, opt_state: optax.OptState) -> float:
-    """The rate of the last update in ``opt_state``; a skipped step was none."""
-    # Every part of an optimizer counts, and all count the same.
-    (_, updates), *_ = optax.tree.get_all_with_path(opt_state, "count")
-    return float(learning_rate(config, num_steps)(max(int(updates) - 1, 0)))
+    """The learning rate of the last update in ``opt_state``; skipped steps are not updates."""
+    # Every part of an optimizer has a counter, and all are equal.
+    (_, num_updates), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    return float(learning_rate(config, num_steps)(max(int(num_updates) - 1, 0)))
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then the update."""
+    """The optimizer: gradient clipping, then the update."""
     rate = learning_rate(config, num_steps)
     if config.optimizer == "muon":
         update = optax.contrib.muon(
@@ -105,24 +112,24 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             adam_b2=config.b2,
             eps=config.eps,
             consistent_rms=MUON_RMS,
-            muon_weight_dimension_numbers=_block_kernels,
+            muon_weight_dimension_numbers=_muon_dimensions,
             mu_dtype=config.moments_dtype,
         )
     elif config.optimizer == "adafactor":
-        update = _naming_factored_axes(
+        update = _with_named_axes(
             optax.adafactor(
                 rate,
                 min_dim_size_to_factor=MIN_FACTORED,
                 multiply_by_parameter_scale=False,
                 momentum=config.b1 or None,
                 dtype_momentum=config.moments_dtype,
-                # It is not multiplied by the rate in there, as AdamW's is.
+                # Unlike AdamW's, Optax does not multiply this weight decay by the learning rate.
                 weight_decay_rate=lambda step: config.weight_decay * rate(step),
                 weight_decay_mask=is_kernel,
             )
         )
     elif not config.b1:
-        # AdamW without a first moment to keep: 4 bytes a parameter less.
+        # AdamW without a first moment, which saves 4 bytes per parameter.
         update = optax.chain(
             optax.scale_by_rms(config.b2, config.eps, eps_in_sqrt=False, bias_correction=True),
             optax.add_decayed_weights(config.weight_decay, is_kernel),
@@ -141,57 +148,57 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def _naming_factored_axes(adafactor: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``adafactor``, whose rows and columns carry the names of the axes that are left to them.
+def _with_named_axes(adafactor: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``adafactor`` with the right axis names on the rows and columns of its second moment.
 
-    Optax copies all of a parameter's metadata to them, by which `sharding` would split wrong axes;
-    inside of Optax it has to be the parameter's.
+    Optax copies the metadata of the parameter to them, so that `sharding` would split the wrong
+    axes. Within Optax's update the metadata must be the parameter's.
     """
 
-    def with_moments(state, change):
+    def map_moments(change, state):
         factored, *rest = state
         moments = {name: change(name, getattr(factored, name)) for name in ("v_row", "v_col", "v")}
         return (factored._replace(**moments), *rest)
 
     def named(state, params):
         def change(name, tree):
-            rename = functools.partial(_name_what_is_left, name)
+            rename = functools.partial(_name_axes, name)
             return jax.tree.map(rename, tree, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-        return with_moments(state, change)
+        return map_moments(change, state)
 
     def init(params):
         return named(adafactor.init(params), params)
 
     def update(grads, state, params):
         structure = jax.tree.structure(params)
-        inside = with_moments(
-            state, lambda _, tree: jax.tree.unflatten(structure, jax.tree.leaves(tree))
+        state = map_moments(
+            lambda _, tree: jax.tree.unflatten(structure, jax.tree.leaves(tree)), state
         )
-        updates, new_state = adafactor.update(grads, inside, params)
+        updates, new_state = adafactor.update(grads, state, params)
         return updates, named(new_state, params)
 
     return optax.GradientTransformation(init, update)
 
 
-def _name_what_is_left(kind: str, moment, parameter):
-    """A row, column or whole second moment under the names of its own axes."""
+def _name_axes(kind: str, moment, parameter):
+    """``moment`` with the names of its axes; ``kind`` is "v_row", "v_col" or "v" (unfactored)."""
     if not isinstance(parameter, nnx.Variable) or moment.shape == parameter.shape:
         return moment
-    if moment.shape == (1,):  # Optax's sign that there is none of this kind
+    if moment.shape == (1,):  # Optax's placeholder for no moment of this kind
         return moment.replace(axes=())
     names = parameter.get_metadata().get("axes", ())
     names = [None] * (parameter.ndim - len(names)) + list(names)
-    # A row is the mean over the largest axis, a column over the second largest; Optax's own order.
+    # In Optax a row is the mean over the largest axis, and a column over the second largest.
     del names[np.argsort(parameter.shape)[-1 if kind == "v_row" else -2]]
     return moment.replace(axes=tuple(names))
 
 
-def _block_kernels(params):
-    """How Muon reads each parameter: a stack of (in, out) matrices, or None for AdamW.
+def _muon_dimensions(params):
+    """The axes of each parameter's (in, out) matrices for Muon, or None for AdamW.
 
-    Stacked blocks alone: the maps in and out of the network are better off with AdamW. So are
-    low-rank adapters, whose product is what would have to be orthogonal.
+    Muon is only for stacked blocks; AdamW suits the maps in and out of the network better. It also
+    suits low-rank adapters better, where the product of the two matrices should be orthogonal.
     """
 
     def dimensions(path, x):
@@ -202,19 +209,19 @@ def _block_kernels(params):
 
 
 def is_kernel(params):
-    """A tree of bools: which parameters are kernels of linear maps, adapters or convolutions."""
+    """A tree of bools: whether a parameter is a kernel or belongs to a low-rank adapter."""
 
-    def answer(path, node):
+    def decide(path, node):
         if isinstance(node, LowRank):
             return jax.tree.map(lambda _: True, node)
         return "kernel" in jax.tree_util.keystr(path)
 
     return jax.tree_util.tree_map_with_path(
-        answer, params, is_leaf=lambda node: isinstance(node, LowRank)
+        decide, params, is_leaf=lambda node: isinstance(node, LowRank)
     )
 
 
 def ema_decay_at(step, decay: float):
-    """min(decay, (1 + step) / (10 + step)): early averages forget the initial parameters."""
+    """min(decay, (1 + step) / (10 + step)), so that early averages forget the initial values."""
     step = step.astype("float32")
     return jax.numpy.minimum(decay, (1 + step) / (10 + step))

@@ -1,11 +1,11 @@
-"""Makes or edits one image.
+"""Generates or edits one image.
 
 python -m kontext_jax.sample --checkpoint=DIR --prompt="make it night" --context=a.png \\
     --output=out.png [--num_steps=28 --method=euler --guidance=2.5 --cfg_scale=1 --params=ema]
     [--init=b.png --strength=0.6] [--size=WxH --seed=0]
 
-A PNG carries along how it was made: the model, the prompt, every setting, and hashes of the images
-given, but no file names. ``provenance.read_provenance`` reads it back.
+A PNG stores how it was made: the model, the prompt, every setting, and hashes of the input images,
+but no file names. ``provenance.read_provenance`` reads it back.
 """
 
 import dataclasses
@@ -29,7 +29,6 @@ from kontext_jax.geometry import (
     Size,
     fit,
     nearest_size,
-    num_tokens,
     resize,
     size_of,
 )
@@ -37,40 +36,47 @@ from kontext_jax.loading.locations import is_run, load_config
 from kontext_jax.loading.models import load_model
 from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sampler import METHODS, SamplerConfig
-from kontext_jax.sampling.generator import Generator
+from kontext_jax.sampling.generator import Generator, with_room
 from kontext_jax.sampling.provenance import format_of, write_image
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Example, RGBImage
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not on import, where they would clash with other commands'."""
+    """Defines the command's flags. Not on import, as they would clash with other commands'."""
     flags.DEFINE_string(
-        "checkpoint", None, "workdir of a flow-matching run, or a folder of diffusers' layout"
+        "checkpoint", None, "workdir of a run with a transformer, or a folder in diffusers' layout"
     )
-    flags.DEFINE_string("prompt", "", "what to do, or what to show")
-    flags.DEFINE_multi_string("context", [], "image to work from; may be repeated")
-    flags.DEFINE_string("init", None, "image to start from, in place of noise; with --strength")
-    flags.DEFINE_float("strength", 1.0, "share of the steps to run; with --init, below 1")
+    flags.DEFINE_string("prompt", "", "instruction, or caption")
+    flags.DEFINE_multi_string("context", [], "image to edit; may be repeated")
+    flags.DEFINE_string("init", None, "image to start from instead of noise; needs --strength")
+    flags.DEFINE_float("strength", 1.0, "share of the steps to run; below 1 with --init")
     flags.DEFINE_string("output", None, "image file to write")
     flags.DEFINE_integer(
-        "num_steps", None, "evaluations of the transformer; 28, or a student's 4", lower_bound=1
+        "num_steps",
+        None,
+        "evaluations of the transformer; default 28, or 4 for students",
+        lower_bound=1,
     )
     flags.DEFINE_enum(
-        "method", None, METHODS, "euler steps, or consistency, the default for students"
+        "method", None, METHODS, "default euler, or consistency for students that learn it"
     )
     flags.DEFINE_float(
-        "guidance", None, "for transformers with a guidance input; 2.5, or a student's own"
+        "guidance",
+        None,
+        "for transformers with a guidance input; default 2.5, or the student's in training",
     )
-    flags.DEFINE_float("cfg_scale", 1.0, "classifier-free scale; 1 is off")
+    flags.DEFINE_float("cfg_scale", 1.0, "classifier-free guidance scale; 1 is off")
     flags.DEFINE_string(
-        "size", None, "WxH; by default that of --init, of the first context, or of training"
+        "size", None, "WxH; default from --init, the first context, or the training sizes"
     )
-    flags.DEFINE_integer("seed", 0, "of the initial noise")
+    flags.DEFINE_integer("seed", 0, "seed of the initial noise")
     flags.DEFINE_enum("params", "ema", ["ema", "params"], "averaged or raw parameters")
-    flags.DEFINE_string("lora", None, "adapters to use, a file or folder of diffusers' layout")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in; if unset as trained")
-    flags.DEFINE_bool("provenance", True, "a PNG tells how it was made; other formats do not")
+    flags.DEFINE_string("lora", None, "adapters to apply, a file or folder in diffusers' layout")
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"], "dtype of the computation; default as trained"
+    )
+    flags.DEFINE_bool("provenance", True, "whether a PNG stores how it was made")
     flags.mark_flags_as_required(["checkpoint", "output"])
 
 
@@ -87,39 +93,40 @@ def generate(
     dtype: str = "",
     lora: str = "",
 ) -> tuple[RGBImage, dict[str, Any]]:
-    """One image, and the record of how it was made.
+    """Returns one image, and the record of how it was made.
 
     Args:
       checkpoint: workdir of a run, or a pipeline in another layout.
-      prompt: what to do, or what to show.
-      contexts: images to work from, of any size.
-      sampler: how to sample.
-      init: image to start from, of any size; with a ``sampler.strength`` below 1.
-      size: of the image; by default that of ``init``, of the first context, or of training.
-      seed: of the initial noise.
+      prompt: instruction, or caption.
+      contexts: images to edit, of any size.
+      sampler: sampler settings.
+      init: image to start from, of any size; needs a ``sampler.strength`` below 1.
+      size: size of the image; by default from ``init``, the first context, or the training sizes.
+      seed: seed of the initial noise.
       params: "ema" or "params", the averaged or the raw parameters of a run.
-      dtype: to compute in, "float32" or "bfloat16"; the model's own if left out.
-      lora: adapters to use, a file or folder of diffusers' layout.
+      dtype: dtype of the computation, "float32" or "bfloat16"; the model's own if empty.
+      lora: adapters to apply, a file or folder in diffusers' layout.
 
     Raises:
       FileNotFoundError: there is nothing at ``checkpoint``.
-      ValueError: it is something else, incomplete or damaged, ``size`` does not suit its
-        autoencoder, or ``init`` and the strength do not go together.
+      ValueError: it holds no model, is incomplete or damaged, ``size`` does not suit its
+        autoencoder, or ``init`` and the strength contradict each other.
     """
     _check_strength(init, sampler)
     mesh = make_mesh(MeshConfig())
     model = load_model(checkpoint, mesh, params, dtype, lora)
     example = _example(prompt, contexts, init, size, model.data)
-    generator = Generator(
-        [example], _room_for(example, model.data), model.objective, sampler, mesh, seed
-    )
-    (made,) = generator.batches(model.networks)
-    if not made.finite:
+    # One example per row makes the row exactly as long as the example.
+    data = dataclasses.replace(model.data, packing=PackingConfig(max_examples=1))
+    data = with_room(data, [example])
+    generator = Generator([example], data, model.objective, sampler, mesh, seed)
+    (batch,) = generator.batches(model.networks)
+    if not batch.finite:
         raise ValueError(
-            f"what {checkpoint} samples is not finite: its weights are damaged, its training "
-            "diverged, or --dtype has too small a range for it."
+            f"The samples of {checkpoint} are not finite: its weights are damaged, its training "
+            "diverged, or the range of --dtype is too small for it."
         )
-    (image,) = made.images
+    (image,) = batch.images
     record = {
         "software": f"kontext_jax {kontext_jax.__version__}",
         "model": model.identity,
@@ -140,12 +147,12 @@ def _check_strength(init: RGBImage | None, sampler: SamplerConfig) -> None:
     if init is not None and sampler.first_step == 0:
         raise ValueError(
             f"At --strength={sampler.strength:g} all {sampler.num_steps} steps run and nothing is "
-            "left of --init: give less, such as 0.6."
+            "left of --init: lower it, for example to 0.6."
         )
 
 
 def _describe(image: RGBImage) -> dict[str, str]:
-    """What tells a given image from others: its pixels' hash, not the name of its file."""
+    """Returns what identifies an input image: a hash of its pixels, not its file name."""
     return {
         "sha256": hashlib.sha256(image.tobytes()).hexdigest(),
         "size": _format_size(size_of(image)),
@@ -159,49 +166,36 @@ def _example(
     size: Size | None,
     data: DataConfig,
 ) -> Example:
-    """The example to sample; its target is the image to start from, black where there is none."""
-    geometry = data.geometry
-    fitted = tuple(fit(image, geometry.sizes) for image in contexts)
-    size = size or _default_size(fitted, init, geometry)
-    GeometryConfig(sizes=(size,), pixels_per_token=geometry.pixels_per_token)  # refuses bad sizes
+    """Returns the example to sample; its target is the image to start from, or black."""
+    geometry, tokenizer = data.geometry, Tokenizer(data.text)
+    size = size or _default_size(contexts, init, geometry.sizes)
+    GeometryConfig(sizes=(size,), pixels_per_token=geometry.pixels_per_token)  # rejects bad sizes
     target = np.zeros((size[1], size[0], 3), np.uint8) if init is None else resize(init, size)
-    tokenizer = Tokenizer(data.text)
+    fitted = tuple(fit(image, geometry.sizes) for image in contexts)
     return Example("sample", target, fitted, tokenizer(prompt), tokenizer.clip(prompt))
 
 
 def _default_size(
-    fitted: Sequence[RGBImage], init: RGBImage | None, geometry: GeometryConfig
+    contexts: Sequence[RGBImage], init: RGBImage | None, sizes: Sequence[Size]
 ) -> Size:
-    if init is not None:
-        return nearest_size(*size_of(init), geometry.sizes)
-    return size_of(fitted[0]) if fitted else _squarest(geometry)
-
-
-def _squarest(geometry: GeometryConfig) -> Size:
-    return min(geometry.sizes, key=lambda size: abs(size[0] - size[1]))
-
-
-def _room_for(example: Example, data: DataConfig) -> DataConfig:
-    """One row that holds the example and nothing else."""
-    tokens = sum(
-        num_tokens(size_of(image), data.geometry.pixels_per_token)
-        for image in (example.target, *example.contexts)
-    )
-    packing = PackingConfig(image_tokens=tokens, text_tokens=len(example.text_ids), max_examples=1)
-    return dataclasses.replace(data, packing=packing, batch_size=1)
+    """Returns the size nearest to ``init``, else to the first context, else the squarest size."""
+    images = [*contexts] if init is None else [init]
+    if images:
+        return nearest_size(*size_of(images[0]), sizes)
+    return min(sizes, key=lambda size: abs(size[0] - size[1]))
 
 
 def default_sampler(checkpoint: str) -> SamplerConfig:
-    """How the model there is sampled unless one says otherwise; a run of a student knows best."""
+    """Returns the sampler that suits a checkpoint: the run's own for students."""
     objective = load_config(checkpoint).objective if is_run(checkpoint) else None
     return objective.sampler if isinstance(objective, NetworksConfig) else SamplerConfig()
 
 
 def parse_size(text: str) -> Size:
-    """(width, height) of "WxH".
+    """Returns the (width, height) of "WxH".
 
     Raises:
-      ValueError: ``text`` is something else.
+      ValueError: ``text`` has another form.
     """
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
@@ -216,7 +210,7 @@ def _format_size(size: Size) -> str:
 def main() -> None:
     options = flags.FLAGS
     output = Path(options.output)
-    format_of(output)  # refuses a bad name before anything is sampled
+    format_of(output)  # rejects a bad name before sampling
     default = default_sampler(options.checkpoint)
     image, record = generate(
         options.checkpoint,

@@ -11,6 +11,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kontext_jax.files import check_local
+
 
 class Settings:
     """Base class of configs. A frozen one cannot change, for compiled programs are keyed by it."""
@@ -116,6 +118,17 @@ def validated(config):
     """A checked and frozen copy. Overrides on the command line bypass the checks of the original.
 
     Raises:
-      ValueError: a setting is wrong.
+      ValueError: a setting is wrong, or is a path that is not local.
     """
-    return freeze(from_dict(to_dict(config), type(config)))
+    values = to_dict(config)
+    _check_local("config", values)
+    return freeze(from_dict(values, type(config)))
+
+
+def _check_local(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        check_local(name, value)
+    elif isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            _check_local(f"{name}.{key}", item)

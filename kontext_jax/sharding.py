@@ -1,16 +1,18 @@
-"""Where arrays live: the device mesh, the names of axes, and the rules that join the two.
+"""The device mesh, and the rules that map the named axes of arrays to mesh axes.
 
-Parameters name their axes in their metadata, activations at `constrain`. A rule table maps a name
-to the mesh axes it may be split over, in order of preference; a mesh axis is used at most once an
-array, and only where it divides the dimension. Gradients, moments and averages are split as their
-parameters are.
+Parameters name their axes in their metadata; activations are named where `constrain` is called.
+`RULES` maps each name to the mesh axes that may split it, in order of preference. A mesh axis
+splits at most one dimension of an array, and only a dimension that it divides. Gradients, optimizer
+moments and parameter averages are sharded like their parameters.
 
-    axis      of parameters it splits    of activations    and so each step communicates
-    data      nothing                    rows              gradients (all-reduce)
-    fsdp      one axis of each           rows              parameters (all-gather),
-                                                           gradients (reduce-scatter)
-    context   nothing                    tokens            keys and values (all-gather)
-    tensor    heads, MLP width, vocab    heads, MLP width  activations (all-reduce)
+    mesh axis  splits parameters by     activations by    communication per step
+    data       nothing                  rows              gradients (all-reduce)
+    fsdp       one axis of each         rows              parameters (all-gather),
+                                                          gradients (reduce-scatter)
+    context    nothing                  tokens            keys and values (all-gather)
+    tensor     heads, MLP width, vocab  heads, MLP width  activations (all-reduce)
+
+Examples:
 
     mesh                         kernel (embed, mlp)   bias (mlp)      (batch, seq, act_embed)
     fsdp                         fsdp, -               fsdp            fsdp, -, -
@@ -36,10 +38,11 @@ from kontext_jax.settings import Settings
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 BATCH_AXES = ("data", "fsdp")
-"""Mesh axes over which the rows of a batch are split."""
+"""Mesh axes that split the rows of a batch."""
 
 RULES: dict[str, tuple[str, ...]] = {
-    # Parameters. fsdp gathers them before use; tensor computes on the split.
+    # Parameters. Over fsdp they are gathered before use; over tensor each device computes with its
+    # own shard.
     "embed": ("fsdp",),
     "mlp": ("tensor", "fsdp"),
     "heads": ("tensor", "fsdp"),
@@ -59,11 +62,12 @@ RULES: dict[str, tuple[str, ...]] = {
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class MeshConfig(Settings):
-    """Size of each axis of the whole mesh; one of them may be -1: all devices that are left.
+    """The size of each mesh axis; one of them may be -1 and takes all remaining devices.
 
-    ``data`` may be -1 beside another: it then has one part for each slice (of TPUs, or of GPUs that
-    NVLink joins), and the other has the rest. So the default keeps a copy of the state in each
-    slice, split over all of its devices; on one slice, that is ``fsdp`` alone.
+    If both ``data`` and another axis are -1, ``data`` is the number of slices (of TPUs, or of GPUs
+    connected by NVLink), and the other axis takes the remaining devices. By default, each slice
+    therefore holds a copy of the state, sharded over all devices of the slice; on a single slice,
+    only ``fsdp`` is larger than 1.
     """
 
     data: int = -1
@@ -73,17 +77,17 @@ class MeshConfig(Settings):
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh of ``config`` over ``devices`` (all of them where left out).
+    """Returns the mesh that ``config`` describes, over ``devices`` (default: all devices).
 
-    Between slices the network is slow. What lies across it is the data axis, and fsdp where data
-    has fewer parts than there are slices: ``data=1`` splits the state over all slices.
+    The network between slices is slow, so only the data axis crosses it, and fsdp if data is
+    smaller than the number of slices: ``data=1`` shards the state over all slices.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices, or context or tensor
-        would lie across slices.
+        would cross slices.
     """
     devices = jax.devices() if devices is None else devices
-    # CPUs have no such index, nor have the TPUs of one slice that are compiled for elsewhere.
+    # CPUs have no slice_index, nor do the devices of a single-slice TPU topology (AOT compilation).
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = _sizes(config, len(devices), num_slices)
     if num_slices == 1:
@@ -98,43 +102,44 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def _sizes(config: MeshConfig, num_devices: int, num_slices: int) -> list[int]:
-    """The size of each mesh axis, none of them -1."""
+    """Returns the size of each mesh axis, with every -1 resolved."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     if config.data == -1 and sizes.count(-1) == 2:
         sizes[MESH_AXES.index("data")] = num_slices
     if sizes.count(-1) == 1:
-        rest = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = num_devices // max(rest, 1)
+        others = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = num_devices // max(others, 1)
     if min(sizes) < 1 or math.prod(sizes) != num_devices:
-        asked = ", ".join(f"{axis}={getattr(config, axis)}" for axis in MESH_AXES)
+        requested = ", ".join(f"{axis}={getattr(config, axis)}" for axis in MESH_AXES)
         raise ValueError(
-            f"A mesh of {asked} does not fit {num_devices} devices; the sizes must multiply to "
-            "the number of devices, and one of them, or data and another, may be -1 for the rest."
+            f"A mesh of {requested} does not fit {num_devices} devices: the sizes must multiply "
+            "to the number of devices. One of them, or data and one other, may be -1 to take the "
+            "remaining devices."
         )
     return sizes
 
 
 def _across_slices(sizes: list[int], num_slices: int) -> list[int]:
-    """Into how many parts the slices divide each mesh axis."""
+    """Returns the number of parts into which the slices divide each mesh axis."""
     data, fsdp, context, tensor = sizes
     across_data = math.gcd(data, num_slices)
     across_fsdp = num_slices // across_data
     if fsdp % across_fsdp:
         raise ValueError(
             f"A mesh of data={data}, fsdp={fsdp}, context={context}, tensor={tensor} does not fit "
-            f"{num_slices} slices: context and tensor must stay within one, so make mesh.data "
+            f"{num_slices} slices: context and tensor must stay within a slice, so make mesh.data "
             f"times mesh.fsdp a multiple of {num_slices}."
         )
     return [across_data, across_fsdp, 1, 1]
 
 
 def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> P:
-    """The partition of an array of ``shape`` whose last axes are called ``names``.
+    """Returns the partition spec of an array of ``shape`` whose last axes are named ``names``.
 
-    Axes in front of the named ones (the layers of stacked blocks) are not split.
+    Leading axes without a name (the layers of stacked blocks) are not split.
 
     Raises:
-      ValueError: a name that no rule knows.
+      ValueError: a name has no rule.
     """
     unknown = [name for name in names if name is not None and name not in RULES]
     if unknown:
@@ -142,8 +147,8 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | Abs
     named = list(enumerate(names, start=len(shape) - len(names)))
     chosen: list[list[str]] = [[] for _ in shape]
     used: set[str] = set()
-    # Every axis gets its first choice before any gets its second: a kernel (mlp, embed) is split
-    # over (tensor, fsdp), and a bias (mlp) over both.
+    # Every dimension gets its first choice before any gets its second: a kernel (mlp, embed) is
+    # split over (tensor, fsdp), and the only dimension of a bias (mlp) over both.
     for rank in range(max((len(rule) for rule in RULES.values()), default=0)):
         for dim, name in named:
             rule = RULES[name] if name is not None else ()
@@ -156,14 +161,15 @@ def spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh | Abs
 
 
 def shardings_of(tree, mesh: Mesh):
-    """A sharding for each array of ``tree``: by its axes' names, or replicated if it has none.
+    """Returns the sharding of each array of ``tree``: by its axis names, or replicated without.
 
-    Optimizer moments and EMA copies carry the parameters' metadata, and so fall where these do.
+    Optimizer moments and EMA copies carry the metadata of their parameters, so they are sharded
+    alike.
     """
 
     def sharding(leaf):
         if isinstance(leaf, nnx.Variable) and not jax.tree.leaves(leaf):
-            return leaf  # a parameter that this part of the optimizer leaves to another
+            return leaf  # an empty slot: another part of the optimizer updates this parameter
         if isinstance(leaf, nnx.Variable):
             names = leaf.get_metadata().get("axes", ())
             return leaf.replace(NamedSharding(mesh, spec(leaf.shape, names, mesh)))
@@ -173,19 +179,23 @@ def shardings_of(tree, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over all data-parallel devices."""
+    """Returns the sharding of a batch: rows split over all data-parallel devices."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def device_sharding(mesh: Mesh) -> NamedSharding:
-    """One element a device."""
+    """Returns the sharding that puts one element on each device."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def constrain(x: jax.Array, names: str) -> jax.Array:
-    """Pins an activation to the mesh in use (`jax.set_mesh`), its axes named in one string.
+    """Constrains the sharding of an activation on the current mesh (`jax.set_mesh`).
 
-    Without a mesh this does nothing, so that models also run as plain functions.
+    Without a mesh it returns ``x`` unchanged, so models also run as plain functions.
+
+    Args:
+      x: the activation.
+      names: names of its axes, separated by spaces.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -194,12 +204,12 @@ def constrain(x: jax.Array, names: str) -> jax.Array:
 
 
 def on_shards(function: Callable[..., jax.Array], inputs: Sequence[str]) -> Callable:
-    """``function``, run on each device's parts of its arguments: for kernels that XLA cannot split.
+    """Wraps ``function`` to run on each device's shards, for kernels that XLA cannot partition.
 
     Args:
-      function: of arrays, to one array, which is split as the first of them.
-      inputs: names of the arguments' axes, as in `constrain`; of axes that are not split, each
-        device gets all.
+      function: takes arrays and returns one array, sharded like the first of them.
+      inputs: axis names of each argument, as in `constrain`. Each device gets the full length of
+        an axis that is not split.
     """
 
     def run(*arrays: jax.Array) -> jax.Array:
@@ -219,16 +229,16 @@ def on_shards(function: Callable[..., jax.Array], inputs: Sequence[str]) -> Call
 
 
 def platform() -> str:
-    """What is compiled for: the devices of the mesh in use, or JAX's default ones without a mesh.
+    """Returns the platform of the current mesh, or JAX's default backend without a mesh.
 
-    The two differ where a program is compiled ahead of time, for devices that are elsewhere.
+    The two differ in ahead-of-time compilation for devices that are not attached.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Over how many parts the rows of a batch are split."""
+    """Returns the number of shards of a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -239,20 +249,20 @@ def over_batches(
     batch_sizes: Mapping[Hashable, int],
     mesh: Mesh,
 ) -> list[np.ndarray]:
-    """``function(key, batch)`` of arrays of any shapes, those of a key together; in their order.
+    """Maps ``function(key, batch)`` over arrays, batching arrays of the same key.
 
-    Every batch of a key has the same size, so that each key compiles once: the last one is filled
-    up with copies, whose results are dropped. Batches are split over the mesh.
+    All batches of a key have the same size, so each key compiles once: the last batch is padded
+    with copies, whose results are dropped. Batches are sharded over the mesh.
 
     Args:
-      function: compiled; the first axis of its result is that of the batch.
-      arrays: on the host, the same on every process.
-      keys: of each array; those of one key have one shape.
-      batch_sizes: by key; rounded up to what divides over the mesh.
-      mesh: in use while the function runs.
+      function: a compiled function; the first axis of its result is the batch axis.
+      arrays: arrays on the host, the same on every process.
+      keys: one key per array; arrays of the same key have the same shape.
+      batch_sizes: batch size of each key, rounded up to a multiple of the batch shards.
+      mesh: the mesh, set while the function runs.
 
     Returns:
-      A result for each array, on every process.
+      One result per array, in order, on every process.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, key in enumerate(keys):
@@ -263,21 +273,21 @@ def over_batches(
         for key, members in groups.items():
             size = -(-batch_sizes[key] // shards) * shards
             for start in range(0, len(members), size):
-                part = members[start : start + size]
-                filled = part + part[-1:] * (size - len(part))
-                batch = np.stack([arrays[i] for i in filled])
+                indices = members[start : start + size]
+                padded = indices + indices[-1:] * (size - len(indices))
+                batch = np.stack([arrays[i] for i in padded])
                 out = function(key, jax.device_put(batch, batch_sharding(mesh)))
                 out = multihost_utils.process_allgather(out, tiled=True)
-                rows = map(np.asarray, np.asarray(out))  # NumPy's rows of numbers are no arrays
-                results.update(zip(part, rows, strict=False))
+                rows = map(np.asarray, np.asarray(out))  # rows of a 1-D array are NumPy scalars
+                results.update(zip(indices, rows, strict=False))
     return [results[i] for i in range(len(arrays))]
 
 
 def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
-    """Refuses batches that do not divide over the mesh and the microbatches.
+    """Checks that a batch divides evenly over the mesh and the microbatches.
 
     Raises:
-      ValueError: the rows are no multiple of the parts.
+      ValueError: it does not.
     """
     shards = num_batch_shards(mesh)
     parts = shards * accumulate_steps
@@ -289,23 +299,23 @@ def check_batch(batch_size: int, accumulate_steps: int, mesh: Mesh) -> None:
 
 
 def batch_part(mesh: Mesh, process: int) -> tuple[int, int]:
-    """(index, count): which part of each batch ``process`` reads, and how many parts there are.
+    """Returns (index, count): the part of each batch that ``process`` reads, of how many parts.
 
-    Processes whose devices hold the same rows read the same part: where context or tensor
-    parallelism goes across hosts, the parts are fewer than the processes.
+    Processes whose devices hold the same rows read the same part. If context or tensor
+    parallelism spans hosts, there are fewer parts than processes.
 
     Raises:
-      ValueError: processes hold some of the same rows, but not all.
+      ValueError: two processes share some of their rows, but not all.
     """
     num_shards = num_batch_shards(mesh)
-    held = defaultdict(set)
+    shards_of = defaultdict(set)
     for shard, devices in enumerate(mesh.devices.reshape(num_shards, -1)):
         for device in devices:
-            held[device.process_index].add(shard)
-    parts = sorted({tuple(sorted(shards)) for shards in held.values()})
+            shards_of[device.process_index].add(shard)
+    parts = sorted({tuple(sorted(shards)) for shards in shards_of.values()})
     if any(len(part) * len(parts) != num_shards for part in parts):
         raise ValueError(
-            f"{len(held)} processes cannot share {num_shards} parts of a batch evenly: make "
+            f"{len(shards_of)} processes cannot share {num_shards} parts of a batch evenly: make "
             "mesh.context times mesh.tensor a divisor or a multiple of a process's devices."
         )
-    return parts.index(tuple(sorted(held[process]))), len(parts)
+    return parts.index(tuple(sorted(shards_of[process]))), len(parts)

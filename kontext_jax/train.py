@@ -1,11 +1,11 @@
 """Trains any objective: ``python -m kontext_jax.train --config=configs/X.py --workdir=DIR``.
 
-Reads top to bottom: config -> mesh -> data -> objective -> state -> loop. Started again with the
-same arguments, it goes on exactly where its last checkpoint was taken.
+Read it from top to bottom: config -> mesh -> data -> objective -> state -> loop. The same command
+resumes a stopped run exactly at its latest checkpoint.
 """
 
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import jax
@@ -15,8 +15,10 @@ from ml_collections import config_flags
 from kontext_jax import cli
 from kontext_jax.config import Config
 from kontext_jax.data.pipeline import Loader
+from kontext_jax.evaluation.latent_statistics import make_latent_statistics
 from kontext_jax.evaluation.sheets import make_sheet_maker
 from kontext_jax.evaluation.validation import make_validation
+from kontext_jax.files import locked
 from kontext_jax.loading.locations import identity_of, usage_of
 from kontext_jax.loading.models import load_frozen, load_initial
 from kontext_jax.settings import from_dict, to_dict, validated
@@ -35,22 +37,20 @@ from kontext_jax.training.train_state import (
 from kontext_jax.training.writer import Writer
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, :variant.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
-
-
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints and logs.")
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Joins the processes of a TPU pod or cluster (jax.distributed)."
+    "distributed", False, "Join the processes of a TPU pod or cluster (jax.distributed)."
 )
 
 
 def train(config: Config, workdir: Path) -> dict[str, float | int]:
-    """Runs to ``config.num_steps`` and returns the last logged metrics.
+    """Trains until ``config.num_steps`` and returns the last logged metrics.
 
     Raises:
-      Preempted: it was asked to stop and has saved its state.
+      Preempted: the run was asked to stop and has saved its state.
       TrainingStopped: too many steps without an example or a finite gradient, or too many
         unreadable records.
-      FileNotFoundError, ValueError: bad data, checkpoint or settings.
+      FileNotFoundError, ValueError: data, checkpoint or settings are wrong.
     """
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
@@ -60,6 +60,8 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     loader = Loader(config.data, seed=config.seed, process_index=index, process_count=count)
     objective = config.make_objective()
     frozen = load_frozen(config, mesh)
+    is_autoencoder = config.objective.kind == "autoencoder"
+    measure_latents = make_latent_statistics(config, mesh) if is_autoencoder else None
     make_sheet = make_sheet_maker(config, mesh) if config.sheets.every else None
     validate = make_validation(config, mesh) if config.validation.every else None
     optimizers = make_optimizers(objective, config.optim, config.num_steps)
@@ -78,8 +80,8 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     start = int(state.step)
     if start > config.num_steps:
         raise ValueError(
-            f"{workdir} is at step {start}, beyond num_steps {config.num_steps}: give more, or a "
-            "new --workdir."
+            f"{workdir} is at step {start}, beyond num_steps {config.num_steps}: raise num_steps, "
+            "or use a new --workdir."
         )
     _announce(config, mesh, loader, abstract, start)
 
@@ -88,6 +90,12 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
     train_step = jit_train_step(objective, optimizers, config.optim, config.seed, shardings)
     window = MetricsWindow(config.data, config.max_skipped_in_a_row, mesh)
     profiler = Profiler(config.profiled, workdir / "profile", window.pause)
+
+    def save() -> None:
+        if measure_latents:
+            meta["latents"] = measure_latents(state.ema["autoencoder"])
+        checkpointer.save(state, loader.state(), meta)
+
     with (
         closing(preemption),
         closing(checkpointer),
@@ -99,9 +107,9 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
         for step in range(start + 1, config.num_steps + 1):
             profiler.before(step, state)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                began = time.monotonic()
+                fetch_start = time.monotonic()
                 local = next(loader)
-                window.wait(time.monotonic() - began)
+                window.wait(time.monotonic() - fetch_start)
                 batch = jax.tree.map(
                     lambda x: jax.make_array_from_process_local_data(batch_sharding(mesh), x), local
                 )
@@ -120,45 +128,46 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 for every in (config.validation.every, config.checkpoint.every, config.sheets.every)
             )
             if stops:
-                checkpointer.save(state, loader.state(), meta)
+                save()
                 raise Preempted(
                     f"asked to stop (SIGTERM). Step {step} is saved; the same command resumes "
                     "from there."
                 )
             if validates or saves or draws:
-                # Waiting for the device is training time: it comes before the clock of the pause.
+                # Waiting for devices counts as training time, so wait before starting the clock.
                 jax.block_until_ready(state)
-            began = time.monotonic()
+            pause_start = time.monotonic()
             if validates:
                 writer.metrics(step, validate(state.ema, frozen), log="validation")
-            # After it: who is killed meanwhile takes the step again, and measures again.
+            # Save after validating, so that a run killed during validation repeats both.
             if saves:
-                checkpointer.save(state, loader.state(), meta)
+                save()
             if draws:
                 writer.image("sheet", step, make_sheet(state.ema, frozen))
-            window.pause(time.monotonic() - began)
+            window.pause(time.monotonic() - pause_start)
     return meta["metrics"]
 
 
 def _check_same_run(stored: dict, current: dict) -> None:
-    """Refuses to go on with another objective or optimizer, or on other frozen networks."""
-    before, now = (_what_counts(meta["config"]) for meta in (stored, current))
+    """Refuses to resume with another objective, optimizer or seed, or other frozen networks."""
+    before, now = (_fixed_settings(meta["config"]) for meta in (stored, current))
     changed = [name for name in before if before[name] != now[name]]
     frozen = stored["frozen"] | current["frozen"]
     changed += [n for n in frozen if stored["frozen"].get(n) != current["frozen"].get(n)]
     if changed:
         raise ValueError(
-            f"This run was made with another {' and '.join(changed)}: give it the settings of its "
+            f"This run was started with another {' and '.join(changed)}: use the settings of its "
             "checkpoint, or a new --workdir."
         )
 
 
-def _what_counts(config: dict) -> dict:
-    """The settings that a run cannot change. One younger than the checkpoint has its default.
+def _fixed_settings(config: dict) -> dict:
+    """The settings that a run cannot change.
 
-    Where networks come from does not count: the frozen are known by their values, and what the
-    others started from is past. Nor does which kernel is used, or what the backward pass keeps; and
-    how far a step goes may change, where it went too far.
+    Settings added since the checkpoint was written take their defaults. The locations of networks
+    may change: frozen ones are compared by value, and trained ones are in the checkpoint. So may
+    attention kernels, gradient checkpointing, and the learning rate and clipping of a run that
+    became unstable.
     """
     settings = to_dict(from_dict(config, Config))
     objective = {k: v for k, v in settings["objective"].items() if k != "init_from"}
@@ -170,7 +179,7 @@ def _what_counts(config: dict) -> dict:
 
 
 def _announce(config: Config, mesh, loader: Loader, abstract, start: int) -> None:
-    """Says what is about to run."""
+    """Prints what is about to run."""
     sizes = {
         player: sum(x.size for x in jax.tree.leaves(network))
         for player, network in abstract.params.items()
@@ -195,7 +204,9 @@ def main() -> None:
     cli.check_config(CONFIG.value, Config)
     if DISTRIBUTED.value:
         cli.join_processes()
-    train(validated(CONFIG.value), Path(WORKDIR.value))
+    config, workdir = validated(CONFIG.value), Path(WORKDIR.value)
+    with locked(workdir) if jax.process_index() == 0 else nullcontext():
+        train(config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Readable names of a tree's arrays: ``double_blocks/img_attn/qkv/kernel``.
+"""Readable names of the arrays of a tree: ``double_blocks/img_attn/qkv/kernel``.
 
-Checkpoints store arrays under these names, and the tables of ``weights/`` map them to PyTorch's.
+Checkpoints store arrays under these names; the tables in ``weights/`` map them to PyTorch's names.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,10 @@ import jax
 
 
 def paths_of(tree) -> list[tuple[str, ...]]:
-    """The names on the way to each leaf, in the leaves' order; NNX variables add none."""
+    """The path of each leaf as a tuple of names, in order of the leaves.
+
+    The ``value`` of an NNX variable is not part of the path.
+    """
     paths = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
@@ -19,25 +22,25 @@ def paths_of(tree) -> list[tuple[str, ...]]:
 
 
 def named_leaves(tree) -> dict[str, Any]:
-    """The leaves by their names, joined by "/", in the leaves' order."""
+    """The leaves by name (the path joined by "/"), in order of the leaves."""
     names = ("/".join(path) for path in paths_of(tree))
     return dict(zip(names, jax.tree.leaves(tree), strict=True))
 
 
 def by_name(tree) -> dict[str, Any]:
-    """A tree of modules, optimizer states and dicts as nested dicts of arrays, by name."""
-    names: dict[str, Any] = {}
+    """A tree of modules, optimizer states and dicts as nested dicts of arrays, keyed by name."""
+    nested: dict[str, Any] = {}
     for path, leaf in zip(paths_of(tree), jax.tree.leaves(tree), strict=True):
         *parents, last = path
-        place = names
+        node = nested
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return names
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
 
 
 def look_up(tree, path: tuple[str, ...]):
-    """What nested dicts hold at ``path``, or None."""
+    """The value at ``path`` in nested dicts, or None if it is absent."""
     for name in path:
         if not isinstance(tree, Mapping) or name not in tree:
             return None

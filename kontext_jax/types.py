@@ -1,6 +1,6 @@
-"""The types that pass from stage to stage, and the letters used in every shape annotation.
+"""Types that pass between stages, and the legend of the letters in shape annotations.
 
-Path of the data::
+Data flow::
 
     Triple -> Example -> Batch (packed) -> Tokens -> loss(player) -> TrainState
      host      host      host -> device    device     objective      sharded step
@@ -10,9 +10,9 @@ slots per row, Q CLIP tokens of a prompt (77 in FLUX; 0 without CLIP), C channel
 FLUX), T channels of a text token, P channels of the pooled text vector, D width, H heads, K
 channels of a head, A position axes (3: image index, row, column), h w pixels.
 
-A *row* is one sequence of the transformer. It holds up to N examples, told apart by *segments*:
+A *row* is one sequence of the transformer. It holds up to N examples, separated by *segments*:
 token s belongs to example ``segments[s] - 1`` of its row, and 0 marks padding. A batch of
-unpacked images is the case N = 1, not another code path.
+unpacked images is the case N = 1, not a separate code path.
 """
 
 from typing import NamedTuple, no_type_check
@@ -25,19 +25,19 @@ RGBImage = UInt8[np.ndarray, "_ _ 3"]
 """An image on the host: height, width, RGB."""
 
 CATEGORIES = ("local", "global", "text", "character", "style", "text_to_image")
-"""KontextBench's five kinds of edit, and images made from text alone."""
+"""The five edit categories of KontextBench, and text-to-image."""
 
 
 class Triple(NamedTuple):
-    """One relational example: make ``target`` from ``contexts`` by following ``prompt``.
+    """One example: ``target`` results from applying ``prompt`` to ``contexts``.
 
     Attributes:
-      id: stable and unique within the data set; everything cached is keyed by it.
-      target: the image to make.
-      contexts: images to start from, each of its own size; empty for text-to-image.
-      prompt: the instruction, or the caption of the image where there is no context.
+      id: unique in the data set and stable; keys all caches.
+      target: the image to generate.
+      contexts: input images, possibly of different sizes; empty for text-to-image.
+      prompt: the instruction; without contexts, the caption of the target.
       category: one of ``CATEGORIES``.
-      details: JSON of what the builder knows of the truth; its own checker reads it.
+      details: JSON facts about the target, written by the data set's builder for its checker.
     """
 
     id: str
@@ -49,24 +49,25 @@ class Triple(NamedTuple):
 
 
 class Task(NamedTuple):
-    """One picture that an evaluation asks for, and what it is judged by.
+    """One image for an evaluation to generate, and the information it is judged by.
 
     Attributes:
-      id: stable and unique within its set.
-      contexts: images to start from, as they are stored; empty for text-to-image.
+      id: unique in the evaluation set and stable.
+      contexts: input images at their stored sizes; empty for text-to-image.
       prompt: the instruction or caption.
       category: one of ``CATEGORIES``.
-      size: (width, height) of the picture that is asked for; a model makes the nearest it can.
-      truth: the right picture, where one is known.
-      group: tasks of one group share an image or a session, and are not independent: intervals of
-        confidence draw groups.
-      turn: 1, or the place of the task in a session of several turns.
-      follows: id of the task of the turn before, whose *made* picture then takes the place of
-        ``contexts[0]``; what is stored there is the session's first image, to compare with. Empty
-        where the stored context is used.
-      source_caption, target_caption: what the first context and the right picture show.
-      words: what the picture should have written on it.
-      details: JSON of what the data set's own checker reads.
+      size: requested (width, height); a model generates the nearest size it supports.
+      truth: the reference image, if there is one.
+      group: label shared by tasks that use the same image or session and so are not independent;
+        confidence intervals resample groups.
+      turn: position in a multi-turn session, from 1.
+      follows: id of the task of the previous turn. Its *generated* image replaces ``contexts[0]``,
+        and the stored ``contexts[0]`` is the session's first image, for comparison. Empty if the
+        stored context is used.
+      source_caption: caption of the first context.
+      target_caption: caption of the reference image.
+      words: text that should be written in the image.
+      details: JSON for the data set's checker.
     """
 
     id: str
@@ -85,17 +86,17 @@ class Task(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What an autoencoder makes of an image of ``size``, (width, height) in pixels: its tokens."""
+    """Latent tokens of one image; ``size`` is (width, height) in pixels."""
 
     size: tuple[int, int]
     tokens: Float[np.ndarray, "s C"]
 
 
 class Example(NamedTuple):
-    """A triple brought to its bucket's sizes, with its prompt as token ids: ready to be packed.
+    """A triple ready for packing: images at their bucket's sizes and a tokenised prompt.
 
-    Its images are pixels, or all of them latents. ``text_ids`` are T5's, ``clip_ids`` CLIP's;
-    these are empty where no network reads them.
+    The images are either all pixels or all latents. ``text_ids`` are for T5, ``clip_ids`` for CLIP;
+    ``clip_ids`` is empty if no network reads it.
     """
 
     id: str
@@ -108,37 +109,38 @@ class Example(NamedTuple):
 @no_type_check  # see `Batch`
 @struct.dataclass
 class Prompts:
-    """The text of a batch, without its images: the fields of `Batch` of the same names."""
+    """The prompts of a batch; fields as in `Batch`."""
 
     text_ids: Int[Array | np.ndarray, "B L"]
     text_segments: Int[Array | np.ndarray, "B L"]
     clip_ids: Int[Array | np.ndarray, "B N Q"]
 
 
-@no_type_check  # trees of its structure also hold shapes, shardings, microbatches
+@no_type_check  # the same tree structure also holds shapes, shardings and microbatches
 @struct.dataclass
 class Batch:
-    """What the loader yields. Every shape is static; every leaf has the row axis first.
+    """What the loader yields. Every shape is static; the row axis is first in every leaf.
 
-    Its images are pixels, which an autoencoder has yet to encode, or ``latents``: then ``images``
-    and ``image_segments`` are empty, and ``source`` is 0.
+    Images are either pixels, encoded later by the autoencoder, or ``latents``. With latents,
+    ``images`` and ``image_segments`` are empty and ``source`` is 0.
 
     Attributes:
       images: pixels grouped by size, key "HxW", so that encoders see dense arrays.
-      image_segments: for each slot of ``images``, the segment it belongs to; 0 = empty slot.
-      source: which encoded token fills each place of the row, counting through all slots of all
-        sizes, sizes in sorted order of their keys; 0 where ``segments`` is 0.
+      image_segments: segment of each slot of ``images``; 0 = empty slot.
+      source: index of each token among the row's encoded tokens, which are numbered through all
+        slots of all sizes, sizes in sorted order of their keys; 0 where ``segments`` is 0.
       positions: (image index, row, column) of each token, see ``geometry``.
       segments: example of each token, counted from 1; 0 = padding.
-      is_target: tokens of the image to make; noise and loss apply to these only.
-      offsets: index of the token within its example; with ``example_ids`` it keys the noise.
-      text_ids: the prompts of the row, one after the other.
+      is_target: True for tokens of the target; only these get noise and loss.
+      offsets: index of each token within its example; keys the noise together with
+        ``example_ids``.
+      text_ids: T5 token ids of the row's prompts, concatenated.
       text_segments: example of each text token, counted from 1; 0 = padding.
-      clip_ids: each example's prompt once more, as CLIP's ids; 0 = no example in this place.
+      clip_ids: CLIP token ids of each example's prompt; 0 = no example in this place.
       example_ids: global index of each example, below 2**31; -1 = no example in this place.
-      skipped: examples of the row left out because their record could not be read.
-      latents: clean latents of every image token, 0 at padding; None where there are pixels.
-      negative: the same rows with every prompt empty; None unless asked for. See `unprompted`.
+      skipped: number of examples left out of the row because their record could not be read.
+      latents: clean latents of all image tokens, 0 at padding; None if the images are pixels.
+      negative: the same rows with every prompt empty; None unless requested. See `unprompted`.
     """
 
     images: dict[str, UInt8[Array | np.ndarray, "B M _ _ 3"]]
@@ -158,10 +160,10 @@ class Batch:
 
 
 def unprompted(batch: Batch) -> Batch:
-    """The batch with every prompt empty: what classifier-free guidance moves away from.
+    """The batch with every prompt empty, as classifier-free guidance needs it.
 
     Raises:
-      ValueError: the batch carries no empty prompts.
+      ValueError: the batch has no ``negative``.
     """
     if batch.negative is None:
         raise ValueError("The batch carries no empty prompts: set data.negatives=true.")
@@ -173,13 +175,13 @@ def unprompted(batch: Batch) -> Batch:
     )
 
 
-@no_type_check  # as of `Batch`
+@no_type_check  # see `Batch`
 @struct.dataclass
 class Tokens:
-    """What the transformer, the objectives and the sampler consume.
+    """Input of the transformer, the objectives and the sampler.
 
-    ``latents`` are clean; ``text`` is the encoder's sequence and ``pooled`` one vector an example.
-    The other fields are those of `Batch`.
+    ``latents`` are clean, ``text`` is the text encoder's output sequence, and ``pooled`` is one
+    vector per example. The other fields are those of `Batch`.
     """
 
     latents: Float[Array, "B S C"]

@@ -1,4 +1,4 @@
-"""Seconds of a train step of FLUX's transformer: ours, and diffusers' in PyTorch, side by side.
+"""Times a train step of FLUX's transformer: ours against diffusers' in PyTorch.
 
     python launch/benchmark.py                     # a small model on the CPU
     python launch/benchmark.py --preset=gpu_8704   # six layers of FLUX.1 [dev] on a GPU: a target
@@ -6,23 +6,23 @@
     python launch/benchmark.py --preset=gpu_4608   # the same without the context
     python launch/benchmark.py --preset=gpu_4608 --device=cpu --width=128 --heads=4 --tokens=64,0,32
 
-It needs PyTorch: ``pip install -e '.[convert]'``.
+Requires PyTorch: ``pip install -e '.[convert]'``.
 
-A step is the forward pass, the mean square error of the target's velocity, the backward pass,
-clipping and AdamW's update, on one batch that lies on the device. Parameters, gradients and moments
-are float32; a bfloat16 preset computes in bfloat16, in PyTorch by autocast. "eager" is diffusers'
-``FluxTransformer2DModel`` as it is, "compiled" the same through ``torch.compile``; both with fused
-AdamW. All sides start with the same weights, ours in diffusers' layout, and the losses of the first
-steps must agree before any step is timed: so AdamW does the same too.
+A step is the forward pass, the mean squared error of the target's velocity, the backward pass,
+gradient clipping and an AdamW update, on one batch that stays on the device. Parameters, gradients
+and moments are float32; a bfloat16 preset computes in bfloat16 (autocast in PyTorch). "eager" is
+diffusers' ``FluxTransformer2DModel``, "compiled" the same with ``torch.compile``; both use fused
+AdamW. All sides start from the same weights, exported in diffusers' layout. The losses of the first
+steps have to agree before any step is timed, which also compares the AdamW updates.
 
-Each side is a process with as many threads as there are cores. They take turns, a few steps each,
-so that what else the machine does meets all of them. The times are those of a turn by its steps:
-median, least, and the distance of the quartiles as a share of the median. A ratio is theirs to
-ours: above 1, we are faster. FLOP/s are model FLOPs (``kontext_jax/flops.py``), three times the
-forward pass's whatever is computed again; MFU is their share of a GPU's peak in bfloat16.
-``--profile`` adds what one traced step of ours spends, by the line that an instruction was made
-for. A fused one counts where its last operation is from. On a CPU these are seconds of threads, and
-of a product of matrices only those of the thread that waits for it.
+Each side runs in its own process, with one thread per core. The sides take turns of a few steps, so
+that other load on the machine affects all of them. A time is the duration of a turn divided by its
+steps; the median, the minimum and the interquartile range relative to the median are printed. The
+ratio is theirs to ours: above 1, ours is faster. FLOP/s are model FLOPs (``kontext_jax/flops.py``),
+three times those of the forward pass regardless of recomputation; MFU is relative to a GPU's peak
+in bfloat16. ``--profile`` adds the costs of one traced step of ours, by source line. A fusion is
+attributed to the line of its last operation. On a CPU the costs are thread seconds, and a matrix
+product counts only the thread that waits for it.
 """
 
 import contextlib
@@ -62,22 +62,22 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 WARM_UP = 3
 PROFILE, NUM_COSTS = -1, 25
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-"""Of the losses of the steps before the clock starts, relative."""
+"""Relative tolerance of the losses of the warm-up steps."""
 
 OPTIM = OptimConfig(warmup_steps=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured; every field is a flag.
+    """The setting of a benchmark; every field is a flag.
 
     Attributes:
       device: "cpu" or "gpu".
-      depth: double-stream and single-stream blocks.
-      tokens: of target, context and text; images are square.
-      remat: "none", or "full": the backward pass computes every block again.
-      sides: of `SIDES`, in the order of their turns.
-      steps: in a turn; it is waited for the last one.
+      depth: number of double-stream and of single-stream blocks.
+      tokens: number of target, context and text tokens; images are square.
+      remat: "none", or "full" to recompute every block in the backward pass.
+      sides: some of `SIDES`, in the order of their turns.
+      steps: steps per turn; the host waits for the last one only.
     """
 
     device: str = "cpu"
@@ -97,13 +97,15 @@ class Case:
         if self.device not in PLATFORMS:
             raise ValueError(f"device {self.device!r} is not one of {', '.join(PLATFORMS)}.")
         if self.sides[:1] != SIDES[:1] or not set(self.sides) <= set(SIDES):
-            raise ValueError(f"sides are some of {', '.join(SIDES)}; ours comes first.")
+            raise ValueError(f"sides must be some of {', '.join(SIDES)}, starting with ours.")
         if self.remat not in ("none", "full"):
             raise ValueError(
-                f"remat {self.remat!r} is not one of none, full, which PyTorch has too."
+                f"remat {self.remat!r} is not one of none, full, the modes that PyTorch has too."
             )
         if any(math.isqrt(num) ** 2 != num for num in self.tokens[:2]):
-            raise ValueError(f"tokens {self.tokens}: images are square, 4096 is one of 64 x 64.")
+            raise ValueError(
+                f"tokens {self.tokens}: images are square, so their tokens must be square numbers."
+            )
 
     def flux(self) -> FluxConfig:
         head_dim = self.width // self.heads
@@ -145,16 +147,16 @@ PRESETS = {
     "gpu_4608": dataclasses.replace(GPU, tokens=(4096, 0, 512)),
 }
 
-flags.DEFINE_enum("preset", "cpu", list(PRESETS), "the case; the flags below change it")
-flags.DEFINE_integer("rounds", 15, "turns of each side", lower_bound=1)
-flags.DEFINE_bool("profile", False, "also the costs of our step")
+flags.DEFINE_enum("preset", "cpu", list(PRESETS), "the case; the other flags override its fields")
+flags.DEFINE_integer("rounds", 15, "number of turns of each side", lower_bound=1)
+flags.DEFINE_bool("profile", False, "whether to also print the costs of our step")
 for field in dataclasses.fields(Case):
     by_type = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
     by_type.get(field.type, flags.DEFINE_list)(field.name, None, f"{field.name} of the case")
 
 
 def case_of_flags() -> Case:
-    """The preset, with what other flags change of it."""
+    """Returns the preset, with the fields that other flags override."""
     case = PRESETS[flags.FLAGS.preset]
     changes = {}
     for name, old in dataclasses.asdict(case).items():
@@ -166,7 +168,7 @@ def case_of_flags() -> Case:
 
 
 def make_batch(case: Case) -> dict[str, np.ndarray]:
-    """Random inputs: targets at some time on their way to noise, contexts behind them."""
+    """Returns random inputs: noisy targets, followed by contexts, and the velocity to predict."""
     rng, config = np.random.default_rng(0), case.flux()
     target, contexts, text = case.tokens
 
@@ -190,11 +192,11 @@ def make_batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def make_ours(case: Case, folder: Path):
-    """Our step; it writes the weights that all sides start with."""
+    """Returns our step and its HLO text; writes the initial weights of all sides to ``folder``."""
 
     @jax.jit
-    def new(key) -> Flux:
-        """New blocks are the identity; with some noise every parameter matters."""
+    def init(key) -> Flux:
+        # New blocks are the identity; with noise, every parameter affects the loss.
         model = Flux(case.flux(), rngs=nnx.Rngs(key))
         leaves, treedef = jax.tree.flatten(model)
         keys = jax.random.split(key, len(leaves))
@@ -204,7 +206,7 @@ def make_ours(case: Case, folder: Path):
         return jax.tree.unflatten(treedef, noisy)
 
     optimizer = make_optimizer(OPTIM, num_steps=1)
-    model = new(jax.random.key(0))
+    model = init(jax.random.key(0))
     write_diffusers(ArrayReader(NETWORKS["transformer"], model), folder, record={})
     opt_state = jax.jit(optimizer.init)(model)
     batch = jax.device_put(make_batch(case))
@@ -237,8 +239,8 @@ def make_ours(case: Case, folder: Path):
     return step, compiled.as_text()
 
 
-def make_theirs(case: Case, folder: Path, compile_it: bool):
-    """diffusers' step."""
+def make_theirs(case: Case, folder: Path, use_compile: bool):
+    """Returns diffusers' step, without an HLO text."""
     import torch
     from diffusers import FluxTransformer2DModel
 
@@ -256,7 +258,7 @@ def make_theirs(case: Case, folder: Path, compile_it: bool):
     adamw = torch.optim.AdamW(
         groups, lr=OPTIM.learning_rate, betas=(OPTIM.b1, OPTIM.b2), eps=OPTIM.eps, fused=True
     )
-    forward = torch.compile(network) if compile_it else network
+    forward = torch.compile(network) if use_compile else network
     batch = {name: torch.from_numpy(x).to(device) for name, x in make_batch(case).items()}
     text_positions = torch.zeros(case.tokens[2], 3, device=device)
     flash = [torch.nn.attention.SDPBackend.FLASH_ATTENTION]
@@ -288,12 +290,12 @@ def make_theirs(case: Case, folder: Path, compile_it: bool):
 
 
 def serve(connection: Connection, make: Callable, *args) -> None:
-    """A side's process: takes turns of as many steps as it is told, until it is told none.
+    """The main loop of a side's process: runs requested numbers of steps until 0 are requested.
 
     Args:
-      connection: to the process that measures.
-      make: gives the step, and the HLO that it executes.
-      args: of ``make``.
+      connection: connection to the main process.
+      make: returns the step and its HLO text.
+      args: arguments of ``make``.
     """
     step, hlo = make(*args)
     while num := connection.recv():
@@ -307,17 +309,17 @@ def serve(connection: Connection, make: Callable, *args) -> None:
 
 
 class Side:
-    """One side's process, from here."""
+    """The process of one side, as seen from the main process."""
 
     def __init__(self, make: Callable, *args):
         spawn = multiprocessing.get_context("spawn")
-        self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, make, *args), daemon=True)
+        self.connection, child_end = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(child_end, make, *args), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
 
     def turn(self, num):
-        """(last loss, seconds a step) of so many steps, or the costs of one."""
+        """Runs ``num`` steps; returns (last loss, seconds per step), or the costs for `PROFILE`."""
         self.connection.send(num)
         return self.connection.recv()
 
@@ -328,8 +330,8 @@ class Side:
 
 
 def costs(step: Callable, hlo: str) -> list[tuple[str, float]]:
-    """(place in the code, seconds of all threads) of one traced step, largest first."""
-    places = places_of(hlo)
+    """Returns (location in the code, seconds of all threads) of one traced step, largest first."""
+    locations = locations_of(hlo)
     seconds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -337,22 +339,22 @@ def costs(step: Callable, hlo: str) -> list[tuple[str, float]]:
         (path,) = Path(folder).rglob("*.xplane.pb")
         trace = jax.profiler.ProfileData.from_file(str(path))
     for line in (line for plane in trace.planes for line in plane.lines):
-        around: list[tuple[float, str]] = []  # end and place of the events that this one is in
+        enclosing: list[tuple[float, str]] = []  # end and location of the enclosing events
         for event in sorted(line.events, key=lambda e: (e.start_ns, -e.duration_ns)):
-            place = places.get(dict(event.stats).get("hlo_op", event.name))
-            if place is None:
+            location = locations.get(dict(event.stats).get("hlo_op", event.name))
+            if location is None:
                 continue
-            while around and around[-1][0] <= event.start_ns:
-                around.pop()
-            seconds[place] += event.duration_ns / 1e9
-            if around:
-                seconds[around[-1][1]] -= event.duration_ns / 1e9
-            around.append((event.end_ns, place))
+            while enclosing and enclosing[-1][0] <= event.start_ns:
+                enclosing.pop()
+            seconds[location] += event.duration_ns / 1e9
+            if enclosing:
+                seconds[enclosing[-1][1]] -= event.duration_ns / 1e9
+            enclosing.append((event.end_ns, location))
     return seconds.most_common()
 
 
-def places_of(hlo: str) -> dict[str, str]:
-    """Function, line and direction that each instruction of a program was made for."""
+def locations_of(hlo: str) -> dict[str, str]:
+    """Returns the source line, function and direction (backward) of each instruction, by name."""
 
     def table(title: str) -> dict[str, str]:
         rows = re.search(rf"^{title}\n((?:\d+ .*\n)*)", hlo, re.MULTILINE)
@@ -365,24 +367,24 @@ def places_of(hlo: str) -> dict[str, str]:
     locations = {i: ids(row) for i, row in table("FileLocations").items()}
     frames = {i: ids(row) for i, row in table("StackFrames").items()}
 
-    def place(instruction: str) -> str:
+    def location(instruction: str) -> str:
         frame = re.search(r"stack_frame_id=(\d+)", instruction)
         if frame is None:
-            return "copies and zeros of XLA's own"
+            return "copies and zeros inserted by XLA"
         at = locations[frames[frame[1]]["file_location_id"]]
         file = Path(names[at["file_name_id"]].strip('"')).name
         function = functions[at["function_name_id"]].strip('"').replace("<locals>.", "")
         backward = " (backward)" if "transpose(" in instruction else ""
         return f"{file}:{at['line']} {function}{backward}"
 
-    found = re.finditer(r"^ +(?:ROOT )?%([\w.\-]+) = (.*)$", hlo, re.MULTILINE)
-    return {match[1]: place(match[2]) for match in found}
+    matches = re.finditer(r"^ +(?:ROOT )?%([\w.\-]+) = (.*)$", hlo, re.MULTILINE)
+    return {match[1]: location(match[2]) for match in matches}
 
 
 def main() -> None:
     case, rounds = case_of_flags(), flags.FLAGS.rounds
     if not (importlib.util.find_spec("torch") and importlib.util.find_spec("diffusers")):
-        raise cli.UserError("it compares with PyTorch and diffusers: pip install -e '.[convert]'")
+        raise cli.UserError("PyTorch and diffusers are required: pip install -e '.[convert]'")
     platform = PLATFORMS[case.device]
     jax.config.update("jax_platforms", platform)
     os.environ |= {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -392,15 +394,15 @@ def main() -> None:
         sides: dict[str, Side] = {}
         losses: dict[str, list[float]] = {}
         for name in case.sides:
-            compile_it = () if name == "ours" else (name == "compiled",)
+            use_compile = () if name == "ours" else (name == "compiled",)
             make = make_ours if name == "ours" else make_theirs
-            side = Side(make, case, Path(folder), *compile_it)
+            side = Side(make, case, Path(folder), *use_compile)
             try:
                 losses[name] = [side.turn(1)[0] for _ in range(WARM_UP)]
             except EOFError:
                 if name != "compiled":
-                    raise cli.UserError(f"{name} does not run, see above") from None
-                print("compiled: torch.compile cannot run here, see above")
+                    raise cli.UserError(f"{name} failed; see the error above") from None
+                print("compiled: torch.compile failed on this machine; see the error above")
                 continue
             sides[name] = side
             stack.callback(side.close)
@@ -412,8 +414,8 @@ def main() -> None:
         profile = sides["ours"].turn(PROFILE) if flags.FLAGS.profile else []
 
     report(case, times)
-    for place, seconds in profile[:NUM_COSTS]:
-        print(f"{1e3 * seconds:10.2f} ms  {place}")
+    for location, seconds in profile[:NUM_COSTS]:
+        print(f"{1e3 * seconds:10.2f} ms  {location}")
 
 
 def describe(case: Case) -> str:
@@ -421,27 +423,28 @@ def describe(case: Case) -> str:
     return (
         f"{case.depth[0]} double + {case.depth[1]} single blocks, width {case.width}, {case.heads} "
         f"heads, {target} target + {contexts} context + {text} text tokens, batch {case.batch}, "
-        f"{case.dtype}, remat {case.remat}, {case.flops() / 1e12:.4g} TFLOP a step\n"
+        f"{case.dtype}, remat {case.remat}, {case.flops() / 1e12:.4g} TFLOP per step\n"
         f"on {jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} threads"
     )
 
 
 def check(losses: dict[str, list[float]], tolerance: float) -> None:
-    """Refuses to compare what computes something else."""
-    wanted = np.array(losses["ours"])
+    """Checks that all sides have the same losses."""
+    ours = np.array(losses["ours"])
     for name, values in losses.items():
-        error = np.max(np.abs(np.array(values) / wanted - 1))
-        print(f"losses, {name}: {', '.join(f'{x:.6f}' for x in values)}; apart {error:.1e}")
+        error = np.max(np.abs(np.array(values) / ours - 1))
+        values = ", ".join(f"{x:.6f}" for x in values)
+        print(f"losses, {name}: {values}; relative difference {error:.1e}")
         if not error <= tolerance:
-            raise cli.UserError(f"{name} does not compute what ours does; {tolerance:.0e} may be.")
+            raise cli.UserError(
+                f"the losses of {name} differ from ours by more than {tolerance:.0e}."
+            )
 
 
 def report(case: Case, times: dict[str, list[float]]) -> None:
     peak = chip_of(jax.devices()[0].device_kind).peak_flops
     ours = statistics.median(times["ours"])
-    print(
-        f"\n{'':10}{'median':>12}{'least':>12}{'quartiles':>11}{'TFLOP/s':>10}{'MFU':>8}{'ratio':>8}"
-    )
+    print(f"\n{'':10}{'median':>12}{'minimum':>12}{'IQR':>11}{'TFLOP/s':>10}{'MFU':>8}{'ratio':>8}")
     for name, seconds in times.items():
         median = statistics.median(seconds)
         low, high = np.percentile(seconds, [25, 75])

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From fifty steps to four, measured: LADD and ADD from the quickstart's teacher, three seeds each.
-# Needs what launch/quickstart.sh leaves in runs/quickstart. Two CPU cores take about an hour.
-# Stopped and started again, it goes on where it was; delete runs/distillation to start anew.
+# Distils the quickstart's teacher with LADD and ADD, three seeds each, and tabulates the results.
+# Needs the outputs of launch/quickstart.sh in runs/quickstart. Takes about an hour on two CPU cores.
+# If interrupted, run it again to resume; delete runs/distillation to start over.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"

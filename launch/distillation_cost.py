@@ -1,12 +1,12 @@
-"""What a training step of LADD costs beside one of ADD: time and memory, in one process.
+"""Compares the time and memory of a training step of LADD and of ADD.
 
     python launch/distillation_cost.py [--size=128] [--rows=2] [--rounds=5]
 
-Both train the same student from the same teacher on rows of a target and its context, of the same
-size in pixels. LADD reads latents and looks through the teacher; ADD encodes, decodes with FLUX's
-autoencoder, and looks through DINOv2 (ViT-S at 224 pixels). Weights are random, for what a step
-costs does not depend on them. Time is the median of steps taken in turns; memory is what the
-compiled step needs at its fullest, of this device.
+Both train the same student from the same teacher, on rows of one target and one context of the same
+size in pixels. LADD reads latents, and its discriminator sees features of the teacher. ADD encodes
+and decodes images with FLUX's autoencoder, and its discriminator sees features of DINOv2 (ViT-S at
+224 pixels). Weights are random, since the cost of a step does not depend on them. The two steps
+alternate in one process; the time is the median. Memory is the peak of the compiled step.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from kontext_jax.training.train_state import (
 
 
 def configs(size: int, rows: int) -> dict[str, Config]:
-    """Equal but for what looks at the student's images."""
+    """Returns a LADD and an ADD config that differ only in the discriminator's input."""
     transformer = FluxConfig(
         hidden_size=384,
         num_heads=6,
@@ -79,7 +79,7 @@ def configs(size: int, rows: int) -> dict[str, Config]:
 
 
 def frozen_of(config: Config) -> dict:
-    """Random networks for the names that the objective uses."""
+    """Returns the shapes of the frozen networks that the objective uses, by name."""
     kinds = {
         "autoencoder": (Autoencoder, AutoencoderConfig.flux(dtype="float32")),
         "teacher": (Flux, config.objective.transformer),
@@ -94,8 +94,8 @@ def frozen_of(config: Config) -> dict:
     }
 
 
-def filled(tree):
-    """Arrays for shapes, of numbers of the size of weights."""
+def random_weights(tree):
+    """Returns random arrays with the shapes of ``tree``, with the scale of weights."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32)), tree
@@ -103,7 +103,7 @@ def filled(tree):
 
 
 class Recipe:
-    """One objective's compiled step, ready to be run."""
+    """The compiled train step of an objective, and its arguments."""
 
     def __init__(self, config: Config):
         objective = config.make_objective()
@@ -113,23 +113,23 @@ class Recipe:
         rows = config.data.batch_size
         self._batch = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * rows), row_of(config))
         self._state = init_state(objective, optimizers, mesh, seed=0)
-        self._frozen = filled(frozen_of(config))
+        self._frozen = random_weights(frozen_of(config))
         step = jit_train_step(objective, optimizers, config.optim, 0, shardings)
         with jax.set_mesh(mesh):
             self._step = step.lower(self._state, self._frozen, self._batch).compile()
 
     def run(self) -> float:
-        """Seconds of a step."""
-        began = time.monotonic()
+        """Runs a step and returns its time in seconds."""
+        start = time.monotonic()
         self._state, _ = jax.block_until_ready(self._step(self._state, self._frozen, self._batch))
-        return time.monotonic() - began
+        return time.monotonic() - start
 
     def memory(self) -> dict[str, float]:
-        """GB at the fullest moment, and how much of it is neither state, nor frozen, nor batch."""
-        used = self._step.memory_analysis()
-        temporaries = used.temp_size_in_bytes
-        outputs = used.output_size_in_bytes - used.alias_size_in_bytes
-        peak = used.argument_size_in_bytes + outputs + temporaries
+        """Returns the peak memory in GB, and the part of it that is temporary."""
+        usage = self._step.memory_analysis()
+        temporaries = usage.temp_size_in_bytes
+        outputs = usage.output_size_in_bytes - usage.alias_size_in_bytes
+        peak = usage.argument_size_in_bytes + outputs + temporaries
         return {"peak": peak / 1e9, "temporaries": temporaries / 1e9}
 
 
@@ -139,13 +139,13 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in recipes}
     for round_number in range(options.rounds + 1):
         for name, recipe in recipes.items():
-            took = recipe.run()
-            if round_number:  # the first warms up
-                seconds[name].append(took)
+            duration = recipe.run()
+            if round_number:  # the first round is a warm-up
+                seconds[name].append(duration)
     for name, recipe in recipes.items():
         memory = recipe.memory()
         print(
-            f"{name:5} {statistics.median(seconds[name]):8.2f} s a step, "
+            f"{name:5} {statistics.median(seconds[name]):8.2f} s per step, "
             f"{memory['peak']:.2f} GB, {memory['temporaries']:.2f} GB of it temporary"
         )
     ratio = statistics.median(seconds["ADD"]) / statistics.median(seconds["LADD"])
@@ -154,6 +154,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("size", 128, "height and width in pixels, a multiple of 16")
-    flags.DEFINE_integer("rows", 2, "of a step")
-    flags.DEFINE_integer("rounds", 5, "timed steps of each")
+    flags.DEFINE_integer("rows", 2, "rows per step")
+    flags.DEFINE_integer("rounds", 5, "number of timed steps of each objective")
     cli.run("distillation_cost", main)

@@ -1,4 +1,4 @@
-"""The cells of several evaluations in one table: means and, in brackets, the least and the most.
+"""Prints a table of the cells of several evaluations: each mean and, in brackets, its range.
 
 python launch/distillation_table.py runs/distillation/eval-{0,1,2}/summary.json
 """
@@ -9,19 +9,16 @@ import sys
 from pathlib import Path
 
 COLUMNS = {
-    "carried out, %": (lambda cell: 100 * cell["metrics"]["edit_success"]["category"]["all"][0], 1),
-    "the rest kept, %": (
-        lambda cell: 100 * cell["metrics"]["preservation"]["category"]["all"][0],
-        1,
-    ),
+    "edit success, %": (lambda cell: 100 * _mean(cell, "edit_success"), 1),
+    "rest preserved, %": (lambda cell: 100 * _mean(cell, "preservation"), 1),
     "FD": (lambda cell: cell["whole"]["fd_efflite0"], 0),
-    "seconds an image": (lambda cell: cell["speed"].get("seconds_per_image", 0.0), 4),
+    "seconds per image": (lambda cell: cell["speed"].get("seconds_per_image", 0.0), 4),
 }
-"""The value of a cell on the set "edits", and its digits behind the point."""
+"""title -> (function from a cell's results on the set "edits" to a value, decimal places)."""
 
 
 def table(summaries: list[dict]) -> str:
-    """Markdown; the cells are those of the first evaluation, in its order."""
+    """Returns a Markdown table of the cells of the first evaluation, in its order."""
     scores = [
         {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
         for summary in summaries
@@ -29,17 +26,22 @@ def table(summaries: list[dict]) -> str:
     lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for name in scores[0]:
         entries = [
-            _entry([value(of[name]) for of in scores], digits) for value, digits in COLUMNS.values()
+            _entry([value(score[name]) for score in scores], digits)
+            for value, digits in COLUMNS.values()
         ]
         lines.append(f"| {name} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
 
+def _mean(cell: dict, metric: str) -> float:
+    return cell["metrics"][metric]["category"]["all"][0]
+
+
 def _entry(values: list[float], digits: int) -> str:
-    mean, least, most = (
+    mean, low, high = (
         f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values))
     )
-    return mean if least == most else f"{mean} ({least}–{most})"
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-# Sourced by the other scripts: makes .venv beside the README if need be, and activates it.
-# Any Python from 3.11 on will do; PYTHON names one. Nothing outside .venv is changed.
+# Sourced by the other scripts: creates .venv next to the README if necessary, and activates it.
+# Needs Python 3.11 or newer; set PYTHON to choose one. Changes nothing outside of .venv.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python3}"
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  echo "Python 3.11 or newer is needed; '$python' is not. Set PYTHON=/path/to/python3.11." >&2
+  echo "Python 3.11 or newer is required, but '$python' is not: set PYTHON=/path/to/python3.11." >&2
   exit 1
 fi
 
 stamp=.venv/installed
 if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
-  echo "installing into .venv (once; two minutes or so)"
+  echo "installing into .venv (once; takes about two minutes)"
   "$python" -m venv .venv
   .venv/bin/python -m pip install -qq --upgrade pip
   .venv/bin/python -m pip install -qq --editable '.[emoji]' --group dev
@@ -19,7 +19,7 @@ if [[ ! -f $stamp || pyproject.toml -nt $stamp ]]; then
 fi
 source .venv/bin/activate
 
-install_extra() { # NAME...: installs more extras of pyproject.toml, once
+install_extra() { # NAME...: installs extras of pyproject.toml, once
   local names stamp
   names=$(IFS=, && echo "$*")
   stamp=.venv/installed-$names

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained editing model and its report, on two CPU cores in 20 minutes: a
-# procedural data set, an autoencoder, a flow-matching transformer on its latents, a student of it
-# that needs one step where it needs twelve, an evaluation.
-# Stopped and started again, it goes on where it was; delete runs/quickstart to start anew.
+# Trains and evaluates a small editing model from a fresh clone, in 20 minutes on two CPU cores:
+# a procedural data set, an autoencoder, a flow-matching transformer on its latents, a student that
+# needs one step where the transformer needs twelve, and an evaluation with a report.
+# If interrupted, run it again to resume; delete runs/quickstart to start over.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 run=runs/quickstart
-times=$run/seconds # of each stage; one that was stopped counts from its last start
+times=$run/seconds # per stage; an interrupted stage counts from its last start
 mkdir -p $run
 [[ -f $times ]] || echo "install=$SECONDS" >$times
 
-stage() { # NAME COMMAND...: runs the command and notes its time
+stage() { # NAME COMMAND...: runs the command and records its time
   local name=$1 started=$SECONDS
   shift
   printf '\n== %s: %s\n' "$name" "$*"

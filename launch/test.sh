@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests on a machine that has nothing but Python: the fast ones, or with --all every one,
-# for which PyTorch, the TPU compiler, and all that metrics need are installed too. Those that compare
-# networks of metrics with PyTorch's want `pip install --group references` besides, see
-# pyproject.toml. Further arguments go to pytest: launch/test.sh -k packing
+# Runs the linter and the fast tests; needs only Python. With --all, runs every test, after installing
+# PyTorch, the TPU compiler and the metrics' dependencies. Tests that compare the metrics' networks
+# with PyTorch's also need `pip install --group references`, see pyproject.toml.
+# Further arguments are passed to pytest, e.g. launch/test.sh -k packing
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 

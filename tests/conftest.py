@@ -1,4 +1,4 @@
-"""Every test runs strictly: eight CPU devices, no silent promotion of dtypes or ranks."""
+"""Shared fixtures. Tests run on eight CPU devices, without implicit dtype or rank promotion."""
 
 import functools
 import os
@@ -14,8 +14,8 @@ import pytest
 from absl import flags
 from flax import nnx
 
-# Networks here are so small that compiling them is what takes time; unoptimised it takes half.
-# Eight devices on a few busy cores may be late to meet: XLA would end the process after 40 s.
+# The networks are tiny, so compilation dominates, and without optimisation it takes half the time.
+# On a few busy cores, a device may reach a collective late; by default XLA aborts after 40 s.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -26,11 +26,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-flags.FLAGS.mark_as_parsed()  # Grain's worker processes ask for flags
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags
 
 
-def _leniently(make_optimizer):
-    """Optax promotes dtypes itself; all that is not Optax stays strict."""
+def _with_promotion(make_optimizer):
+    """Lets an optimizer promote dtypes and ranks, which Optax relies on; the rest stays strict."""
 
     def make(*args, **kwargs):
         optimizer = make_optimizer(*args, **kwargs)
@@ -44,10 +44,10 @@ def _leniently(make_optimizer):
     return make
 
 
-optax.adamw = _leniently(optax.adamw)
-optax.adafactor = _leniently(optax.adafactor)
-optax.scale_by_rms = _leniently(optax.scale_by_rms)
-optax.scale_by_learning_rate = _leniently(optax.scale_by_learning_rate)
+optax.adamw = _with_promotion(optax.adamw)
+optax.adafactor = _with_promotion(optax.adafactor)
+optax.scale_by_rms = _with_promotion(optax.scale_by_rms)
+optax.scale_by_learning_rate = _with_promotion(optax.scale_by_learning_rate)
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +62,10 @@ def emoji_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def random_network():
-    """A function from a maker of networks to one without zeros and ones, which hide mistakes.
+    """A function ``(make_network, seed) -> network`` with random values in every parameter.
 
-    Its numbers are NumPy's: XLA takes half a minute to compile what draws an autoencoder's.
+    Default zeros and ones would hide mistakes. The values are drawn with NumPy, because XLA takes
+    half a minute to compile an autoencoder's initialisation.
     """
 
     def make(make_network, seed: int = 0):
@@ -86,7 +87,7 @@ def random_network():
 
 @pytest.fixture(scope="session")
 def world_folder(tmp_path_factory) -> Path:
-    """A data set of 40 edits of 32 pixels to train on and 6 to validate."""
+    """A data set of 32-pixel edits: 40 for training and 6 for validation."""
     from kontext_jax.data import store
     from kontext_jax.toy_data import world
 
@@ -98,10 +99,11 @@ def world_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def flux_tokenizers(tmp_path_factory) -> Path:
-    """Small tokenizers of FLUX's kinds, in its folders: CLIP's ``tokenizer``, T5's ``tokenizer_2``.
+    """Small tokenizers in FLUX's layout: CLIP's in ``tokenizer``, T5's in ``tokenizer_2``.
 
-    CLIP's vocabulary is `ClipConfig.tiny`'s: bytes, bytes that end a word, six merges, the start
-    518 and the end 519, which also pads. T5's has three words, and letters: pad 0, end 1.
+    CLIP's vocabulary is that of `ClipConfig.tiny`: bytes, bytes at the end of a word, six merges,
+    start token 518, and end token 519, which also pads. T5's has three words and single characters;
+    the pad token is 0 and the end token 1.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from tokenizers.pre_tokenizers import ByteLevel
@@ -123,13 +125,13 @@ def flux_tokenizers(tmp_path_factory) -> Path:
     return folder
 
 
-def _new(model, config):
+def _new_network(model, config):
     return model(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session")
 def pipeline_folder(random_network, flux_tokenizers, tmp_path_factory) -> Path:
-    """A whole FluxKontextPipeline with networks as small as can be, of 8 pixels a token."""
+    """A complete FluxKontextPipeline of tiny networks, with 8 pixels per token."""
     from kontext_jax.flow import TimeConfig
     from kontext_jax.models.autoencoder import AutoencoderConfig
     from kontext_jax.models.clip import ClipConfig
@@ -153,7 +155,7 @@ def pipeline_folder(random_network, flux_tokenizers, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "pipeline"
     for seed, (name, config) in enumerate(configs.items()):
         kind = NETWORKS[name]
-        network = random_network(functools.partial(_new, kind.model, config), seed)
+        network = random_network(functools.partial(_new_network, kind.model, config), seed)
         export.write_diffusers(ArrayReader(kind, network), folder / kind.folder, {})
         if name in pipeline.TOKENIZERS:
             tokenizer = pipeline.TOKENIZERS[name]
@@ -164,9 +166,9 @@ def pipeline_folder(random_network, flux_tokenizers, tmp_path_factory) -> Path:
 
 
 class Recipe(NamedTuple):
-    """An objective with networks for it, and ``rows(numbers)``: a batch of so many examples a row.
+    """An objective and its networks; ``rows(counts)`` packs ``counts[i]`` examples into row i.
 
-    All sizes divide by eight, so that eight devices can split every array.
+    All sizes are multiples of eight, so that eight devices can shard every array.
     """
 
     objective: Any
@@ -177,7 +179,7 @@ class Recipe(NamedTuple):
 
 @pytest.fixture(scope="session")
 def recipe(random_network) -> Recipe:
-    """Flow matching with networks as small as can be, on edits of 16 pixels."""
+    """Flow matching with tiny networks, on 16-pixel edits."""
     from kontext_jax.data.packing import PackingConfig
     from kontext_jax.data.pipeline import DataConfig, assemble
     from kontext_jax.geometry import GeometryConfig
@@ -212,19 +214,19 @@ def recipe(random_network) -> Recipe:
         packing=PackingConfig(image_tokens=24, text_tokens=24, max_examples=3),
     )
 
-    def rows(numbers: Sequence[int], seed: int = 0):
+    def rows(counts: Sequence[int], seed: int = 0):
         rng = np.random.default_rng(seed)
 
-        def example(number: int) -> Example:
+        def example(index: int) -> Example:
             images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
             ids = rng.integers(3, 259, 8).astype(np.int32)
-            return Example(f"{number}", images[0], tuple(images[1 : 1 + number % 2]), ids)
+            return Example(f"{index}", images[0], tuple(images[1 : 1 + index % 2]), ids)
 
         assembled, first = [], 0
-        for number in numbers:
-            ids = list(range(first, first + number))
+        for count in counts:
+            ids = list(range(first, first + count))
             assembled.append(assemble([example(i) for i in ids], ids, {"16x16": 6}, data))
-            first += number
+            first += count
         return jax.tree.map(lambda *leaves: np.stack(leaves), *assembled)
 
     return Recipe(objective, params, {"autoencoder": autoencoder}, rows)

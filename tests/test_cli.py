@@ -1,5 +1,6 @@
-"""The commands, as a user types them: the whole path, and what a mistake looks like."""
+"""The commands as a user types them: the full path, error messages and exit codes."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kontext_jax import __main__ as kontext
 from kontext_jax import cli
 from kontext_jax.config import Config
 from kontext_jax.evaluate import EvalConfig
@@ -20,44 +22,41 @@ from kontext_jax.sampling.provenance import read_provenance
 ROOT = Path(__file__).parents[1]
 
 
-def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+def python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", f"kontext_jax.{module}", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
 
 
-def ok(module: str, *arguments: str) -> str:
-    done = run(module, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def output_of(module: str, *arguments: str) -> str:
+    """What a command prints; it must succeed."""
+    process = python("-m", f"kontext_jax.{module}", *arguments)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
-def refused(module: str, *arguments: str) -> str:
-    """The one line that a mistake gets."""
-    done = run(module, *arguments)
-    assert done.returncode == 1
-    lines = done.stderr.strip().splitlines()
-    assert lines and "Traceback" not in done.stderr
+def error_of(module: str, *arguments: str) -> str:
+    """The last line of a command's error, which must not be a traceback."""
+    process = python("-m", f"kontext_jax.{module}", *arguments)
+    assert process.returncode == 1
+    lines = process.stderr.strip().splitlines()
+    assert lines and "Traceback" not in process.stderr
     return lines[-1]
 
 
 @pytest.mark.slow
-def test_the_whole_path_from_nothing_to_a_report(tmp_path):
+def test_full_path_from_data_to_report(tmp_path):
     data, autoencoder, flow = (str(tmp_path / name) for name in ("world", "autoencoder", "flow"))
     sizes = ["--num_train=48", "--num_validation=12"]
-    ok("data.build", "--source=world", f"--output={data}", *sizes)
+    output_of("data.build", "--source=world", f"--output={data}", *sizes)
     common = [f"--config.data.path={data}", "--config.num_steps=2", "--config.log_every=1"]
-    ok(
+    output_of(
         "train",
         "--config=configs/quickstart.py:autoencoder",
         f"--workdir={autoencoder}",
         *common,
     )
-    ok(
+    output_of(
         "train",
         "--config=configs/quickstart.py",
         f"--workdir={flow}",
@@ -68,20 +67,20 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
     context = tmp_path / "context.png"
     Image.fromarray(np.full((40, 30, 3), 200, np.uint8)).save(context)
     settings = ["--prompt=make it night, 夜", f"--context={context}", "--num_steps=2"]
-    ok("sample", f"--checkpoint={flow}", *settings, f"--output={image}")
-    with Image.open(image) as made:
-        assert made.size == (32, 32)
+    output_of("sample", f"--checkpoint={flow}", *settings, f"--output={image}")
+    with Image.open(image) as sample:
+        assert sample.size == (32, 32)
     record = read_provenance(image)
     assert record["prompt"] == "make it night, 夜"
     fingerprint = record["model"]["transformer"][0]
     assert len(fingerprint) == 16 and record["num_steps"] == 2
     assert tmp_path.name not in image.read_bytes().decode("latin-1")
 
-    exported, again = tmp_path / "exported", tmp_path / "again.png"
-    said = ok("convert", f"--input={flow}", f"--output={exported}", "--format=diffusers")
-    assert f"transformer: fingerprint {fingerprint}" in said
-    ok("sample", f"--checkpoint={exported}", *settings, f"--output={again}")
-    assert image.read_bytes() == again.read_bytes()  # picture and record
+    exported, second_image = tmp_path / "exported", tmp_path / "second.png"
+    output = output_of("convert", f"--input={flow}", f"--output={exported}", "--format=diffusers")
+    assert f"transformer: fingerprint {fingerprint}" in output
+    output_of("sample", f"--checkpoint={exported}", *settings, f"--output={second_image}")
+    assert image.read_bytes() == second_image.read_bytes()  # pixels and record
 
     config = tmp_path / "eval.py"
     config.write_text(
@@ -101,22 +100,24 @@ def test_the_whole_path_from_nothing_to_a_report(tmp_path):
         f"        sets=(edits,), loss_sets=(edits,), curves=(('flow', {flow!r}),))\n"
     )
     out = tmp_path / "out"
-    table = ok("evaluate", f"--config={config}", f"--workdir={out}", "--seconds=data=1,flow=2")
+    table = output_of(
+        "evaluate", f"--config={config}", f"--workdir={out}", "--seconds=data=1,flow=2"
+    )
     assert "edits: 12 tasks" in table and "edit carried out" in table
     summary = json.loads((out / "summary.json").read_text())
-    found = {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
-    assert list(found) == ["model", "exported", "copy", "new"]
-    assert found["copy"]["metrics"]["edit_success"]["category"]["all"][0] == 0
-    assert found["copy"]["metrics"]["preservation"]["category"]["all"][0] == 1
-    scores = [(out / f"cells/edits/{name}/scores.jsonl").read_text() for name in found]
-    assert scores[0] == scores[1] != scores[3]  # the same pictures, to the last bit
+    results = {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
+    assert list(results) == ["model", "exported", "copy", "new"]
+    assert results["copy"]["metrics"]["edit_success"]["category"]["all"][0] == 0
+    assert results["copy"]["metrics"]["preservation"]["category"]["all"][0] == 1
+    scores = [(out / f"cells/edits/{name}/scores.jsonl").read_text() for name in results]
+    assert scores[0] == scores[1] != scores[3]  # the same images, bit by bit
     assert [len(text.splitlines()) for text in scores] == [12] * 4
     means = [losses["mean"] for losses in summary["losses"]["edits"].values()]
     assert len(means) == 2 and means[0] == means[1]
     page = (out / "report.html").read_text()
     assert "data:image/png;base64" in page and "<svg" in page
-    assert not re.search(r"(src|href)=['\"]?(http|//)", page)  # nothing is fetched
-    assert "Field nonsense" in refused(
+    assert not re.search(r"(src|href)=['\"]?(http|//)", page)  # loads nothing from elsewhere
+    assert "Field nonsense" in error_of(
         "train", "--config=configs/quickstart.py", "--config.nonsense=1", "--workdir=x"
     )
 
@@ -135,17 +136,41 @@ run(sys.argv.pop(1), body)
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("train", "train: stopped; the same command goes on."),
-        ("evaluate", "evaluate: stopped; the same command goes on."),
-        ("encode", "encode: stopped; the same command goes on."),
+        ("train", "train: stopped; the same command resumes it."),
+        ("evaluate", "evaluate: stopped; the same command resumes it."),
+        ("encode", "encode: stopped; the same command resumes it."),
         ("sample", "sample: stopped."),
     ],
 )
-def test_who_stops_a_command_is_told_whether_it_can_go_on(name, sentence):
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, name], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr, done.stdout) == (130, f"{sentence}\n", "")
+def test_interrupted_command_says_whether_it_can_be_resumed(name, sentence):
+    process = python("-c", INTERRUPTED, name)
+    assert (process.returncode, process.stderr, process.stdout) == (130, f"{sentence}\n", "")
+
+
+FAILING = """
+import pkgutil, sys
+from kontext_jax.cli import run
+
+def body():
+    raise pkgutil.resolve_name(error)("the reason and the fix.")
+
+error = sys.argv.pop(1)
+run("train", body)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        ("kontext_jax.training.preemption:Preempted", 75),
+        ("kontext_jax.cli:UserError", 1),
+        ("builtins:ValueError", 1),
+    ],
+)
+def test_error_has_its_exit_code_and_one_sentence(error, exit_code):
+    process = python("-c", FAILING, error)
+    expected = (exit_code, "train: the reason and the fix.\n", "")
+    assert (process.returncode, process.stderr, process.stdout) == expected
 
 
 @pytest.mark.parametrize(
@@ -156,7 +181,7 @@ def test_who_stops_a_command_is_told_whether_it_can_go_on(name, sentence):
         ["-config", "configs/no.py", "--workdir=x"],
     ],
 )
-def test_a_config_file_that_is_missing_is_named_in_every_form(arguments):
+def test_missing_config_file_is_named(arguments):
     with pytest.raises(ValueError, match=r"^there is no config file configs/no\.py\.$"):
         cli.check_config_file(["train", *arguments])
 
@@ -170,22 +195,60 @@ def test_a_config_file_that_is_missing_is_named_in_every_form(arguments):
         [],
     ],
 )
-def test_config_files_that_are_there_are_passed_on(arguments, monkeypatch):
+def test_existing_config_file_is_accepted(arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
     cli.check_config_file(["train", *arguments])
 
 
-def test_a_config_of_another_command_is_named_with_its_own():
+@pytest.mark.parametrize(
+    ("arguments", "flag"),
+    [
+        (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run"),
+        (["--workdir", "gs://bucket/run"], "--workdir=gs://bucket/run"),
+        (["--config.data.path=s3://bucket/data"], "--config.data.path=s3://bucket/data"),
+        (["--prompt=make it red", "--output=gs://bucket/a.png"], "--output=gs://bucket/a.png"),
+    ],
+)
+def test_url_is_refused_as_a_path(arguments, flag):
+    message = f"^{re.escape(flag)}: only local paths are supported; mount the bucket"
+    with pytest.raises(ValueError, match=message):
+        cli.check_local_flags(["train", *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prompt=gs://bucket/run as a neon sign"],
+        ["--prompt", "https://example.org on a poster"],
+        ["--workdir=/mnt/bucket/run", "--checkpoint", "runs/flow@5000"],
+        ["--config=configs/quickstart.py:flow", "--config.data.path=data:/world"],
+        [],
+    ],
+)
+def test_local_path_is_accepted(arguments):
+    cli.check_local_flags(["train", *arguments])
+
+
+def test_url_stops_a_command_before_it_starts():
+    command = "from kontext_jax.cli import run; run('train', lambda: print('started'))"
+    process = python("-c", command, "--workdir=gs://bucket/run")
+    assert (process.returncode, process.stdout) == (1, "")
+    [line] = process.stderr.splitlines()
+    assert line.startswith("train: --workdir=gs://bucket/run: only local paths are supported;")
+
+
+def test_config_of_another_command_is_refused_with_its_command():
     cli.check_config(Config(), Config)
-    with pytest.raises(cli.UserError, match="the kind Config, .* run kontext_jax.train with it"):
+    message = "^--config returns Config, not EvalConfig: run kontext_jax.train with it.$"
+    with pytest.raises(cli.UserError, match=message):
         cli.check_config(Config(), EvalConfig)
     sweep = EvalConfig(
         cells=(Cell(name="copy", baseline="copy"),), sets=(SetConfig(name="x", path="x"),)
     )
-    message = "^--config makes the kind EvalConfig, not Config: run kontext_jax.evaluate with it.$"
+    message = "^--config returns EvalConfig, not Config: run kontext_jax.evaluate with it.$"
     with pytest.raises(cli.UserError, match=message):
         cli.check_config(sweep, Config)
-    with pytest.raises(cli.UserError, match="makes the kind int, not Config: give another file"):
+    with pytest.raises(cli.UserError, match="returns int, not Config: give another file"):
         cli.check_config(3, Config)
 
 
@@ -198,14 +261,14 @@ def test_a_config_of_another_command_is_named_with_its_own():
         (["train", "--config=configs/quickstart.py:no"], "no variant 'no'"),
         (["train", "--config=configs/quickstart.py", "--workdir=x"], "There is no data set in"),
         (["sample", "--checkpoint=no", "--output=a.png"], "There are no weights at 'no'"),
-        (["sample", "--checkpoint=no", "--output=a"], "no ending of an image format"),
+        (["sample", "--checkpoint=no", "--output=a"], "needs the suffix of an image format"),
         (["sample", "--checkpoint=no", "--output=a.png", "--context=b.png"], "no image b.png"),
         (["sample", "--checkpoint=no", "--output=a.png", "--strength=0.5"], "name it with --init."),
         (["sample", "--checkpoint=no", "--output=a.png", "--strength=2"], "at most 1"),
         (["evaluate", "--workdir=x"], "evaluate: give --config"),
         (
             ["evaluate", "--workdir=x", "--config=configs/quickstart.py"],
-            "evaluate: --config makes the kind Config, not EvalConfig: run kontext_jax.train",
+            "evaluate: --config returns Config, not EvalConfig: run kontext_jax.train",
         ),
         (
             ["convert", "--input=no", "--output=x", "--format=bfl"],
@@ -222,5 +285,38 @@ def test_a_config_of_another_command_is_named_with_its_own():
         ),
     ],
 )
-def test_a_mistake_gets_one_sentence(arguments, sentence):
-    assert sentence in refused(*arguments)
+def test_mistake_is_explained_in_one_sentence(arguments, sentence):
+    assert sentence in error_of(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]], ids=str)
+def test_usage_lists_every_verb(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kontext", *arguments])
+    kontext.main()
+    lines = capsys.readouterr().out.splitlines()
+    summaries = [line.split(maxsplit=1) for line in lines if line.startswith("  ")]
+    assert summaries == [[verb, summary] for verb, (_, summary) in kontext.COMMANDS.items()]
+
+
+@pytest.mark.parametrize("verb", kontext.COMMANDS)
+def test_every_verb_has_a_module(verb):
+    module, _ = kontext.COMMANDS[verb]
+    assert importlib.util.find_spec(module)
+
+
+def test_unknown_verb_is_refused():
+    process = python("-m", "kontext_jax", "tarin", "--workdir=x")
+    assert (process.returncode, process.stdout) == (1, "")
+    verbs = "build, train, encode, sample, evaluate, compile, convert"
+    assert process.stderr == f"kontext: there is no verb 'tarin'; the verbs are {verbs}.\n"
+
+
+@pytest.mark.slow
+def test_verb_runs_its_module():
+    arguments = ["--checkpoint=no", "--output=a"]
+    verb, module = (
+        python("-m", *command, *arguments)
+        for command in (["kontext_jax", "sample"], ["kontext_jax.sample"])
+    )
+    assert (verb.returncode, verb.stderr) == (module.returncode, module.stderr)
+    assert verb.returncode == 1 and "suffix of an image format" in verb.stderr

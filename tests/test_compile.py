@@ -20,7 +20,7 @@ from kontext_jax.chips import CHIPS
 from kontext_jax.compilation import hlo
 from kontext_jax.config import Config
 from kontext_jax.data import latents
-from kontext_jax.data.latents import Encoded, LatentsConfig, Settings
+from kontext_jax.data.latents import EncodedExample, LatentsConfig, StoreSettings
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
 from kontext_jax.data.sources import TripleSource
@@ -75,15 +75,15 @@ def store_of(data: DataConfig, folder: Path) -> DataConfig:
     folder.mkdir()
     source, zeros = TripleSource(data.path, data.split), np.zeros((16, CHANNELS), latents.DTYPE)
 
-    def encoded(triple: Triple) -> Encoded:
+    def encoded(triple: Triple) -> EncodedExample:
         image = Latents((32, 32), zeros)
-        return Encoded(triple.id, image, (image,) * len(triple.contexts))
+        return EncodedExample(triple.id, image, (image,) * len(triple.contexts))
 
     latents.write_chunk(latents.chunk_path(folder, data.split, 0, 1), map(encoded, source))
-    settings = Settings(
+    settings = StoreSettings(
         data=source.fingerprint,
         split=data.split,
-        geometry=latents.plain(data.geometry),
+        geometry=latents.as_json(data.geometry),
         networks={},
     )
     latents.finish(folder, settings, CHANNELS, 1)

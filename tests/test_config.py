@@ -1,3 +1,5 @@
+"""The files of configs/, and the checks of settings."""
+
 import dataclasses
 import functools
 import os
@@ -50,6 +52,7 @@ IDS = [f"{name}-{variant}" for name, variant, _ in RUNS]
 
 
 def flat(values: dict, prefix: str = "") -> list[str]:
+    """One line per setting, sorted."""
     lines = []
     for name, value in sorted(values.items()):
         if isinstance(value, dict):
@@ -60,8 +63,8 @@ def flat(values: dict, prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=IDS)
-def test_golden_configs(name, variant, make):
-    """Any change of a run shows in a diff; UPDATE_GOLDEN=1 rewrites the snapshots."""
+def test_config_equals_its_snapshot(name, variant, make):
+    """Snapshots show every change of a run in a diff; UPDATE_GOLDEN=1 rewrites them."""
     text = "\n".join(flat(to_dict(make()))) + "\n"
     path = GOLDEN / f"{name}-{variant}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
@@ -70,20 +73,20 @@ def test_golden_configs(name, variant, make):
     assert path.read_text() == text
 
 
-def test_every_config_has_a_snapshot_and_is_tested():
+def test_every_config_is_tested_and_has_a_snapshot():
     files = {path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.py")}
     assert files == {name for name, _, _ in RUNS} | set(EVALUATIONS)
     assert {path.stem for path in GOLDEN.glob("*.txt")} == {f"{n}-{v}" for n, v, _ in RUNS}
 
 
 @pytest.mark.parametrize(("name", "variant", "make"), RUNS, ids=IDS)
-def test_configs_survive_json(name, variant, make):
+def test_config_survives_json(name, variant, make):
     config = make()
     assert from_dict(to_dict(config), Config) == config
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)
-def test_evaluations_survive_json(name):
+def test_evaluation_survives_json(name):
     config = EVALUATIONS[name].get_config()
     values = to_dict(config)
     assert from_dict(values, EvalConfig) == config
@@ -93,7 +96,7 @@ def test_evaluations_survive_json(name):
 
 
 def test_validated_settings_are_frozen():
-    """Compiled programs are keyed by their settings."""
+    """Compiled programs are keyed by them."""
     config = validated(Config())
     for frozen in (config, config.optim, config.objective.transformer):
         with pytest.raises(AttributeError, match=f"{type(frozen).__name__}.seed is frozen"):
@@ -103,14 +106,14 @@ def test_validated_settings_are_frozen():
     assert (config.optim.b1, changed.optim.b1) == (0.9, 0.7)
 
 
-def test_unknown_settings_are_refused():
+def test_unknown_setting_is_refused():
     values = to_dict(Config())
     values["optim"]["lr"] = 1
     with pytest.raises(ValueError, match="OptimConfig has no setting lr"):
         from_dict(values, Config)
 
 
-def test_unknown_variants_are_refused():
+def test_unknown_variant_is_refused():
     with pytest.raises(ValueError, match="no variant 'flo'; there are autoencoder, flow"):
         pick(configs.quickstart.VARIANTS, "flo")
 
@@ -121,7 +124,7 @@ def test_profiled_steps():
 
 
 @pytest.mark.parametrize("steps", ["3", "5:5", "7:5", "0:3", "a:b", "-1:3", "1:2:3", " 1:2", "1:"])
-def test_profiled_steps_are_a_range(steps):
+def test_profile_steps_must_be_a_range(steps):
     with pytest.raises(ValueError, match=f"profile_steps '{steps}' must be first:end with 0 < fi"):
         Config(profile_steps=steps)
 
@@ -129,13 +132,15 @@ def test_profiled_steps_are_a_range(steps):
 @pytest.mark.parametrize(
     "make", [SheetConfig, ValidationConfig, functools.partial(Cell, name="x", checkpoint="y")]
 )
-def test_pictures_that_are_judged_cannot_start_from_the_truth(make):
-    with pytest.raises(ValueError, match="sampler.strength below 1 would start from the truth"):
+def test_scored_images_cannot_start_from_the_target(make):
+    with pytest.raises(
+        ValueError, match="sampler.strength below 1 would start from the target image"
+    ):
         make(sampler=SamplerConfig(strength=0.9))
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: Config(log_every=0), "log_every 0 must be 1 or more"),
         (lambda: Config(num_steps=0), "num_steps 0 must be 1 or more"),
@@ -148,6 +153,13 @@ def test_pictures_that_are_judged_cannot_start_from_the_truth(make):
         (lambda: DataConfig(caption_dropout=1.5), "data.caption_dropout 1.5 must be from 0 to 1"),
     ],
 )
-def test_numbers_out_of_range_are_named(make, said):
-    with pytest.raises(ValueError, match=f"^{said}"):
+def test_settings_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+def test_settings_that_are_urls_are_refused():
+    config = Config()
+    config.data.path = "gs://bucket/data"
+    with pytest.raises(ValueError, match="^config.data.path=gs://bucket/data: only local paths"):
+        validated(config)

@@ -1,4 +1,4 @@
-"""From a pipeline to a run and back, in every layout: whole folders, as the commands see them."""
+"""Tests of `convert` on full folders: from a pipeline to a run and back, in every layout."""
 
 import dataclasses
 import json
@@ -40,10 +40,9 @@ NAMES = ("transformer", "autoencoder", "text_encoder", "clip")
 
 @pytest.fixture(scope="module")
 def config(pipeline_folder, world_folder) -> Config:
-    """Fine-tuning of the whole pipeline's transformer; what Kontext from released weights looks
-    like."""
+    """A config that fine-tunes a pipeline's transformer, as with Kontext's released weights."""
     readers = locations.open_networks(pipeline_folder)
-    place = str(pipeline_folder)
+    location = str(pipeline_folder)
     settings = {
         name: dataclasses.replace(readers[name].config, dtype="float32", remat="none")
         for name in ("transformer", "text_encoder", "clip")
@@ -52,7 +51,7 @@ def config(pipeline_folder, world_folder) -> Config:
         objective=FlowMatchingConfig(
             **settings,
             init_from=FlowInit(
-                transformer=place, text_encoder=place, clip=place, autoencoder=place
+                transformer=location, text_encoder=location, clip=location, autoencoder=location
             ),
             guidance=2.5,
         ),
@@ -62,10 +61,10 @@ def config(pipeline_folder, world_folder) -> Config:
             geometry=GeometryConfig(sizes=((32, 32),), pixels_per_token=8),
             packing=PackingConfig(image_tokens=32, text_tokens=24, max_examples=1),
             text=TextConfig(
-                tokenizer=f"{place}/tokenizer_2",
+                tokenizer=f"{location}/tokenizer_2",
                 max_tokens=24,
                 pad=True,
-                clip_tokenizer=f"{place}/tokenizer",
+                clip_tokenizer=f"{location}/tokenizer",
             ),
         ),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=0, ema_decay=0.5),
@@ -83,53 +82,54 @@ def run(config, tmp_path_factory) -> Path:
     return workdir
 
 
-def fingerprints(place: Path) -> dict[str, str]:
-    return {name: fingerprint_of(reader) for name, reader in locations.open_networks(place).items()}
+def fingerprints(location: Path) -> dict[str, str]:
+    readers = locations.open_networks(location)
+    return {name: fingerprint_of(reader) for name, reader in readers.items()}
 
 
 def test_every_layout_holds_the_same_bits(pipeline_folder, tmp_path):
-    """With the times of [schnell], which are not the default."""
+    """With the schedule of [schnell], which is not the default."""
     pipeline_folder = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
     shutil.rmtree(pipeline_folder / "scheduler")
     write_scheduler(pipeline_folder, TimeConfig(shift="none"))
-    said = convert(pipeline_folder, tmp_path / "bfl", "bfl")
+    converted = convert(pipeline_folder, tmp_path / "bfl", "bfl")
     convert(tmp_path / "bfl", tmp_path / "orbax", "orbax")
-    convert(tmp_path / "orbax", tmp_path / "again", "diffusers")
-    assert set(said) == set(NAMES) and len(set(said.values())) == 4
-    for place in (pipeline_folder, tmp_path / "bfl", tmp_path / "orbax", tmp_path / "again"):
-        assert fingerprints(place) == said
+    convert(tmp_path / "orbax", tmp_path / "diffusers", "diffusers")
+    assert set(converted) == set(NAMES) and len(set(converted.values())) == 4
+    for location in (pipeline_folder, *(tmp_path / n for n in ("bfl", "orbax", "diffusers"))):
+        assert fingerprints(location) == converted
     before, after = (
         files.TensorFiles(folder / "transformer")
-        for folder in (pipeline_folder, tmp_path / "again")
+        for folder in (pipeline_folder, tmp_path / "diffusers")
     )
     assert before.entries.keys() == after.entries.keys()
     for name in before.entries:
         np.testing.assert_array_equal(before.read(name), after.read(name))
     for name in ("model_index.json", "scheduler/scheduler_config.json", "vae/config.json"):
-        assert (pipeline_folder / name).read_text() == (tmp_path / "again" / name).read_text()
+        assert (pipeline_folder / name).read_text() == (tmp_path / "diffusers" / name).read_text()
 
 
 @pytest.mark.slow
-def test_a_run_tells_where_its_weights_come_from(run, pipeline_folder, tmp_path):
-    said = convert(run, tmp_path / "diffusers", "diffusers")
+def test_exports_of_a_run_carry_its_record(run, pipeline_folder, tmp_path):
+    converted = convert(run, tmp_path / "diffusers", "diffusers")
     before = fingerprints(pipeline_folder)
-    assert [n for n in NAMES if before[n] != said[n]] == ["transformer"]  # the rest is frozen
+    assert [n for n in NAMES if before[n] != converted[n]] == ["transformer"]  # the rest is frozen
     convert(tmp_path / "diffusers", tmp_path / "orbax", "orbax")
     record = locations.open_network(tmp_path / "orbax", "transformer").record
     assert record["step"] == 2 and record["params"] == "ema"
-    assert record["fingerprint"] == said["transformer"]
+    assert record["fingerprint"] == converted["transformer"]
     assert record["position_scheme"] == "offset" and record["geometry"]["sizes"] == [[32, 32]]
     raw = convert(run, tmp_path / "raw.safetensors", "bfl", params="params", network="transformer")
-    assert raw["transformer"] != said["transformer"]
+    assert raw["transformer"] != converted["transformer"]
 
 
 @pytest.mark.slow
-def test_an_image_is_the_same_from_every_layout(run, tmp_path):
+def test_every_layout_gives_the_same_image(run, tmp_path):
     context = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
     sampler = SamplerConfig(num_steps=2, cfg_scale=2.0)
 
-    def image(place):
-        return sample.generate(str(place), "make it red", [context], sampler)[0]
+    def image(location):
+        return sample.generate(str(location), "make it red", [context], sampler)[0]
 
     expected = image(run)
     assert expected.std() > 1
@@ -138,21 +138,21 @@ def test_an_image_is_the_same_from_every_layout(run, tmp_path):
         np.testing.assert_array_equal(image(tmp_path / layout), expected)
 
 
-def test_a_cast_is_the_nearest_value(pipeline_folder, tmp_path):
+def test_a_cast_rounds_to_the_nearest_value(pipeline_folder, tmp_path):
     half = tmp_path / "half"
     convert(pipeline_folder, half, "diffusers", network="transformer", dtype="bfloat16")
     rounded, exact = (
-        locations.open_network(place, "transformer") for place in (half, pipeline_folder)
+        locations.open_network(location, "transformer") for location in (half, pipeline_folder)
     )
-    place = ("double_blocks/img_attn/qkv/kernel", 1)
-    assert rounded.read(place).dtype == "bfloat16"
-    assert (rounded.read(place) == exact.read(place).astype("bfloat16")).all()
+    key = ("double_blocks/img_attn/qkv/kernel", 1)
+    assert rounded.read(key).dtype == "bfloat16"
+    assert (rounded.read(key) == exact.read(key).astype("bfloat16")).all()
     assert rounded.record["fingerprint"] == fingerprint_of(rounded)
     assert rounded.record["made_from"] == fingerprint_of(exact)
 
 
 @pytest.mark.slow
-def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tmp_path):
+def test_adapters_are_trained_alone_and_exported_merged_or_alone(config, run, tmp_path):
     lora = LoraConfig(rank=2, alpha=4.0, targets=("double_blocks/*", "single_blocks/linear1"))
     objective = dataclasses.replace(config.objective, lora=lora)
     train(dataclasses.replace(config, objective=objective), tmp_path / "lora")
@@ -160,7 +160,7 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     merged = locations.open_network(tmp_path / "lora", "transformer")
     changed = {
         param.split("/")[0] + "/" + param.split("/")[-1]
-        for param, layer in base.network.places(base.config)
+        for param, layer in base.network.layer_keys(base.config)
         if (base.read((param, layer)) != merged.read((param, layer))).any()
     }
     assert changed == {"double_blocks/kernel", "single_blocks/kernel"}
@@ -168,54 +168,55 @@ def test_adapters_alone_are_trained_and_come_out_merged_or_alone(config, run, tm
     convert(tmp_path / "lora", tmp_path / "file", "lora")
     adapters, _, _ = locations.load_adapters(tmp_path / "lora")
     init_from = dataclasses.replace(objective.init_from, lora=str(tmp_path / "file"))
-    going_on = dataclasses.replace(
+    continued = dataclasses.replace(
         config, objective=dataclasses.replace(objective, init_from=init_from)
     )
-    initial = models.load_initial(going_on, make_mesh(MeshConfig(), jax.devices()[:1]))
+    initial = models.load_initial(continued, make_mesh(MeshConfig(), jax.devices()[:1]))
     for path, adapter in initial["model"]["lora"].items():
         np.testing.assert_array_equal(adapter.b, adapters[path].b)
 
-    def image(place, lora=""):
+    def image(location, lora=""):
         sampler = SamplerConfig(num_steps=2)
-        made, _ = sample.generate(str(place), "it", [], sampler, dtype="float32", lora=lora)
-        return made.astype(int)
+        pixels, _ = sample.generate(str(location), "it", [], sampler, dtype="float32", lora=lora)
+        return pixels.astype(int)
 
-    convert(tmp_path / "lora", tmp_path / "whole", "diffusers")
-    by_run, merged = image(tmp_path / "lora"), image(tmp_path / "whole")
-    assert np.abs(by_run - merged).max() <= 1  # rounding alone differs
-    by_file = image(tmp_path / "whole", str(tmp_path / "file"))  # twice as much of it
-    assert np.abs(by_file - merged).max() > 1
+    convert(tmp_path / "lora", tmp_path / "merged", "diffusers")
+    from_run, from_merged = image(tmp_path / "lora"), image(tmp_path / "merged")
+    assert np.abs(from_run - from_merged).max() <= 1  # only rounding differs
+    applied_twice = image(tmp_path / "merged", str(tmp_path / "file"))
+    assert np.abs(applied_twice - from_merged).max() > 1
     pipeline, file = Path(config.objective.init_from.transformer), tmp_path / "file"
-    convert(pipeline, tmp_path / "merged", "bfl", network="transformer", lora=file)
-    again = locations.open_network(tmp_path / "merged", "transformer")
-    assert fingerprint_of(again) == fingerprint_of(
-        locations.open_network(tmp_path / "lora", "transformer")
+    convert(pipeline, tmp_path / "bfl", "bfl", network="transformer", lora=file)
+    assert fingerprint_of(locations.open_network(tmp_path / "bfl", "transformer")) == (
+        fingerprint_of(locations.open_network(tmp_path / "lora", "transformer"))
     )
 
-    def filled(**changes):
+    def load_into(**changes):
         other = dataclasses.replace(lora, **changes)
         changed = dataclasses.replace(objective, init_from=init_from, lora=other)
         mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         return models.load_initial(dataclasses.replace(config, objective=changed), mesh)["model"]
 
-    more = filled(rank=3)["lora"]["single_blocks/linear1"]
-    part = adapters["single_blocks/linear1"]
+    padded = load_into(rank=3)["lora"]["single_blocks/linear1"]
+    stored = adapters["single_blocks/linear1"]
     np.testing.assert_allclose(
-        more.scale * more.a[...] @ more.b[...], part.scale * part.a[...] @ part.b[...], atol=1e-8
+        padded.scale * padded.a[...] @ padded.b[...],
+        stored.scale * stored.a[...] @ stored.b[...],
+        atol=1e-8,
     )
     with pytest.raises(ValueError, match="proj has rank 2.*Set its targets and rank"):
-        filled(rank=1)
+        load_into(rank=1)
     with pytest.raises(ValueError, match="single_blocks/linear1 is no target"):
-        filled(targets=("double_blocks/*",))
+        load_into(targets=("double_blocks/*",))
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_its_weights_and_resumes(config, run, tmp_path):
+def test_a_run_starts_from_init_from_and_resumes(config, run, tmp_path):
     mesh = make_mesh(MeshConfig())
     initial = models.load_initial(config, mesh)["model"]["transformer"]
     base = locations.open_network(config.objective.init_from.transformer, "transformer")
-    place = ("single_blocks/linear1/kernel", 1)
-    np.testing.assert_array_equal(initial.single_blocks.linear1.kernel[1], base.read(place))
+    key = ("single_blocks/linear1/kernel", 1)
+    np.testing.assert_array_equal(initial.single_blocks.linear1.kernel[1], base.read(key))
     assert not initial.single_blocks.linear1.kernel[...].sharding.is_fully_replicated
 
     shutil.copytree(run, tmp_path / "run")
@@ -225,23 +226,23 @@ def test_a_run_starts_from_its_weights_and_resumes(config, run, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_refuses_frozen_weights_that_have_changed(config, pipeline_folder, tmp_path):
-    place = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
-    init_from = dataclasses.replace(config.objective.init_from, clip=str(place))
+    location = shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    init_from = dataclasses.replace(config.objective.init_from, clip=str(location))
     objective = dataclasses.replace(config.objective, init_from=init_from)
     changed = dataclasses.replace(config, objective=objective, num_steps=1)
     train(changed, tmp_path / "run")
-    file = place / "text_encoder" / "model.safetensors"
+    file = location / "text_encoder" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(ValueError, match="made with another clip: give it"):
         train(dataclasses.replace(changed, num_steps=2), tmp_path / "run")
-    with pytest.raises(ValueError, match="The clip that .* was trained with is another now"):
+    with pytest.raises(ValueError, match="The clip that .* was trained with has changed"):
         convert(tmp_path / "run", tmp_path / "out", "diffusers")
 
 
-def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_path):
-    """From [schnell], which has no guidance input, to [dev]'s form."""
+def test_missing_tensors_are_initialised_only_if_named(config, pipeline_folder, tmp_path):
+    """From [schnell], which has no guidance input, to [dev], which has one."""
     folder = shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
     tensors = files.TensorFiles(folder)
     kept = [
@@ -280,8 +281,8 @@ def test_missing_tensors_start_anew_only_if_named(config, pipeline_folder, tmp_p
 
 
 @pytest.mark.parametrize("format", ["diffusers", "bfl", "orbax"])
-def test_a_full_disk_leaves_nothing_behind(pipeline_folder, tmp_path, format):
-    """Files may not grow beyond 20 kB here, which fails like a full disk: in the middle."""
+def test_a_full_disk_leaves_no_partial_output(pipeline_folder, tmp_path, format):
+    """Files are limited to 20 kB, so that writing fails midway, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -292,8 +293,7 @@ def test_a_full_disk_leaves_nothing_behind(pipeline_folder, tmp_path, format):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_written_is_read_again(pipeline_folder, tmp_path, monkeypatch):
-    """A bit that flips on its way to the disk."""
+def test_a_flipped_bit_is_found_when_reading_back(pipeline_folder, tmp_path, monkeypatch):
     write = files.write_file
 
     def flip(path, tensors, metadata):
@@ -303,46 +303,48 @@ def test_what_is_written_is_read_again(pipeline_folder, tmp_path, monkeypatch):
         path.write_bytes(bytes(data))
 
     monkeypatch.setattr(export, "write_file", flip)
-    with pytest.raises(WeightsError, match="the written transformer differs in .*; is the disk"):
+    with pytest.raises(
+        WeightsError, match="written transformer differs from its source in .*; check the disk"
+    ):
         convert(pipeline_folder, tmp_path / "t.safetensors", "bfl", network="transformer")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_is_not_overwritten(pipeline_folder, tmp_path):
+def test_an_existing_output_is_not_overwritten(pipeline_folder, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="out exists; delete it or name another --output"):
         convert(pipeline_folder, tmp_path / "out", "bfl")
 
 
 @pytest.mark.parametrize(
-    ("place", "arguments", "sentence"),
+    ("location", "arguments", "message"),
     [
         ("nowhere", {}, "There are no weights at .*nowhere"),
-        ("", {"network": "clip", "format": "bfl"}, "no file of their own for the clip"),
+        ("", {"network": "clip", "format": "bfl"}, "layout does not include the clip"),
         ("vae", {"network": "transformer"}, "There is no transformer in .*vae; there is autoenc"),
         ("", {"format": "lora"}, "no run with checkpoints"),
         ("", {"format": "bfl", "output": "a.safetensors"}, "a.safetensors would be a folder"),
     ],
 )
-def test_what_cannot_be_converted_is_said(pipeline_folder, tmp_path, place, arguments, sentence):
-    with pytest.raises((OSError, ValueError), match=sentence):
+def test_invalid_conversions_are_refused(pipeline_folder, tmp_path, location, arguments, message):
+    with pytest.raises((OSError, ValueError), match=message):
         arguments = dict(arguments)
         output = tmp_path / arguments.pop("output", "out")
-        convert(pipeline_folder / place, output, **{"format": "diffusers"} | arguments)
+        convert(pipeline_folder / location, output, **{"format": "diffusers"} | arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_network_that_looks_at_images_is_read_and_not_converted(random_network, tmp_path):
+def test_a_feature_network_is_read_but_not_converted(random_network, tmp_path):
     kind, config = FEATURE_NETWORKS["dino"], DinoConfig.tiny()
     network = random_network(lambda: kind.model(config, rngs=nnx.Rngs(0)))
     export.write_diffusers(ArrayReader(kind, network), tmp_path / "dino", {})
     reader = locations.open_network(tmp_path / "dino", "dino")
     assert fingerprint_of(reader) == fingerprint(network)
-    with pytest.raises(ValueError, match="dino holds a dino, which is part of no pipeline: use it"):
+    with pytest.raises(ValueError, match="dino holds a dino, which is not part of a pipeline and"):
         convert(tmp_path / "dino", tmp_path / "out", "orbax")
 
 
-def test_another_architecture_than_the_run_s_is_refused(config):
+def test_weights_of_another_architecture_are_refused(config):
     transformer = dataclasses.replace(config.objective.transformer, depth=3, mlp_ratio=2.0)
     objective = dataclasses.replace(config.objective, transformer=transformer)
     with pytest.raises(WeightsError, match="depth is 2, not 3; mlp_ratio is 4.0, not 2.0"):
@@ -351,11 +353,11 @@ def test_another_architecture_than_the_run_s_is_refused(config):
         )
 
 
-def test_a_pipeline_without_clip_has_a_null_for_it(pipeline_folder, tmp_path):
+def test_the_index_of_a_pipeline_without_clip_has_null_for_clip(pipeline_folder, tmp_path):
     folder = shutil.copytree(pipeline_folder, tmp_path / "in")
     shutil.rmtree(folder / "text_encoder")
     convert(folder, tmp_path / "out", "diffusers")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert index["text_encoder"] == index["tokenizer"] == [None, None]
-    with pytest.raises(ValueError, match="holds no clip; sampling needs a whole pipeline"):
+    with pytest.raises(ValueError, match="holds no clip; sampling needs a complete pipeline"):
         sample.generate(str(tmp_path / "out"), "", [], SamplerConfig(num_steps=1))

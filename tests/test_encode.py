@@ -1,4 +1,4 @@
-"""Making a store of latents: every example once, whatever the rows, the devices and the kills."""
+"""Encoding a data set: every example once, whatever the rows, the devices and interruptions."""
 
 import dataclasses
 import itertools
@@ -45,11 +45,11 @@ DATA = DataConfig(
     text=TextConfig(max_tokens=10),
 )
 BFLOAT16 = 2.0**-8
-"""The most by which rounding to bfloat16 changes a number, of its size."""
+"""Largest relative error of rounding to bfloat16."""
 
 
 def make(number: int) -> Triple:
-    """A triple of up to two contexts, of two sizes."""
+    """A triple with up to two contexts, in two sizes."""
     rng = np.random.default_rng(number)
     image = lambda: rng.integers(0, 256, (16, [16, 32][rng.integers(2)], 3), np.uint8)  # noqa: E731
     contexts = tuple(image() for _ in range(number % 3))
@@ -69,18 +69,18 @@ def networks(recipe, random_network) -> dict:
 
 @pytest.fixture(scope="module")
 def config(recipe, tmp_path_factory) -> Config:
-    """LADD, whose data set no store is made of yet."""
+    """LADD, with a data set but no store yet."""
     folder = tmp_path_factory.mktemp("data") / "set"
     store.write({"train": map(make, range(NUM))}, folder)
-    mine = recipe.objective.config
+    networks = recipe.objective.config
     objective = LaddConfig(
-        transformer=mine.transformer, text_encoder=mine.text_encoder, pooled="mean"
+        transformer=networks.transformer, text_encoder=networks.text_encoder, pooled="mean"
     )
     return Config(objective=objective, data=dataclasses.replace(DATA, path=str(folder)))
 
 
 def making(config: Config, folder: Path, data=None, **changes) -> Config:
-    """With samples, of two steps, unless told otherwise."""
+    """A config with a store; by default with samples of two steps."""
     settings = {"samples": 1.0, "num_steps": 2, "path": str(folder)} | changes
     dropout = {"caption_dropout": 0.0, "context_dropout": 0.0} if settings["samples"] else {}
     data = dropout | {"latents": LatentsConfig(**settings)} | (data or {})
@@ -98,7 +98,7 @@ def run(networks: dict, config: Config, devices: int = 1) -> LatentStore:
 
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks_compiled_once(tmp_path_factory):
-    """About eight examples a file; jobs of one config share their compiled programs."""
+    """About eight examples per file; jobs with one config share compiled programs."""
     old = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     with pytest.MonkeyPatch.context() as patch:
@@ -117,24 +117,24 @@ def files(opened: LatentStore) -> dict[str, bytes]:
 
 
 def assert_close(ours: LatentStore, theirs: LatentStore, atol: float = 0.02):
-    """The same examples, to rounding."""
+    """Asserts that the examples are equal up to rounding."""
     for number in range(NUM):
         a, b = (opened[f"triple/{number}"] for opened in (ours, theirs))
         assert len(a.contexts) == len(b.contexts)
-        for mine, other in zip(
+        for x, y in zip(
             (a.target, *a.contexts, a.sample), (b.target, *b.contexts, b.sample), strict=True
         ):
-            assert mine.size == other.size
+            assert x.size == y.size
             np.testing.assert_allclose(
-                mine.tokens.astype(np.float32),
-                other.tokens.astype(np.float32),
+                x.tokens.astype(np.float32),
+                y.tokens.astype(np.float32),
                 atol=atol,
                 rtol=0.02,
             )
 
 
-def test_every_example_is_there_once(made, config):
-    """Though rows fill neither the last batch nor the last chunk."""
+def test_every_example_is_stored_once(made, config):
+    """Even though the last batch and the last chunk are incomplete."""
     meta = made.meta
     assert len(meta.records) > 2 and sum(meta.records) == NUM and meta.unreadable == 0
     assert sorted(made.index.ids) == sorted(f"triple/{i}" for i in range(NUM))
@@ -146,22 +146,22 @@ def test_every_example_is_there_once(made, config):
     assert set(meta.settings.networks) == {"autoencoder", "teacher", "text_encoder"}
 
 
-def test_latents_are_those_of_each_image_alone(made, networks):
+def test_latents_equal_those_of_each_image_encoded_alone(made, networks):
     encode = jax.jit(lambda image: pack_latents(networks["autoencoder"].encode(to_pixels(image))))
     for number in range(0, NUM, 5):
         triple, example = make(number), made[f"triple/{number}"]
         images = [triple.target, *triple.contexts]
-        for image, given in zip(images, (example.target, *example.contexts), strict=True):
-            assert given.size == (image.shape[1], image.shape[0])
+        for image, stored in zip(images, (example.target, *example.contexts), strict=True):
+            assert stored.size == (image.shape[1], image.shape[0])
             expected = encode(fit(image, DATA.geometry.sizes)[None])[0]
             np.testing.assert_allclose(
-                given.tokens.astype(np.float32), expected, rtol=1.01 * BFLOAT16, atol=1e-4
+                stored.tokens.astype(np.float32), expected, rtol=1.01 * BFLOAT16, atol=1e-4
             )
 
 
 @pytest.mark.slow
-def test_a_sample_depends_on_its_example_alone(made, networks, config, tmp_path):
-    """One example a row, in another order and batch: the same samples; another seed: others."""
+def test_samples_do_not_depend_on_rows_or_batches(made, networks, config, tmp_path):
+    """Other rows, order and batches give the same samples; another seed gives different ones."""
     alone = dataclasses.replace(DATA.packing, max_examples=1)
     other = dataclasses.replace(config, seed=3)
     apart = run(networks, making(other, tmp_path / "alone", {"packing": alone, "batch_size": 8}))
@@ -173,13 +173,13 @@ def test_a_sample_depends_on_its_example_alone(made, networks, config, tmp_path)
 
 
 @pytest.mark.slow
-def test_eight_devices_make_what_one_does(made, networks, config, tmp_path):
+def test_eight_devices_make_the_same_store_as_one(made, networks, config, tmp_path):
     spread = run(networks, making(config, tmp_path / "spread", {"batch_size": 8}), devices=8)
     assert_close(made, spread)
 
 
 @pytest.mark.slow
-def test_samples_follow_prompts_and_guidance(made, networks, config, tmp_path):
+def test_classifier_free_guidance_changes_the_samples(made, networks, config, tmp_path):
     guided = run(networks, making(config, tmp_path / "guided", cfg_scale=3.0))
     for number in range(NUM):
         ours, theirs = (x[f"triple/{number}"] for x in (made, guided))
@@ -193,14 +193,12 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("moment", ["between chunks", "in a chunk", "at the end"])
-def test_a_job_that_was_killed_goes_on(
-    made, networks, config, tmp_path, monkeypatch, capsys, moment
-):
-    """On the same device every file is the same, to the bit."""
-    again = making(config, tmp_path / "killed")
+def test_a_killed_job_resumes(made, networks, config, tmp_path, monkeypatch, capsys, moment):
+    """On the same device all files are bit-identical."""
+    killed = making(config, tmp_path / "killed")
     write, calls = latents.write_chunk, itertools.count()
 
-    def dying(path, examples):
+    def interrupted(path, examples):
         if next(calls) < 1:
             return write(path, examples)
         if moment == "between chunks":
@@ -216,37 +214,37 @@ def test_a_job_that_was_killed_goes_on(
             *(
                 (latents, "finish", lambda *_: kill())
                 if moment == "at the end"
-                else (latents, "write_chunk", dying)
+                else (latents, "write_chunk", interrupted)
             )
         )
         with pytest.raises(Killed):
-            run(networks, again)
-    with pytest.raises(FileNotFoundError, match="are incomplete: start"):
+            run(networks, killed)
+    with pytest.raises(FileNotFoundError, match="are incomplete: run"):
         LatentStore(tmp_path / "killed", "train")
     capsys.readouterr()
-    resumed = run(networks, again)
+    resumed = run(networks, killed)
     chunks = [line for line in capsys.readouterr().out.splitlines() if line.startswith("chunk")]
     assert len(chunks) == (0 if moment == "at the end" else len(made.meta.records) - 1)
     assert files(resumed) == files(made)
 
 
-def test_a_job_goes_on_with_other_batches_in_its_own_chunks(made, networks, config, tmp_path):
-    again = making(config, tmp_path / "store")
-    run(networks, again)
-    latents.meta_path(again.data.latents.path, "train").unlink()
+def test_a_job_resumes_with_another_batch_size_in_the_same_chunks(made, networks, config, tmp_path):
+    first = making(config, tmp_path / "store")
+    run(networks, first)
+    latents.meta_path(first.data.latents.path, "train").unlink()
     latents.chunk_path(tmp_path / "store", "train", 1, len(made.meta.records)).unlink()
-    again = making(config, tmp_path / "store", {"batch_size": 6})
-    resumed = run(networks, again)
+    second = making(config, tmp_path / "store", {"batch_size": 6})
+    resumed = run(networks, second)
     assert resumed.meta.records == made.meta.records
     assert_close(made, resumed)
 
 
-def test_a_store_that_is_complete_is_left_alone(networks, config, made, capsys):
+def test_a_complete_store_is_not_changed(networks, config, made, capsys):
     before = {path: path.stat().st_mtime_ns for path in made.path.iterdir()}
     other = {"batch_size": 8, "packing": dataclasses.replace(DATA.packing, max_examples=1)}
     run(networks, making(config, made.path, other))
     assert {path: path.stat().st_mtime_ns for path in made.path.iterdir()} == before
-    assert "is complete: there is nothing to do" in capsys.readouterr().out
+    assert "is complete: nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -256,46 +254,46 @@ def test_another_store_in_the_folder_is_refused(networks, config, tmp_path, comp
     if not complete:
         latents.meta_path(folder, "train").unlink()
     index = {"geometry": dataclasses.replace(DATA.geometry, position_scheme="index")}
-    with pytest.raises(ValueError, match="made with another geometry: choose another data.latents"):
+    with pytest.raises(ValueError, match="with a different geometry: choose another data.latents"):
         run(networks, making(config, folder, index, samples=0.0))
-    with pytest.raises(ValueError, match="another teacher and text_encoder and sampling: choose"):
+    with pytest.raises(ValueError, match="different teacher and text_encoder and sampling: choose"):
         run(networks, making(config, folder))
     other = networks | {"autoencoder": jax.tree.map(lambda x: 2 * x, networks["autoencoder"])}
-    with pytest.raises(ValueError, match="another autoencoder: choose another"):
+    with pytest.raises(ValueError, match="different autoencoder: choose another"):
         run(other, making(config, folder, samples=0.0))
     if not complete:
         packing = {"packing": dataclasses.replace(DATA.packing, max_examples=1)}
-        with pytest.raises(ValueError, match="another plan of rows: choose"):
+        with pytest.raises(ValueError, match="different plan of rows: choose"):
             run(networks, making(config, folder, packing, samples=0.0))
         latents.job_path(folder, "train").unlink()
-        with pytest.raises(ValueError, match="no latents-train.job.json, which would tell what"):
+        with pytest.raises(ValueError, match="no latents-train.job.json to say what"):
             run(networks, making(config, folder, samples=0.0))
 
 
-def test_every_process_refuses_files_that_nothing_tells_of(config, tmp_path, monkeypatch):
-    """One that did not would wait for the others."""
+def test_every_process_refuses_files_without_a_job_description(config, tmp_path, monkeypatch):
+    """Otherwise one process would wait for the others."""
     stray = latents.chunk_path(tmp_path, "train", 0, 1)
     stray.write_bytes(b"")
     plan = Loader(config.data, seed=0).plan
-    settings = latents.Settings(data="", split="train", geometry={}, networks={})
+    settings = latents.StoreSettings(data="", split="train", geometry={}, networks={})
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match="has files latents-train-.* and no latents-train.job"):
-        encoding.begin(tmp_path, settings, plan, batch_size=4)
+        encoding.begin_job(tmp_path, settings, plan, batch_size=4)
 
 
 @pytest.mark.parametrize("field", ["num_steps", "guidance", "cfg_scale", "seed"])
 def test_other_samples_in_the_folder_are_refused(networks, config, made, field):
     change = {field: 3.0 if field in ("guidance", "cfg_scale") else 3}
-    with pytest.raises(ValueError, match=f"another {field}: choose another data.latents.path"):
+    with pytest.raises(ValueError, match=f"different {field}: choose another data.latents.path"):
         run(networks, making(config, made.path, **change))
 
 
-def test_samples_by_the_same_networks_used_in_another_way_are_refused(networks, config, made):
+def test_samples_from_networks_used_differently_are_refused(networks, config, made):
     longer = {"text": dataclasses.replace(DATA.text, max_tokens=9)}
-    with pytest.raises(ValueError, match="another text: choose"):
+    with pytest.raises(ValueError, match="different text: choose"):
         run(networks, making(config, made.path, longer))
     objective = dataclasses.replace(config.objective, pooled="zeros")
-    with pytest.raises(ValueError, match="another pooled: choose"):
+    with pytest.raises(ValueError, match="different pooled: choose"):
         run(networks, making(dataclasses.replace(config, objective=objective), made.path))
     for name, setting in (
         ("autoencoder", "dtype"), ("text_encoder", "dtype"), ("teacher", "timestep_dtype"),
@@ -303,23 +301,23 @@ def test_samples_by_the_same_networks_used_in_another_way_are_refused(networks, 
         other = jax.tree.map(lambda x: x, networks[name])
         changed = "bfloat16" if getattr(other.config, setting) == "float32" else "float32"
         other.config = dataclasses.replace(other.config, **{setting: changed})
-        with pytest.raises(ValueError, match=f"another {name}.{setting}: choose"):
+        with pytest.raises(ValueError, match=f"different {name}.{setting}: choose"):
             run(networks | {name: other}, making(config, made.path))
 
 
 def test_configs_that_cannot_make_a_store_are_refused(config, recipe):
-    with pytest.raises(ValueError, match="data.latents.path is empty: name the folder"):
+    with pytest.raises(ValueError, match="data.latents.path is empty: set it to the folder"):
         encoding.encode(config)
     flow = dataclasses.replace(config, objective=recipe.objective.config)
     with pytest.raises(ValueError, match="flow_matching has no frozen teacher to make samples"):
         encoding.encode(making(flow, Path("nowhere")))
     pixels = dataclasses.replace(config, objective=AutoencoderObjectiveConfig())
-    with pytest.raises(ValueError, match="objective autoencoder looks at pixels: leave data"):
+    with pytest.raises(ValueError, match="objective autoencoder needs pixels: leave data"):
         making(pixels, Path("nowhere"), samples=0.0)
 
 
 def broken_set(folder: Path, monkeypatch, number: int) -> str:
-    """The data set, with one picture that cannot be decoded."""
+    """Writes the data set with one image that cannot be decoded."""
     good, broken = store.encode_png, make(number).target
 
     def encode_png(image):
@@ -331,8 +329,8 @@ def broken_set(folder: Path, monkeypatch, number: int) -> str:
     return str(folder)
 
 
-def test_what_cannot_be_read_is_left_out_and_counted(networks, config, tmp_path, monkeypatch):
-    """The same examples are missing from the rows as with pixels."""
+def test_unreadable_examples_are_left_out_and_counted(networks, config, tmp_path, monkeypatch):
+    """Rows lack the same examples as with pixels."""
     path = broken_set(tmp_path / "set", monkeypatch, 7)
     cached = making(config, tmp_path / "store", {"path": path}, samples=0.0)
     opened = run(networks, cached)
@@ -347,7 +345,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(networks, config, tmp_path,
         loader.close()
 
 
-def test_too_much_that_cannot_be_read_stops_the_job(networks, config, tmp_path, monkeypatch):
+def test_too_many_unreadable_examples_stop_the_job(networks, config, tmp_path, monkeypatch):
     path = broken_set(tmp_path / "set", monkeypatch, 7)
     strict = making(config, tmp_path / "store", {"path": path, "max_skipped": 0.0}, samples=0.0)
     with pytest.raises(ValueError, match=r"1 of \d+ records could not be read, more than data.max"):
@@ -355,16 +353,16 @@ def test_too_much_that_cannot_be_read_stops_the_job(networks, config, tmp_path, 
     assert not list((tmp_path / "store").glob(".incomplete*"))
 
 
-def test_ids_must_tell_examples_apart(networks, config, tmp_path, monkeypatch):
+def test_duplicate_ids_are_refused(networks, config, tmp_path, monkeypatch):
     index = TripleSource(config.data.path, "train").index
     twice = dataclasses.replace(index, ids=np.where(index.ids == "triple/3", "triple/4", index.ids))
     monkeypatch.setattr(TripleSource, "index", twice)
-    with pytest.raises(ValueError, match="uses an id twice, and latents go by the ids"):
+    with pytest.raises(ValueError, match="uses an id twice, but latents are stored by id"):
         run(networks, making(config, tmp_path / "store", samples=0.0))
 
 
-def test_losses_are_those_of_pixels_up_to_rounding(networks, config, recipe, tmp_path):
-    """And exactly those of latents that are rounded as the store rounds them."""
+def test_losses_equal_those_of_pixels_up_to_rounding(networks, config, recipe, tmp_path):
+    """They equal those of latents rounded as in the store."""
     cached = making(config, tmp_path / "store", samples=0.0)
     run(networks, cached)
     frozen = {"autoencoder": networks["autoencoder"]}
@@ -385,17 +383,17 @@ def test_losses_are_those_of_pixels_up_to_rounding(networks, config, recipe, tmp
     for step in range(4):
         ours, theirs = map(next, loaders)
         key = jax.random.key(step)
-        exact, as_stored, given = (loss(b, key) for b in (ours, rounded(ours), theirs))
-        np.testing.assert_allclose(given, exact, rtol=1e-3)
-        np.testing.assert_allclose(given, as_stored, rtol=1e-6)
+        exact, expected, stored = (loss(b, key) for b in (ours, rounded(ours), theirs))
+        np.testing.assert_allclose(stored, exact, rtol=1e-3)
+        np.testing.assert_allclose(stored, expected, rtol=1e-6)
     for loader in loaders:
         loader.close()
 
 
 @pytest.mark.slow
-def test_the_whole_path_of_distillation(world_folder, recipe, tmp_path):
-    """Autoencoder, teacher, the teacher's samples, student: each by the command's own function."""
-    mine = recipe.objective.config
+def test_distillation_from_data_to_student(world_folder, recipe, tmp_path):
+    """Autoencoder, teacher, the teacher's samples, student: each through its command's function."""
+    networks = recipe.objective.config
     data = DataConfig(
         path=str(world_folder),
         batch_size=8,
@@ -411,19 +409,23 @@ def test_the_whole_path_of_distillation(world_folder, recipe, tmp_path):
         log_every=1,
     )
     train(first, tmp_path / "autoencoder")
-    places = {"autoencoder": str(tmp_path / "autoencoder")}
+    locations = {"autoencoder": str(tmp_path / "autoencoder")}
     cached = dataclasses.replace(data, latents=LatentsConfig(path=str(tmp_path / "cache")))
     teacher = dataclasses.replace(
-        first, objective=dataclasses.replace(mine, init_from=FlowInit(**places)), data=cached
+        first, objective=dataclasses.replace(networks, init_from=FlowInit(**locations)), data=cached
     )
-    with pytest.raises(FileNotFoundError, match="make them with `python -m kontext_jax.encode"):
+    with pytest.raises(FileNotFoundError, match="create them with `python -m kontext_jax.encode"):
         train(teacher, tmp_path / "teacher")
     encoding.encode(teacher)
     train(teacher, tmp_path / "teacher")
 
-    places |= {name: str(tmp_path / "teacher") for name in ("transformer", "text_encoder")}
-    networks = {"transformer": mine.transformer, "text_encoder": mine.text_encoder}
-    objective = LaddConfig(**networks, pooled="mean", init_from=NetworksInit(**places))
+    locations |= {name: str(tmp_path / "teacher") for name in ("transformer", "text_encoder")}
+    objective = LaddConfig(
+        transformer=networks.transformer,
+        text_encoder=networks.text_encoder,
+        pooled="mean",
+        init_from=NetworksInit(**locations),
+    )
     samples = LatentsConfig(path=str(tmp_path / "samples"), samples=1.0, num_steps=2, cfg_scale=2.0)
     synthetic = dataclasses.replace(data, caption_dropout=0.0, latents=samples)
     student = dataclasses.replace(first, objective=objective, data=synthetic)
@@ -432,8 +434,8 @@ def test_the_whole_path_of_distillation(world_folder, recipe, tmp_path):
     train(student, tmp_path / "student")
 
     train(dataclasses.replace(teacher, num_steps=2), tmp_path / "teacher")
-    with pytest.raises(ValueError, match="made with another teacher and text_encoder than this"):
+    with pytest.raises(ValueError, match="with a different teacher and text_encoder than this"):
         train(student, tmp_path / "other")
     train(dataclasses.replace(first, num_steps=2), tmp_path / "autoencoder")
-    with pytest.raises(ValueError, match="made with another autoencoder than this run has: use"):
+    with pytest.raises(ValueError, match="with a different autoencoder than this run uses: use"):
         train(teacher, tmp_path / "other")

@@ -1,4 +1,4 @@
-"""Prompts to what the transformer reads of them, as FLUX has it and as its options have it."""
+"""Encoding of prompts, with FLUX's settings and with the other options."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def clip(random_network):
 
 
 def text_config(folder, pad: bool) -> TextConfig:
-    """FLUX's own with ``pad``, but for shorter prompts."""
+    """With ``pad``, FLUX's settings except for shorter prompts."""
     return TextConfig(
         tokenizer=str(folder / "tokenizer_2"),
         max_tokens=MAX_TOKENS,
@@ -43,7 +43,7 @@ def text_config(folder, pad: bool) -> TextConfig:
 
 
 def rows(text: TextConfig, layout, max_examples: int = 3):
-    """A batch; ``layout`` has the prompts of each row by number, None for an unreadable record."""
+    """A batch; ``layout`` has the indices of each row's prompts, None for an unreadable record."""
     packing = PackingConfig(
         image_tokens=4 * max_examples,
         text_tokens=MAX_TOKENS * max_examples,
@@ -71,24 +71,24 @@ def text_of(t5, batch):
 
 
 @jax.jit
-def alone(t5, ids):
-    """One prompt and nothing beside it: all of its tokens see one another."""
+def encode_alone(t5, ids):
+    """The encoding of one prompt in a row by itself."""
     return t5(ids[None], jnp.ones_like(ids[None]))[0]
 
 
-def test_flux_s_prompts_are_attended_to_with_their_pads(flux_tokenizers, t5):
+def test_with_pad_the_padding_is_part_of_the_prompt(flux_tokenizers, t5):
     text = text_config(flux_tokenizers, pad=True)
     tokenizer = Tokenizer(text)
     batch = rows(text, [[0], [1]], max_examples=1)
     assert (batch.text_segments == 1).all() and batch.text_segments.shape == (2, MAX_TOKENS)
-    assert (batch.text_ids == 0).sum() == 2 * MAX_TOKENS - 4 - 1  # three words; each has its end
+    assert (batch.text_ids == 0).sum() == 2 * MAX_TOKENS - 4 - 1  # three words and two end tokens
     out = text_of(t5, batch)
     for row in range(2):
-        expected = alone(t5, jnp.asarray(tokenizer(PROMPTS[row])))
+        expected = encode_alone(t5, jnp.asarray(tokenizer(PROMPTS[row])))
         np.testing.assert_allclose(out[row], expected, atol=2e-5)
 
 
-def test_masked_pads_are_as_if_there_were_none(flux_tokenizers, t5):
+def test_without_pad_the_padding_has_no_effect(flux_tokenizers, t5):
     text = text_config(flux_tokenizers, pad=False)
     tokenizer = Tokenizer(text)
     batch = rows(text, [[0, 3, 2], [1, None, 0]])
@@ -96,15 +96,15 @@ def test_masked_pads_are_as_if_there_were_none(flux_tokenizers, t5):
     padded = text_of(t5, rows(text_config(flux_tokenizers, pad=True), [[0]]))
     for row, segment, number in ((0, 1, 0), (0, 2, 3), (0, 3, 2), (1, 1, 1), (1, 3, 0)):
         ids = tokenizer(PROMPTS[number])
-        mine = batch.text_segments[row] == segment
-        np.testing.assert_array_equal(batch.text_ids[row, mine], ids)
+        mask = batch.text_segments[row] == segment
+        np.testing.assert_array_equal(batch.text_ids[row, mask], ids)
         assert len(ids) <= MAX_TOKENS and ids[-1] == 1
-        np.testing.assert_allclose(out[row, mine], alone(t5, jnp.asarray(ids)), atol=2e-5)
-    real = len(tokenizer(PROMPTS[0]))
-    assert np.abs(out[0, :real] - padded[0, :real]).max() > 0.1
+        np.testing.assert_allclose(out[row, mask], encode_alone(t5, jnp.asarray(ids)), atol=2e-5)
+    length = len(tokenizer(PROMPTS[0]))
+    assert np.abs(out[0, :length] - padded[0, :length]).max() > 0.1
 
 
-def test_each_example_has_its_prompt_s_clip_vector(flux_tokenizers, clip):
+def test_each_example_has_the_clip_vector_of_its_prompt(flux_tokenizers, clip):
     text = text_config(flux_tokenizers, pad=False)
     tokenizer = Tokenizer(text)
     layout = [[0, 2], [1, None, 3]]
@@ -112,16 +112,15 @@ def test_each_example_has_its_prompt_s_clip_vector(flux_tokenizers, clip):
     assert batch.clip_ids.shape == (2, 3, 10) and batch.clip_ids.dtype == np.int32
     pooled = jax.jit(encode_clip)(clip, batch)
     assert pooled.shape == (2, 3, 32) and pooled.dtype == jnp.float32
-    for row, place in np.ndindex(2, 3):
-        number = layout[row][place] if place < len(layout[row]) else None
+    for row, slot in np.ndindex(2, 3):
+        number = layout[row][slot] if slot < len(layout[row]) else None
         if number is None:
-            assert not batch.clip_ids[row, place].any() and not pooled[row, place].any()
+            assert not batch.clip_ids[row, slot].any() and not pooled[row, slot].any()
         else:
             ids = tokenizer.clip(PROMPTS[number])
-            np.testing.assert_array_equal(batch.clip_ids[row, place], ids)
-            np.testing.assert_allclose(
-                pooled[row, place], clip(jnp.asarray(ids)[None])[0], atol=1e-5
-            )
+            np.testing.assert_array_equal(batch.clip_ids[row, slot], ids)
+            expected = clip(jnp.asarray(ids)[None])[0]
+            np.testing.assert_allclose(pooled[row, slot], expected, atol=1e-5)
 
 
 def test_clip_vectors_are_the_same_on_eight_devices(flux_tokenizers, clip):
@@ -137,8 +136,8 @@ def test_clip_vectors_are_the_same_on_eight_devices(flux_tokenizers, clip):
     np.testing.assert_allclose(pooled, expected, atol=1e-5)
 
 
-def test_clip_without_its_ids_is_refused(clip):
+def test_batches_without_clip_ids_are_refused(clip):
     batch = rows(TextConfig(max_tokens=MAX_TOKENS), [[0]])
     assert batch.clip_ids.shape == (1, 3, 0)
-    with pytest.raises(ValueError, match="not 0: see text.clip_tokenizer"):
+    with pytest.raises(ValueError, match="not 0: set text.clip_tokenizer"):
         jax.jit(encode_clip)(clip, batch)

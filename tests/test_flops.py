@@ -1,4 +1,4 @@
-"""The count of FLOPs, against published numbers and against the products that JAX traces."""
+"""The count of FLOPs, against published numbers and against the matmuls that JAX traces."""
 
 import math
 
@@ -8,33 +8,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kontext_jax.flops import (
-    forward_flops,
-    linear_maps,
-    training_flops,
-)
+from kontext_jax.flops import forward_flops, linear_maps, training_flops
 from kontext_jax.models import lora
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.lora import LoraConfig
 
 TARGET, CONTEXTS, TEXT = 6, 10, 5
 ROWS = 2
-
-
 HEAD_DIM = 16
 
 
 def config_of(**sizes) -> FluxConfig:
-    """Sizes that all differ, so that no two can be mixed up; more layers than one."""
-    different = dict(hidden_size=64, mlp_ratio=3.0, vec_in_dim=40, context_in_dim=56)
-    return FluxConfig.tiny(**different, axes_dim=(4, 6, 6), remat="none", **sizes)
+    """A config with several layers, whose sizes all differ so that a mix-up would show."""
+    distinct = dict(hidden_size=64, mlp_ratio=3.0, vec_in_dim=40, context_in_dim=56)
+    return FluxConfig.tiny(**distinct, axes_dim=(4, 6, 6), remat="none", **sizes)
 
 
-def products(jaxpr) -> int:
-    """FLOPs of all products of matrices in a jaxpr, the bodies of loops as often as they run.
+def matmul_flops(jaxpr) -> int:
+    """FLOPs of all matmuls in a jaxpr; bodies of loops count as often as they run.
 
-    A product with a vector, or of two, is none: on CPUs the scales of norms are written so. Nor is
-    that with the table that swaps a head's channels for RoPE.
+    Products with a vector do not count: on CPUs, norms have them for their scales. The product with
+    the matrix that swaps a head's channels for RoPE does not count either.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -45,17 +39,17 @@ def products(jaxpr) -> int:
             outer = math.prod(left[i] for i in batch)
             rows = math.prod(left) // inner // outer
             columns = math.prod(right) // inner // outer
-            swaps = right == (HEAD_DIM, HEAD_DIM)
-            if min(rows, inner, columns) > 1 and not swaps:
+            is_rope = right == (HEAD_DIM, HEAD_DIM)
+            if min(rows, inner, columns) > 1 and not is_rope:
                 total += 2 * outer * rows * inner * columns
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         inside = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
-        total += times * sum(products(x) for x in inside if hasattr(x, "eqns"))
+        total += times * sum(matmul_flops(x) for x in inside if hasattr(x, "eqns"))
     return total
 
 
 def inputs_of(config: FluxConfig, contexts: int = 0) -> tuple[dict, dict]:
-    """Arguments of `Flux` for rows of one example each: those with gradients, and the layout."""
+    """Arguments of `Flux` for rows of one example: the ones with gradients, and the layout."""
     image = TARGET + contexts
     floats = {
         "latents": np.zeros((ROWS, image, config.in_channels), np.float32),
@@ -96,38 +90,38 @@ def total(model, floats, layout):
     ],
 )
 @pytest.mark.parametrize("config", [FluxConfig.dev(), FluxConfig.schnell()], ids=["dev", "schnell"])
-def test_flux_takes_the_known_flops(config, target, contexts, text, tera):
+def test_flops_of_flux_match_known_values(config, target, contexts, text, tera):
     flops = training_flops(config, target=target, contexts=contexts, text=text)
     assert round(flops / 1e12, 2) == tera
 
 
 @pytest.mark.parametrize("guidance", [False, True])
-def test_a_forward_pass_takes_exactly_what_is_counted(guidance):
+def test_forward_flops_match_the_traced_matmuls(guidance):
     config = config_of(guidance_embed=guidance)
     jaxpr = jax.make_jaxpr(call)(network_of(config), *inputs_of(config))
     expected = forward_flops(config, target=TARGET, contexts=0, text=TEXT)
-    assert products(jaxpr) == ROWS * expected
+    assert matmul_flops(jaxpr) == ROWS * expected
 
 
-def test_of_contexts_only_the_unread_velocity_is_not_counted():
+def test_only_the_velocity_of_contexts_is_not_counted():
     config = config_of()
     jaxpr = jax.make_jaxpr(call)(network_of(config), *inputs_of(config, CONTEXTS))
     expected = forward_flops(config, target=TARGET, contexts=CONTEXTS, text=TEXT)
-    unread = 2 * CONTEXTS * config.hidden_size * config.in_channels
-    assert products(jaxpr) == ROWS * (expected + unread)
+    unused = 2 * CONTEXTS * config.hidden_size * config.in_channels
+    assert matmul_flops(jaxpr) == ROWS * (expected + unused)
 
 
-def test_training_takes_exactly_three_times_as_much():
-    """Inputs have gradients here; where they have none, the first maps take one product less."""
+def test_training_flops_match_the_traced_matmuls_and_are_three_times_forward():
+    """With gradients of the inputs; without them, the first maps have one matmul fewer."""
     config = config_of(guidance_embed=True)
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(network_of(config), *inputs_of(config))
     expected = training_flops(config, target=TARGET, contexts=0, text=TEXT)
-    assert products(jaxpr) == ROWS * expected
+    assert matmul_flops(jaxpr) == ROWS * expected
     assert expected == 3 * forward_flops(config, target=TARGET, contexts=0, text=TEXT)
 
 
 @pytest.mark.parametrize("targets", [LoraConfig().targets, ("*",)], ids=["default", "all"])
-def test_training_adapters_takes_exactly_what_is_counted(targets, random_network):
+def test_training_flops_with_adapters_match_the_traced_matmuls(targets, random_network):
     config, adapters = config_of(guidance_embed=True), LoraConfig(rank=3, targets=targets)
     base = random_network(lambda: Flux(config, rngs=nnx.Rngs(0)))
 
@@ -138,18 +132,18 @@ def test_training_adapters_takes_exactly_what_is_counted(targets, random_network
     grad = jax.grad(adapted, argnums=(0, 1))
     jaxpr = jax.make_jaxpr(grad)(lowrank, *inputs_of(config))
     expected = training_flops(config, target=TARGET, contexts=0, text=TEXT, lora=adapters)
-    assert products(jaxpr) == ROWS * expected
+    assert matmul_flops(jaxpr) == ROWS * expected
 
 
-def test_every_linear_map_is_counted_under_its_path():
+def test_linear_maps_has_every_path_of_the_network():
     config = config_of(guidance_embed=True)
     everything = LoraConfig(rank=1, targets=("*",))
     adapters = jax.eval_shape(lambda: lora.init(network_of(config), everything, jax.random.key(0)))
     assert set(linear_maps(config)) == set(adapters)
 
 
-def test_a_packed_batch_takes_what_its_examples_take(recipe):
-    """Rows of one example, none and three; every second has a context. Padding costs nothing."""
+def test_flops_of_a_packed_batch_are_the_sum_over_its_examples(recipe):
+    """Rows with one, no and three examples, every second one with a context; padding is free."""
     flops = jax.jit(recipe.objective.flops)(recipe.rows([1, 0, 3]))
     config = recipe.objective.config.transformer
     expected = sum(training_flops(config, target=4, contexts=4 * (i % 2), text=8) for i in range(4))

@@ -14,7 +14,7 @@ def test_the_path_runs_from_data_to_noise():
     np.testing.assert_array_equal(flow.interpolate(x, e, one), e)
 
 
-def test_the_velocity_leads_back_to_the_data():
+def test_denoise_inverts_interpolate_and_velocity_is_its_derivative():
     x, e = jax.random.normal(jax.random.key(0), (2, 5))
     t = jnp.linspace(0.1, 0.9, 5)
     x_t = flow.interpolate(x, e, t)
@@ -24,12 +24,12 @@ def test_the_velocity_leads_back_to_the_data():
 
 
 @pytest.mark.parametrize(("tokens", "mu"), [(4116, 1.15339), (4042, 1.14086), (256, 0.5)])
-def test_mu_is_flux_s(tokens, mu):
+def test_mu_matches_flux(tokens, mu):
     np.testing.assert_allclose(TimeConfig().mu(tokens), mu, atol=5e-6)
 
 
-def test_schedule_is_black_forest_labs():
-    """``e^mu / (e^mu + 1 / t - 1)`` of evenly spaced t, in float64."""
+def test_schedule_matches_black_forest_labs():
+    """``e^mu / (e^mu + 1 / t - 1)`` for evenly spaced t, in float64."""
     t = np.linspace(1, 0, 29)[:-1]
     mu = 0.5 + (1.15 - 0.5) * (4096 - 256) / (4096 - 256)
     expected = np.append(np.exp(mu) / (np.exp(mu) + (1 / t - 1)), 0)
@@ -43,7 +43,7 @@ def test_shift_is_a_translation_of_logits():
     np.testing.assert_allclose(logit(shifted), logit(t) + 0.7, atol=1e-5)
 
 
-def test_training_times_are_logit_normal_and_move_with_size():
+def test_training_times_are_logit_normal_and_shifted_by_mu():
     config = TimeConfig(mean=0.3, std=0.8)
     keys = jax.random.split(jax.random.key(0), 20_000)
     for tokens in (64, 4096):
@@ -54,16 +54,16 @@ def test_training_times_are_logit_normal_and_move_with_size():
 
 
 @pytest.mark.parametrize(("shift", "mu"), [("resolution", 1.15), ("none", 0.0)])
-def test_training_times_are_uniform_before_they_move_with_size(shift, mu):
+def test_uniform_training_times_are_shifted_by_mu(shift, mu):
     config = TimeConfig(distribution="uniform", shift=shift)
     keys = jax.random.split(jax.random.key(0), 20_000)
     times = jax.vmap(lambda key: flow.sample_time(key, jnp.asarray(4096), config))(keys)
-    unmoved = jax.nn.sigmoid(jnp.log(times / (1 - times)) - mu)
+    unshifted = jax.nn.sigmoid(jnp.log(times / (1 - times)) - mu)
     levels = np.linspace(0, 1, 21)
-    np.testing.assert_allclose(np.quantile(unmoved, levels), levels, atol=0.015)
+    np.testing.assert_allclose(np.quantile(unshifted, levels), levels, atol=0.015)
 
 
-def test_noise_belongs_to_the_example_not_to_its_place():
+def test_noise_does_not_depend_on_the_packing():
     key = jax.random.key(3)
 
     def noise(ids, segments, offsets):

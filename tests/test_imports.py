@@ -6,7 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "kontext_jax"
 
 FLOORS = [
-    {"chips", "cli", "files", "metrics", "settings", "tree_paths", "types"},
+    {"chips", "files", "metrics", "tree_paths", "types"},
+    {"cli", "settings"},
     {"compilation", "flow", "geometry", "sharding", "toy_data"},
     {"data", "models"},
     {"encoders", "flops", "optim", "sampler", "weights"},

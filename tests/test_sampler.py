@@ -14,7 +14,7 @@ KEY = jax.random.key(5)
 
 @pytest.fixture
 def tokens() -> Tokens:
-    """One row: an edit (4 target tokens, 2 of its context), an image from text (3), padding."""
+    """One row: an edit (4 target and 2 context tokens), text-to-image (3 tokens), padding."""
     segments = jnp.array([[1, 1, 1, 1, 1, 1, 2, 2, 2, 0]])
     return Tokens(
         latents=jax.random.normal(jax.random.key(0), (1, 10, 4)),
@@ -30,7 +30,7 @@ def tokens() -> Tokens:
 
 
 def packed(examples: dict[int, tuple[int, int]]) -> Tokens:
-    """One row of examples by their ids, each so many tokens of a target and of its context."""
+    """One row of ``examples``: id -> (number of target tokens, number of context tokens)."""
     counts = [sum(sizes) for sizes in examples.values()]
     latents = [
         np.random.default_rng(number).standard_normal((count, 4), np.float32)
@@ -52,7 +52,7 @@ def packed(examples: dict[int, tuple[int, int]]) -> Tokens:
 
 
 def fake(velocity):
-    """A transformer that is a formula; ``t`` comes one to an example."""
+    """A transformer that evaluates ``velocity(x, t, text)``, with ``t`` per token."""
 
     class Transformer(Flux):
         def __init__(self):
@@ -71,7 +71,7 @@ def noise_of(tokens: Tokens):
 
 
 @pytest.mark.parametrize("num_steps", [1, 7])
-def test_the_straight_field_leads_to_the_data_in_any_number_of_steps(tokens, num_steps):
+def test_a_straight_velocity_field_is_exact_in_any_number_of_steps(tokens, num_steps):
     data = jax.random.normal(jax.random.key(1), tokens.latents.shape)
     straight = fake(lambda x, t, text: noise_of(tokens) - data)
     out = sample(straight, tokens, KEY, SamplerConfig(num_steps=num_steps), TimeConfig())
@@ -80,36 +80,36 @@ def test_the_straight_field_leads_to_the_data_in_any_number_of_steps(tokens, num
     np.testing.assert_array_equal(out[0, ~target], tokens.latents[0, ~target])
 
 
-def test_euler_equals_a_loop_on_each_example_s_own_schedule(tokens):
+def test_euler_matches_a_loop_over_the_schedule_of_each_example(tokens):
     curved = fake(lambda x, t, text: jnp.sin(x) * t)
     config, time = SamplerConfig(num_steps=5), TimeConfig(base_tokens=2, max_tokens=9)
     out = sample(curved, tokens, KEY, config, time)
     for segment, count in ((1, 4), (2, 3)):
-        mine = np.asarray((tokens.segments[0] == segment) & tokens.is_target[0])
-        x = np.asarray(noise_of(tokens), np.float64)[0, mine]
+        mask = np.asarray((tokens.segments[0] == segment) & tokens.is_target[0])
+        x = np.asarray(noise_of(tokens), np.float64)[0, mask]
         times = np.asarray(flow.schedule(5, count, time), np.float64)
         for t, t_next in zip(times[:-1], times[1:], strict=True):
             x = x + (t_next - t) * np.sin(x) * t
-        np.testing.assert_allclose(out[0, mine], x, atol=1e-5)
+        np.testing.assert_allclose(out[0, mask], x, atol=1e-5)
 
 
-def test_consistency_makes_an_image_and_noises_it_anew():
-    """What the network sees in each of four steps, if it knows the image."""
+def test_consistency_adds_fresh_noise_to_the_predicted_image():
+    """Records the inputs of a network that predicts a known image, in each of four steps."""
     tokens = packed({3: (300, 20), 8: (200, 0)})
     image = jax.random.normal(jax.random.key(1), tokens.latents.shape)
-    target, seen = np.asarray(tokens.is_target), []
+    target, calls = np.asarray(tokens.is_target), []
 
-    def knows(x, t, text):
-        seen.append((x, t))
+    def velocity_from_image(x, t, text):
+        calls.append((x, t))
         return (x - image) / t
 
     config = SamplerConfig(num_steps=4, method="consistency")
-    with jax.disable_jit():  # so that all steps are seen
-        out = sample(fake(knows), tokens, KEY, config, TimeConfig(shift="none"))
+    with jax.disable_jit():  # so that all steps are recorded
+        out = sample(fake(velocity_from_image), tokens, KEY, config, TimeConfig(shift="none"))
     np.testing.assert_allclose(out[target], image[target], atol=1e-5)
     np.testing.assert_array_equal(out[~target], tokens.latents[~target])
     noises = []
-    for (x, t), expected in zip(seen, np.linspace(1, 0, 5)[:-1], strict=True):
+    for (x, t), expected in zip(calls, np.linspace(1, 0, 5)[:-1], strict=True):
         np.testing.assert_allclose(t, np.full_like(t, expected), rtol=1e-6)
         np.testing.assert_array_equal(x[~target], tokens.latents[~target])
         noises.append(np.ravel(((x - (1 - t) * image) / t)[target]))
@@ -119,16 +119,16 @@ def test_consistency_makes_an_image_and_noises_it_anew():
     np.testing.assert_allclose(np.corrcoef(noises), np.eye(4), atol=0.1)
 
 
-def test_consistency_does_not_depend_on_the_others_of_a_row():
+def test_consistency_does_not_depend_on_other_examples_in_the_row():
     curved, time = fake(lambda x, t, text: jnp.sin(x) * t), TimeConfig(base_tokens=2, max_tokens=9)
     config = SamplerConfig(num_steps=3, method="consistency")
     examples = {3: (4, 2), 8: (3, 0)}
-    together = sample(curved, packed(examples), KEY, config, time)[0]
+    in_one_row = sample(curved, packed(examples), KEY, config, time)[0]
     alone = [sample(curved, packed({i: n}), KEY, config, time)[0] for i, n in examples.items()]
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-6)
+    np.testing.assert_allclose(in_one_row, np.concatenate(alone), atol=1e-6)
 
 
-def test_classifier_free_guidance_moves_away_from_the_negative(tokens):
+def test_classifier_free_guidance_matches_its_formula(tokens):
     by_text = fake(lambda x, t, text: jnp.full_like(x, jnp.mean(text)))
     positive = tokens.replace(text=jnp.full((1, 2, 4), 2.0))
     negative = tokens.replace(text=jnp.full((1, 2, 4), 0.5))
@@ -139,23 +139,23 @@ def test_classifier_free_guidance_moves_away_from_the_negative(tokens):
     np.testing.assert_allclose(out[0, target], expected[0, target], atol=1e-5)
 
 
-def test_a_negative_and_its_scale_go_together(tokens):
-    still = fake(lambda x, t, text: x)
-    with pytest.raises(ValueError, match="goes with a cfg_scale other than 1"):
-        sample(still, tokens, KEY, SamplerConfig(), TimeConfig(), negative=tokens)
-    with pytest.raises(ValueError, match="goes with a cfg_scale other than 1"):
-        sample(still, tokens, KEY, SamplerConfig(cfg_scale=2.0), TimeConfig())
+def test_negative_prompt_and_cfg_scale_need_each_other(tokens):
+    transformer = fake(lambda x, t, text: x)
+    with pytest.raises(ValueError, match="negative prompt needs a cfg_scale other than 1"):
+        sample(transformer, tokens, KEY, SamplerConfig(), TimeConfig(), negative=tokens)
+    with pytest.raises(ValueError, match="negative prompt needs a cfg_scale other than 1"):
+        sample(transformer, tokens, KEY, SamplerConfig(cfg_scale=2.0), TimeConfig())
 
 
-def test_no_steps_are_refused():
-    with pytest.raises(ValueError, match="num_steps 0 must be at least 1"):
+def test_zero_steps_are_refused():
+    with pytest.raises(ValueError, match="num_steps 0 must be 1 or more"):
         SamplerConfig(num_steps=0)
     with pytest.raises(ValueError, match="strength 0.09 leaves none of 10 steps; .* 1/10, or more"):
         SamplerConfig(num_steps=10, strength=0.09)
 
 
 @pytest.mark.parametrize("strength", [0.0, -0.5, 1.5, float("nan")])
-def test_a_strength_is_a_share(strength):
+def test_strength_outside_0_to_1_is_refused(strength):
     with pytest.raises(ValueError, match="must be above 0 and at most 1"):
         SamplerConfig(strength=strength)
 
@@ -164,24 +164,24 @@ def test_a_strength_is_a_share(strength):
     ("num_steps", "strength", "first"),
     [(28, 1.0, 0), (28, 0.6, 11), (10, 0.99, 0), (10, 0.3, 7), (10, 0.1, 9), (1, 1.0, 0)],
 )
-def test_strength_leaves_out_as_many_steps_as_in_diffusers(num_steps, strength, first):
+def test_strength_skips_as_many_steps_as_in_diffusers(num_steps, strength, first):
     assert SamplerConfig(num_steps=num_steps, strength=strength).first_step == first
 
 
 @pytest.mark.parametrize("strength", [0.99, 1.0])
-def test_sampling_from_pure_noise_does_not_look_at_targets(tokens, strength):
-    """Also where 0.99 of ten steps is all of them: nothing of the targets would be left."""
+def test_sampling_from_pure_noise_ignores_the_targets_latents(tokens, strength):
+    """A strength of 0.99 runs all ten steps, so it also starts from pure noise."""
     curved = fake(lambda x, t, text: jnp.sin(x) * t)
     config = SamplerConfig(num_steps=10, strength=strength)
-    blind = tokens.replace(latents=jnp.where(tokens.is_target[..., None], jnp.nan, tokens.latents))
-    out = sample(curved, blind, KEY, config, TimeConfig())
+    latents = jnp.where(tokens.is_target[..., None], jnp.nan, tokens.latents)
+    out = sample(curved, tokens.replace(latents=latents), KEY, config, TimeConfig())
     full = sample(curved, tokens, KEY, SamplerConfig(num_steps=10), TimeConfig())
     np.testing.assert_array_equal(out, full)
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 0.8])
-def test_the_exact_field_leads_back_to_the_start_image(tokens, strength):
-    """(x - data) / t points along the line through any x, whatever its noise."""
+def test_partial_sampling_with_the_exact_field_returns_the_start_image(tokens, strength):
+    """(x - data) / t is the exact velocity at any x."""
     exact = fake(lambda x, t, text: (x - tokens.latents) / t)
     config = SamplerConfig(num_steps=5, strength=strength)
     out = sample(exact, tokens, KEY, config, TimeConfig())
@@ -190,20 +190,20 @@ def test_the_exact_field_leads_back_to_the_start_image(tokens, strength):
     np.testing.assert_array_equal(out[context_and_padding], tokens.latents[context_and_padding])
 
 
-def test_a_partly_noised_start_goes_on_as_full_sampling_would_from_there(tokens):
-    """Each of two examples is put where its own full sampling passes after two of six steps."""
+def test_partial_sampling_continues_like_full_sampling(tokens):
+    """Starts both examples where full sampling is after two of six steps."""
     curved = fake(lambda x, t, text: jnp.sin(x) * t)
     time = TimeConfig(base_tokens=2, max_tokens=9)
     noise = np.asarray(noise_of(tokens), np.float64)[0]
     latents = np.array(tokens.latents)
     for segment, count in ((1, 4), (2, 3)):
-        mine = np.asarray((tokens.segments[0] == segment) & tokens.is_target[0])
+        mask = np.asarray((tokens.segments[0] == segment) & tokens.is_target[0])
         times = np.asarray(flow.schedule(6, count, time), np.float64)
-        x = noise[mine]
+        x = noise[mask]
         for t, t_next in zip(times[:2], times[1:3], strict=True):
             x = x + (t_next - t) * np.sin(x) * t
-        latents[0, mine] = (x - times[2] * noise[mine]) / (1 - times[2])  # undoes equation (1)
+        latents[0, mask] = (x - times[2] * noise[mask]) / (1 - times[2])  # inverts equation (1)
     full = sample(curved, tokens, KEY, SamplerConfig(num_steps=6), time)
-    placed = tokens.replace(latents=jnp.asarray(latents))
-    tail = sample(curved, placed, KEY, SamplerConfig(num_steps=6, strength=4 / 6), time)
-    np.testing.assert_allclose(tail, full, atol=1e-5)
+    start = tokens.replace(latents=jnp.asarray(latents))
+    partial = sample(curved, start, KEY, SamplerConfig(num_steps=6, strength=4 / 6), time)
+    np.testing.assert_allclose(partial, full, atol=1e-5)

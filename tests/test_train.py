@@ -1,4 +1,4 @@
-"""Whole runs, as short as they can be."""
+"""Complete runs, as short as possible."""
 
 import dataclasses
 import json
@@ -22,10 +22,12 @@ from kontext_jax.config import Config, SheetConfig, ValidationConfig
 from kontext_jax.data import store
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
+from kontext_jax.data.sources import TripleSource
 from kontext_jax.data.text import TextConfig
+from kontext_jax.evaluation.latent_statistics import NUM_IMAGES
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.loading.locations import load_config, open_network
-from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.autoencoder import AutoencoderConfig, to_pixels
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.t5 import T5Config
 from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
@@ -33,20 +35,21 @@ from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.settings import to_dict
+from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.toy_data import world
 from kontext_jax.train import train
 from kontext_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.training.preemption import MAX_STEPS_AHEAD, Preempted
 from kontext_jax.training.telemetry import TrainingStopped
 from kontext_jax.training.train_state import TrainState
-from kontext_jax.training.writer import Writer
 from kontext_jax.weights.fingerprint import fingerprint_of
-from tests.logs import timeless
+from kontext_jax.weights.loading import load
+from tests.logs import read_log, without_timings
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
-    """Runs of one config share their compiled programs."""
+    """Shares compiled programs between the runs of one config."""
     old = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield
@@ -98,10 +101,6 @@ def flow_config(folder: Path, autoencoder: Path) -> Config:
     return config_of(objective, folder, 12)
 
 
-def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def autoencoder(world_folder, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "autoencoder"
@@ -110,11 +109,11 @@ def autoencoder(world_folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_compiled_programs_are_kept_where_the_config_says(world_folder, tmp_path):
+def test_compiled_programs_are_cached_in_the_configured_folder(world_folder, tmp_path):
     before = jax.config.jax_compilation_cache_dir
     config = autoencoder_config(world_folder, levels=1)
     config.num_steps, config.compilation_cache = 1, str(tmp_path / "compiled")
-    compilation_cache.reset_cache()  # JAX opens its cache once
+    compilation_cache.reset_cache()  # JAX opens its cache only once
     try:
         train(config, tmp_path / "run")
     finally:
@@ -123,20 +122,47 @@ def test_compiled_programs_are_kept_where_the_config_says(world_folder, tmp_path
     assert any("train_step" in path.name for path in (tmp_path / "compiled").iterdir())
 
 
-def test_an_autoencoder_run_leaves_all_that_is_needed(world_folder, autoencoder):
+def test_autoencoder_run_leaves_its_config_and_metrics(world_folder, autoencoder):
     assert load_config(autoencoder) == autoencoder_config(world_folder)
-    logged = lines(autoencoder)
+    logged = read_log(autoencoder)
     assert [line["step"] for line in logged] == [1, 2, 3, 4, 5, 6]
     assert logged[-1]["autoencoder/loss"] < logged[0]["autoencoder/loss"]
     assert all(line["examples_per_second"] > 0 for line in logged)
     rates = [line["autoencoder/learning_rate"] for line in logged]
     np.testing.assert_allclose(rates, [0, 5e-4, *[1e-3] * 4], rtol=1e-6)
     assert not {"model_flops", "model_tflop_per_second_per_chip", "mfu"} & set(logged[-1])
+
+
+@pytest.mark.parametrize("params", ["ema", "params"])
+def test_latents_are_scaled_by_the_statistics_of_their_own_parameters(
+    world_folder, autoencoder, params
+):
+    """They are measured for averaged parameters, and estimated by the log for raw ones."""
+    reader = open_network(autoencoder, "autoencoder", params)
+    network = load(reader, reader.config, make_mesh(MeshConfig()), dtype=None)
+    source = TripleSource(world_folder, "train")
+    images = np.stack([source[i].target for i in range(len(source))])
+    latents = np.asarray(network.moments(to_pixels(images))[0], np.float64)
+    if params == "params":
+        last = read_log(autoencoder)[-1]
+        mean = last["autoencoder/latent_mean"]
+        variance = last["autoencoder/latent_square"] - mean**2
+    else:
+        assert len(source) <= NUM_IMAGES
+        mean, variance = latents.mean(), latents.var()
+    np.testing.assert_allclose(reader.config.shift_factor, mean, rtol=1e-4)
+    np.testing.assert_allclose(reader.config.scale_factor, variance**-0.5, rtol=1e-4)
+
+
+def test_checkpoints_without_latent_statistics_use_the_log(autoencoder, monkeypatch):
+    meta = Checkpointer.meta
+
+    def without_latents(checkpointer):
+        return {name: value for name, value in meta(checkpointer).items() if name != "latents"}
+
+    monkeypatch.setattr(Checkpointer, "meta", without_latents)
     network = open_network(autoencoder, "autoencoder")
-    last = logged[-1]
-    variance = last["autoencoder/latent_square"] - last["autoencoder/latent_mean"] ** 2
-    assert network.config.shift_factor == last["autoencoder/latent_mean"]
-    np.testing.assert_allclose(network.config.scale_factor, variance**-0.5)
+    assert network.config.shift_factor == read_log(autoencoder)[-1]["autoencoder/latent_mean"]
 
 
 class Killed(Exception):
@@ -144,175 +170,174 @@ class Killed(Exception):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    world_folder, autoencoder, tmp_path, monkeypatch
-):
-    """Killed in step 9, it goes on from step 6: the same data, losses and parameters."""
+def test_killed_run_resumes_exactly(world_folder, autoencoder, tmp_path, monkeypatch):
+    """Killed in step 9, it resumes from step 6 with the same data, losses and parameters."""
     config = flow_config(world_folder, autoencoder)
-    train(config, tmp_path / "straight")
+    train(config, tmp_path / "uninterrupted")
 
-    opened, read = [], Loader.__next__
-    reads = iter(range(8))
+    checkpointers, read_batch = [], Loader.__next__
+    batches = iter(range(8))
 
-    def dying(loader):
-        if next(reads, None) is None:
+    def read_or_die(loader):
+        if next(batches, None) is None:
             raise Killed
-        return read(loader)
+        return read_batch(loader)
 
-    class Watched(Checkpointer):
+    class RecordedCheckpointer(Checkpointer):
         def __init__(self, *args):
             super().__init__(*args)
-            opened.append(self)
+            checkpointers.append(self)
 
-    monkeypatch.setattr(Loader, "__next__", dying)
-    monkeypatch.setattr(train_module, "Checkpointer", Watched)
+    monkeypatch.setattr(Loader, "__next__", read_or_die)
+    monkeypatch.setattr(train_module, "Checkpointer", RecordedCheckpointer)
     with pytest.raises(Killed):
         train(config, tmp_path / "killed")
-    opened[-1].close()  # what is being written gets written
+    checkpointers[-1].close()  # completes the checkpoint that is being written
     monkeypatch.undo()
-    assert [line["step"] for line in lines(tmp_path / "killed")][-1] == 8
+    assert [line["step"] for line in read_log(tmp_path / "killed")][-1] == 8
     train(config, tmp_path / "killed")
 
-    straight, killed = lines(tmp_path / "straight"), lines(tmp_path / "killed")
-    assert [line["step"] for line in killed] == list(range(1, 13))
-    for line, other in zip(straight, killed, strict=True):
-        assert timeless(line) == timeless(other)
-    assert all(line["model_tflop_per_second_per_chip"] > 0 for line in straight)
-    assert len({line["model/loss"] for line in straight}) == 12
-    assert straight[-1]["skipped_in_a_row"] == 0
+    expected, resumed = read_log(tmp_path / "uninterrupted"), read_log(tmp_path / "killed")
+    assert [line["step"] for line in resumed] == list(range(1, 13))
+    for line, other in zip(expected, resumed, strict=True):
+        assert without_timings(line) == without_timings(other)
+    assert all(line["model_tflop_per_second_per_chip"] > 0 for line in expected)
+    assert len({line["model/loss"] for line in expected}) == 12
+    assert expected[-1]["skipped_in_a_row"] == 0
 
 
-def test_other_data_settings_are_refused_on_going_on(world_folder, autoencoder):
+def test_resuming_with_other_data_settings_is_refused(world_folder, autoencoder):
     config = autoencoder_config(world_folder)
     data = dataclasses.replace(config.data, caption_dropout=0.5)
     other = dataclasses.replace(config, data=data, num_steps=8)
-    with pytest.raises(ValueError, match="for another caption_dropout than this run reads"):
+    with pytest.raises(ValueError, match="saved with a different caption_dropout, so"):
         train(other, autoencoder)
 
 
-def test_a_finished_run_is_left_alone(world_folder, autoencoder):
-    before = lines(autoencoder)
+def test_finished_run_is_left_unchanged(world_folder, autoencoder):
+    before = read_log(autoencoder)
     train(autoencoder_config(world_folder), autoencoder)
-    assert lines(autoencoder) == before
+    assert read_log(autoencoder) == before
 
 
 def traces(workdir: Path) -> list[Path]:
     return list(workdir.glob("profile/plugins/profile/*/*.xplane.pb"))
 
 
-def test_a_run_traces_the_steps_it_is_asked_for(world_folder, autoencoder, tmp_path):
-    """Whole steps, by their numbers. A run that goes on is free to ask; later ones write none."""
+def test_run_traces_the_configured_steps(world_folder, autoencoder, tmp_path):
+    """A resumed run may set profile_steps; a run that starts after them writes no trace."""
     assert not (autoencoder / "profile").exists()
     shutil.copytree(autoencoder, tmp_path, dirs_exist_ok=True)
     config = dataclasses.replace(autoencoder_config(world_folder), num_steps=9)
     train(dataclasses.replace(config, profile_steps="2:9"), tmp_path)
     [trace] = traces(tmp_path)
-    plane = jax.profiler.ProfileData.from_file(str(trace))
-    events = [event for plane in plane.planes for line in plane.lines for event in line.events]
+    profile = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in profile.planes for line in plane.lines for event in line.events]
     stats = [dict(event.stats) for event in events if event.name == "train"]
-    assert [s["step_num"] for s in stats] == [7, 8]
-    assert all(line["steps_per_second"] > 0 for line in lines(tmp_path))
+    assert [stat["step_num"] for stat in stats] == [7, 8]
+    assert all(line["steps_per_second"] > 0 for line in read_log(tmp_path))
 
     later = dataclasses.replace(config, num_steps=10, profile_steps="2:9")
     train(later, tmp_path)
     assert traces(tmp_path) == [trace]
 
 
-def test_a_setting_younger_than_the_checkpoint_has_had_its_default(
+def test_settings_added_since_the_checkpoint_take_their_defaults(
     world_folder, autoencoder, monkeypatch
 ):
     meta = Checkpointer.meta
 
-    def older(checkpointer):
+    def without_setting(checkpointer):
         stored = meta(checkpointer)
         del stored["config"]["optim"]["moments_dtype"]
         return stored
 
-    monkeypatch.setattr(Checkpointer, "meta", older)
+    monkeypatch.setattr(Checkpointer, "meta", without_setting)
     train(autoencoder_config(world_folder), autoencoder)
-    with pytest.raises(ValueError, match="This run was made with another optim: give it"):
+    with pytest.raises(ValueError, match="This run was started with another optim: use the"):
         train(autoencoder_config(world_folder, moments_dtype="bfloat16"), autoencoder)
 
 
 @pytest.mark.parametrize(
-    ("change", "goes_on"),
+    ("change", "resumes"),
     [({"attention": "xla"}, True), ({"remat": "save_named"}, True), ({"theta": 1e3}, False)],
     ids=str,
 )
-def test_how_the_transformer_is_computed_may_change(change, goes_on):
-    """In a run that goes on; what it computes may not."""
-
+def test_resumed_run_may_change_how_but_not_what_the_transformer_computes(change, resumes):
     def meta(**changes):
         objective = FlowMatchingConfig(transformer=FluxConfig(**changes))
         return {"config": to_dict(Config(objective=objective)), "frozen": {}}
 
-    same = nullcontext() if goes_on else pytest.raises(ValueError, match="another objective: give")
-    with same:
+    refused = pytest.raises(ValueError, match="another objective: use")
+    with nullcontext() if resumes else refused:
         train_module._check_same_run(meta(), meta(**change))
 
 
-def test_a_run_without_finite_gradients_stops_and_goes_on_as_it_says(world_folder, tmp_path):
+def test_run_without_finite_gradients_stops_and_resumes_as_advised(world_folder, tmp_path):
     config = autoencoder_config(world_folder, levels=2, learning_rate=float("inf"), warmup_steps=0)
     config.checkpoint = CheckpointConfig(every=1)
     with pytest.raises(TrainingStopped, match="3 steps in a row .*lower optim.learning_rate"):
         train(config, tmp_path)
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    assert [line["skipped_steps"] for line in lines(tmp_path)] == [1, 1, 1]
+    assert [line["step"] for line in read_log(tmp_path)] == [1, 2, 3]
+    assert [line["skipped_steps"] for line in read_log(tmp_path)] == [1, 1, 1]
     config.optim = dataclasses.replace(config.optim, learning_rate=1e-4, clip_norm=0.5)
     train(config, tmp_path)
-    assert [line["skipped_steps"] for line in lines(tmp_path)] == [1, 1, 0, 0, 0, 0]
-    with pytest.raises(ValueError, match="is at step 6, beyond num_steps 5: give more, or a new"):
+    assert [line["skipped_steps"] for line in read_log(tmp_path)] == [1, 1, 0, 0, 0, 0]
+    with pytest.raises(
+        ValueError, match="is at step 6, beyond num_steps 5: raise num_steps, or use a new"
+    ):
         train(dataclasses.replace(config, num_steps=5), tmp_path)
     config.optim = dataclasses.replace(config.optim, b2=0.9)
-    with pytest.raises(ValueError, match="made with another optim"):
+    with pytest.raises(ValueError, match="started with another optim"):
         train(config, tmp_path)
 
 
-def test_a_run_that_is_told_to_end_saves_its_step(world_folder, tmp_path, monkeypatch):
-    """And goes on as if it had not been; the signal is then whose it was before."""
+def test_preempted_run_saves_its_step_and_resumes_exactly(world_folder, tmp_path, monkeypatch):
+    """It also restores the previous signal handler."""
     config = autoencoder_config(world_folder)
     config.sheets = SheetConfig(every=4, num_examples=2)
-    train(config, tmp_path / "straight")
-    read, reads, told = Loader.__next__, iter(range(1, 9)), []
+    train(config, tmp_path / "uninterrupted")
+    read_batch, steps, handled = Loader.__next__, iter(range(1, 9)), []
 
-    def ending(loader):
-        if next(reads) == 4 - MAX_STEPS_AHEAD:
+    def read_under_preemption(loader):
+        if next(steps) == 4 - MAX_STEPS_AHEAD:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read(loader)
+        return read_batch(loader)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: told.append("before"))
+    original = signal.signal(signal.SIGTERM, lambda *_: handled.append("previous handler"))
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(Loader, "__next__", ending)
+            patch.setattr(Loader, "__next__", read_under_preemption)
             with pytest.raises(Preempted, match="asked to stop .*Step 4 is saved; the same"):
-                train(config, tmp_path / "ended")
+                train(config, tmp_path / "preempted")
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert told == ["before"]
-    assert Checkpointer(tmp_path / "ended").steps() == [4]
-    assert not list((tmp_path / "ended").glob("sheet-*"))  # there is no time for it
-    train(config, tmp_path / "ended")
-    straight, ended = lines(tmp_path / "straight"), lines(tmp_path / "ended")
-    assert [timeless(line) for line in ended] == [timeless(line) for line in straight]
-    networks = [open_network(tmp_path / run, "autoencoder") for run in ("straight", "ended")]
+        signal.signal(signal.SIGTERM, original)
+    assert handled == ["previous handler"]
+    assert Checkpointer(tmp_path / "preempted").steps() == [4]
+    assert not list((tmp_path / "preempted").glob("sheet-*"))  # preemption leaves no time for it
+    train(config, tmp_path / "preempted")
+    runs = [tmp_path / run for run in ("uninterrupted", "preempted")]
+    expected, resumed = (list(map(without_timings, read_log(run))) for run in runs)
+    assert resumed == expected
+    networks = [open_network(run, "autoencoder") for run in runs]
     assert fingerprint_of(networks[0]) == fingerprint_of(networks[1])
 
 
 def test_waiting_for_the_device_before_a_pause_is_training_time(
     world_folder, tmp_path, monkeypatch
 ):
-    """Else rates would be too high where steps still run when a checkpoint is due."""
+    """Otherwise rates are too high if steps still run when a checkpoint is due."""
 
-    def running(state):
+    def wait(state):
         if isinstance(state, TrainState):
             time.sleep(1)
 
-    monkeypatch.setattr(jax, "block_until_ready", running)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
     config = dataclasses.replace(autoencoder_config(world_folder), num_steps=4)
     config.checkpoint = CheckpointConfig(every=2)
     train(config, tmp_path)
-    assert lines(tmp_path)[2]["steps_per_second"] < 1  # the line after the checkpoint
+    assert read_log(tmp_path)[2]["steps_per_second"] < 1  # the line after the checkpoint
 
 
 PROCESS = """
@@ -320,7 +345,7 @@ import json, os, sys
 import jax
 jax.distributed.initialize(os.environ["ADDRESS"], 2, int(os.environ["PROCESS"]))
 from pathlib import Path
-from kontext_jax import cli, train
+from kontext_jax import train
 from kontext_jax.config import Config
 from kontext_jax.settings import from_dict
 from kontext_jax.training.preemption import Preempted
@@ -332,12 +357,12 @@ except Preempted as stopped:
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_told_to_end_save_one_step(world_folder, tmp_path):
+def test_both_processes_save_the_same_step_if_one_is_preempted(world_folder, tmp_path):
     config = dataclasses.replace(autoencoder_config(world_folder), num_steps=100_000)
     config.checkpoint = CheckpointConfig(every=100_000)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    with socket.socket() as free_port:
+        free_port.bind(("localhost", 0))
+        address = f"localhost:{free_port.getsockname()[1]}"
     environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "ADDRESS": address}
     command = [sys.executable, "-c", PROCESS, json.dumps(to_dict(config)), str(tmp_path)]
     processes = [
@@ -350,22 +375,22 @@ def test_two_processes_of_which_one_is_told_to_end_save_one_step(world_folder, t
         for i in range(2)
     ]
     try:
-        until = time.monotonic() + 200
-        while not (tmp_path / "metrics.jsonl").exists() or len(lines(tmp_path)) < 3:
-            assert time.monotonic() < until and all(p.poll() is None for p in processes)
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "metrics.jsonl").exists() or len(read_log(tmp_path)) < 3:
+            assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
             time.sleep(0.2)
         processes[1].send_signal(signal.SIGTERM)
-        said = [process.communicate(timeout=100)[1] for process in processes]
+        messages = [process.communicate(timeout=100)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
     [step] = Checkpointer(tmp_path).steps()
     assert step > 3
-    for process, text in zip(processes, said, strict=True):
-        assert process.returncode == 1 and f"Step {step} is saved" in text
+    for process, message in zip(processes, messages, strict=True):
+        assert process.returncode == 1 and f"Step {step} is saved" in message
 
 
-def test_a_run_with_too_many_unreadable_records_stops(tmp_path):
+def test_run_with_too_many_unreadable_records_stops(tmp_path):
     folder = tmp_path / "world"
     store.write({"train": world.triples(40, split="train")}, folder, num_shards=4)
     [shard] = folder.glob("triples-train*-00001-of-*")
@@ -375,86 +400,48 @@ def test_a_run_with_too_many_unreadable_records_stops(tmp_path):
         train(config, tmp_path / "run")
     tolerant = dataclasses.replace(config, data=dataclasses.replace(config.data, max_skipped=0.9))
     train(tolerant, tmp_path / "tolerant")
-    assert sum(line["skipped_records"] for line in lines(tmp_path / "tolerant")) > 0
+    assert sum(line["skipped_records"] for line in read_log(tmp_path / "tolerant")) > 0
 
 
-def test_a_run_needs_its_autoencoder(world_folder, tmp_path):
+def test_missing_autoencoder_is_named(world_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="init_from.autoencoder: There are no weights at"):
         train(flow_config(world_folder, tmp_path / "nowhere"), tmp_path / "flow")
 
 
-def test_the_console_shows_rates_under_short_names(tmp_path, capsys):
-    writer = Writer(tmp_path, num_steps=9)
-    rates = {"examples_per_second_per_chip": 2.25, "model_tflop_per_second_per_chip": 502.1}
-    shares = {"data_wait": 0.0123, "mfu": 0.5077}
-    writer.metrics(2, rates | shares | {"model/loss": 0.5})
-    writer.close()
-    expected = "step 2/9  loss 0.5  samples/s/chip 2.25  TFLOP/s/chip 502.1  data wait 1.2%  "
-    expected += "MFU 50.8%  ETA"
-    assert capsys.readouterr().out.startswith(expected)
-    assert lines(tmp_path) == [{"step": 2} | rates | shares | {"model/loss": 0.5}]
-
-
-def test_only_lines_of_training_tell_when_it_ends(tmp_path, capsys):
-    """What was measured took its time between two steps: it has no pace."""
-    writer = Writer(tmp_path, num_steps=9)
-    writer.metrics(2, {"loss": 0.5}, log="validation")
-    writer.close()
-    assert capsys.readouterr().out == "step 2/9  validation  loss 0.5\n"
-
-
-def test_the_log_forgets_steps_that_are_run_again(tmp_path):
-    writer = Writer(tmp_path, num_steps=9)
-    for step in (2, 4, 6):
-        writer.metrics(step, {"loss": step / 2})
-    writer.close()
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 8, "lo')  # cut short by a kill
-    writer = Writer(tmp_path, num_steps=9, start_step=4)
-    writer.metrics(6, {"loss": 7.0})
-    writer.close()
-    assert lines(tmp_path) == [
-        {"step": 2, "loss": 1.0},
-        {"step": 4, "loss": 2.0},
-        {"step": 6, "loss": 7.0},
-    ]
-
-
 @pytest.mark.parametrize("kind", ["autoencoder", pytest.param("flow", marks=pytest.mark.slow)])
-def test_validation_tells_of_held_out_examples_and_disturbs_nothing(
+def test_validation_scores_held_out_examples_and_does_not_change_the_run(
     world_folder, autoencoder, tmp_path, kind
 ):
-    """A run that is looked at in every other step learns the same, to the last bit."""
+    """A run with validation in every second step learns bitwise the same."""
     config = autoencoder_config(world_folder)
     if kind == "flow":
         config = flow_config(world_folder, autoencoder)
         config.num_steps = 6
-    train(config, tmp_path / "alone")
+    train(config, tmp_path / "without")
     config.validation = ValidationConfig(
         every=2, num_examples=5, num_pictures=3, sampler=SamplerConfig(num_steps=2)
     )
-    train(config, tmp_path / "watched")
+    train(config, tmp_path / "with")
 
-    def told(run: str, log: str = "metrics") -> list[dict]:
-        text = (tmp_path / run / f"{log}.jsonl").read_text()
-        found = [json.loads(line) for line in text.splitlines()]
-        return list(map(timeless, found))
+    def log_of(run: str, log: str = "metrics") -> list[dict]:
+        return list(map(without_timings, read_log(tmp_path / run, log)))
 
-    assert told("alone") == told("watched")
-    of_player = {"autoencoder": "autoencoder", "flow": "transformer"}[kind]
-    networks = [open_network(tmp_path / run, of_player) for run in ("alone", "watched")]
+    assert log_of("without") == log_of("with")
+    name = {"autoencoder": "autoencoder", "flow": "transformer"}[kind]
+    networks = [open_network(tmp_path / run, name) for run in ("without", "with")]
     assert fingerprint_of(networks[0]) == fingerprint_of(networks[1])
 
-    found = told("watched", "validation")
-    assert [line["step"] for line in found] == [2, 4, 6]
-    assert {"l1", "psnr", "ssim", "edit_success"} <= found[0].keys()
-    assert found[0]["l1"] != found[2]["l1"]
-    assert ("loss" in found[0]) == (kind == "flow")
+    validation = log_of("with", "validation")
+    assert [line["step"] for line in validation] == [2, 4, 6]
+    assert {"l1", "psnr", "ssim", "edit_success"} <= validation[0].keys()
+    assert validation[0]["l1"] != validation[2]["l1"]
+    assert ("loss" in validation[0]) == (kind == "flow")
     if kind == "flow":
-        losses = [value for name, value in found[0].items() if name.startswith("loss_t0")]
-        assert found[0]["loss"] == pytest.approx(np.mean(losses))  # as many at each level
-        assert {"loss_edit", "loss_t0.0625", "loss_t0.188"} <= found[0].keys()
-    # What is measured does not depend on when: the last checkpoint, measured anew, says the same.
-    shutil.rmtree(tmp_path / "watched" / "tensorboard")
-    train(config, tmp_path / "watched")
-    assert told("watched", "validation") == found
+        losses = [value for name, value in validation[0].items() if name.startswith("loss_t0")]
+        # Each level has equally many examples.
+        assert validation[0]["loss"] == pytest.approx(np.mean(losses))
+        assert {"loss_edit", "loss_t0.0625", "loss_t0.188"} <= validation[0].keys()
+    # Resuming the finished run leaves its validation log unchanged.
+    shutil.rmtree(tmp_path / "with" / "tensorboard")
+    train(config, tmp_path / "with")
+    assert log_of("with", "validation") == validation

@@ -1,0 +1,1 @@
+"""HLO cost analysis, roofline, and TPU topologies for ahead-of-time compilation."""

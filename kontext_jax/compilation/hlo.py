@@ -1,16 +1,18 @@
-"""What an optimized XLA program executes: FLOPs, collectives and memory traffic, loops unrolled.
+"""FLOPs, collectives and memory traffic of an optimized XLA program, counting every loop iteration.
 
-``Compiled.cost_analysis`` counts the body of a loop once. Here ``Compiled.as_text`` is read instead
-and everything is multiplied by the loops around it. Numbers are those of one device.
+``Compiled.cost_analysis`` counts the body of a loop once. This module parses ``Compiled.as_text``
+instead, and multiplies each instruction by the trip counts of the loops around it. All numbers are
+per device.
 
-FLOPs are two a multiply-add of products of matrices and convolutions; positions of a window that
-see only padding or holes do no work (XLA's own rule), for the TPU compiler writes batched products
-as such convolutions. What a custom call does is not in the text: the caller may know; other calls
-are listed as ``opaque``.
+FLOPs are two per multiply-add of matrix products and convolutions. Window positions that cover only
+padding or holes count as no work, as in XLA's own cost analysis: the TPU compiler writes batched
+matrix products as convolutions of that kind. The text does not say what a custom call computes: the
+caller may supply its FLOPs, and other calls are listed as ``opaque``.
 
-A chip sends, of an operand of b bytes in a group of n: all-gather b (n - 1), reduce-scatter and
-all-to-all b (n - 1) / n, all-reduce 2 b (n - 1) / n, and collective-permute b. These are what rings
-need, and no algorithm needs less (Thakur et al. 2005, doi 10.1177/1094342005051521).
+For an operand of b bytes in a group of n devices, a device sends b (n - 1) bytes in an all-gather,
+b (n - 1) / n in a reduce-scatter or all-to-all, 2 b (n - 1) / n in an all-reduce, and b in a
+collective-permute. Ring algorithms send this much, and no algorithm sends less (Thakur et al. 2005,
+doi 10.1177/1094342005051521).
 """
 
 import functools
@@ -58,11 +60,11 @@ _BOOKKEEPING = {
 
 
 KernelFlops = Callable[[list[tuple[int, ...]]], float]
-"""FLOPs of a kernel whose operands have these shapes."""
+"""Returns the FLOPs of a kernel, given the shapes of its operands."""
 
 
 class Traffic(NamedTuple):
-    """Collectives of a kind: how many are executed, and the bytes one device sends for them."""
+    """All collectives of one kind: the number executed, and the bytes that a device sends."""
 
     count: float
     bytes: float
@@ -70,15 +72,15 @@ class Traffic(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one device does in one call of the program.
+    """The cost of one call of the program, per device.
 
     Attributes:
-      flops: of products of matrices and convolutions.
-      bytes: read from and written to the device's main memory, by every fusion and operation on
-        its own, the operands of a kernel once; what stays in a TPU's vector memory is not counted.
-      collectives: by kind.
-      opaque: custom calls by target, whose FLOPs are in none of these.
-      unknown_loops: loops whose length the text does not tell; their bodies count once.
+      flops: FLOPs of matrix products, convolutions and known kernels.
+      bytes: main-memory traffic, summed over fusions and unfused operations, with each operand of a
+        kernel counted once; data in a TPU's vector memory is not counted.
+      collectives: collectives by kind.
+      opaque: number of custom calls by target, whose FLOPs are not counted.
+      unknown_loops: number of loops of unknown length; their bodies count once.
     """
 
     flops: float
@@ -89,36 +91,36 @@ class Cost:
 
 
 def analyse(text: str, kernels: Mapping[str, KernelFlops] | None = None) -> Cost:
-    """The cost of the program that ``Compiled.as_text`` gave.
+    """Returns the cost of a program, given its HLO text.
 
     Args:
-      text: of the optimized program.
-      kernels: FLOPs of custom calls, by how their names begin.
+      text: the optimized program, from ``Compiled.as_text``.
+      kernels: FLOPs of custom calls, by the prefix of their names.
 
     Raises:
-      ValueError: it is no HLO module with an entry computation.
+      ValueError: the text is not an HLO module with an entry computation.
     """
     program = Program(text)
     flops = traffic = 0.0
     sent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     opaque: Counter[str] = Counter()
     unknown_loops = 0
-    started = _started_channels(program)
+    starts = _async_starts(program)
     for computation, instruction, times, fused in program.executed():
         flops += times * _flops(computation, instruction)
         if not fused:
             traffic += times * _bytes(program, computation, instruction)
-        if kind := _collective(computation, instruction, started):
+        if kind := _collective_kind(computation, instruction, starts):
             sent[kind][0] += times
-            sent[kind][1] += times * _sent(program, computation, instruction, kind)
+            sent[kind][1] += times * _sent_bytes(program, computation, instruction, kind)
         if instruction.opcode == "while":
             unknown_loops += program.trip_count(computation, instruction) is None
         if instruction.opcode == "custom-call":
             target = _attribute(instruction, r'custom_call_target="([^"]*)"') or ""
-            known = next((k for k in kernels or () if instruction.name.startswith(k)), None)
-            if known is not None:
+            kernel = next((k for k in kernels or () if instruction.name.startswith(k)), None)
+            if kernel is not None:
                 operands = (computation.instructions[name] for name in instruction.operands)
-                flops += times * kernels[known]([_dims(operand.shape) for operand in operands])
+                flops += times * kernels[kernel]([_dims(operand.shape) for operand in operands])
             elif target not in _BOOKKEEPING:
                 opaque[target] += times
     return Cost(
@@ -131,7 +133,7 @@ def analyse(text: str, kernels: Mapping[str, KernelFlops] | None = None) -> Cost
 
 
 class Instruction(NamedTuple):
-    """One line of a computation; ``shape`` and ``attributes`` are left as text."""
+    """One line of a computation; ``shape``, ``arguments`` and ``attributes`` are unparsed text."""
 
     name: str
     shape: str
@@ -143,7 +145,7 @@ class Instruction(NamedTuple):
 
 @dataclass
 class Computation:
-    """Instructions in order, by name; the root is what it returns."""
+    """A computation: its instructions by name, in order, and the root, which it returns."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -151,13 +153,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In the order in which callers give them."""
-        found = [i for i in self.instructions.values() if i.opcode == "parameter"]
-        return sorted(found, key=lambda i: int(i.arguments))
+        """The parameters, in the order of the caller's operands."""
+        parameters = [i for i in self.instructions.values() if i.opcode == "parameter"]
+        return sorted(parameters, key=lambda i: int(i.arguments))
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction."""
+        """The instructions that read each instruction, by its name."""
         users = defaultdict(list)
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -165,12 +167,12 @@ class Computation:
         return users
 
     def operand(self, instruction: Instruction, i: int) -> Instruction:
-        """Where its i-th operand comes from."""
+        """Returns the instruction that computes the i-th operand of ``instruction``."""
         return self.instructions[instruction.operands[i]]
 
 
 class Program:
-    """A parsed module."""
+    """A parsed HLO module."""
 
     def __init__(self, text: str):
         self.computations: dict[str, Computation] = {}
@@ -183,14 +185,14 @@ class Program:
             if head := _HEAD.match(line):
                 current = self.computations[head[2]] = Computation(head[2])
                 entry = current if head[1] else entry
-            elif current and (found := _INSTRUCTION.match(line)):
-                instruction = _parse(found[2], found[3])
+            elif current and (match := _INSTRUCTION.match(line)):
+                instruction = _parse(match[2], match[3])
                 current.instructions[instruction.name] = instruction
-                current.root = instruction if found[1] else current.root
+                current.root = instruction if match[1] else current.root
         if entry is None:
-            raise ValueError("this is no HLO module: it has no entry computation.")
+            raise ValueError("The text is not an HLO module: it has no entry computation.")
         self.entry = entry
-        # Who runs the body of each loop, to look up what the loop started from.
+        # (computation, loop) by the loop's body, to look up the loop's initial state.
         self._loops = {
             _attribute(i, r"body=%([\w.\-]+)"): (computation, i)
             for computation in self.computations.values()
@@ -199,7 +201,7 @@ class Program:
         }
 
     def executed(self) -> Iterator[tuple[Computation, Instruction, float, bool]]:
-        """(computation, instruction, how often, whether inside a fusion) of all that is run."""
+        """Yields (computation, instruction, count, whether it is fused) of all instructions run."""
         yield from self._executed(self.entry, 1.0, False)
 
     def _executed(self, computation, times, fused):
@@ -210,7 +212,7 @@ class Program:
                 yield from self._executed(self.computations[name], times * factor, inside)
 
     def _called(self, computation, instruction) -> list[tuple[str, float]]:
-        """Computations that it runs, and how often; of branches, each once."""
+        """Returns (computation, count) of what an instruction runs; each branch counts once."""
         opcode = instruction.opcode
         if opcode == "while":
             count = self.trip_count(computation, instruction)
@@ -223,10 +225,14 @@ class Program:
             ]
         if opcode in ("fusion", "call", "async-start"):
             return [(name, 1.0) for name in _CALLED.findall(instruction.attributes)[:1]]
-        return []  # what reductions, sorts and collectives apply to scalars
+        return []  # reductions, sorts and collectives call computations of scalars
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:
-        """Rounds of a loop, as XLA says or, on TPUs, as ``i = first; i < end; i += step`` gives."""
+        """Returns a loop's number of iterations; None if unknown.
+
+        The TPU compiler does not state it, so it is derived from the loop counter if that has the
+        form ``i = first; i < end; i += step``.
+        """
         known = _attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
         if known is not None:
             return int(known)
@@ -246,7 +252,7 @@ class Program:
         return max(0, -(-(int(bound.arguments) - first) // step))
 
     def _step(self, body: Computation, index: int) -> int | None:
-        """By how much a round of a loop moves its state's element on."""
+        """Returns the constant that an iteration adds to an element of the state; None if none."""
         if body.root.opcode != "tuple":
             return None
         new = body.operand(body.root, index)
@@ -258,7 +264,7 @@ class Program:
         return next((step for step in steps if step is not None), None)
 
     def _constant(self, computation: Computation, instruction: Instruction) -> int | None:
-        """The integer that an instruction gives, if it is the same every time."""
+        """Returns the integer that an instruction computes; None if it is not a constant."""
         while instruction.opcode in _COPIES:
             instruction = computation.operand(instruction, 0)
         if instruction.opcode == "constant":
@@ -269,20 +275,20 @@ class Program:
         return None
 
     def _element(self, computation: Computation, source: Instruction, index: int) -> int | None:
-        """The same of an element of a tuple, also of one that a loop hands on unchanged."""
+        """Like `_constant`, of a tuple's element, also if a loop passes it through unchanged."""
         if source.opcode == "tuple":
             return self._constant(computation, computation.operand(source, index))
         if source.opcode == "while":
             body = self.computations[_attribute(source, r"body=%([\w.\-]+)")]
-            if self._hands_on(body, index):
+            if self._passes_through(body, index):
                 return self._element(computation, computation.operand(source, 0), index)
         elif source.opcode == "parameter" and computation.name in self._loops:
-            if self._hands_on(computation, index):
+            if self._passes_through(computation, index):
                 outer, loop = self._loops[computation.name]
                 return self._element(outer, outer.operand(loop, 0), index)
         return None
 
-    def _hands_on(self, body: Computation, index: int) -> bool:
+    def _passes_through(self, body: Computation, index: int) -> bool:
         if body.root.opcode != "tuple":
             return False
         new = body.operand(body.root, index)
@@ -294,7 +300,7 @@ class Program:
 
 
 def _parse(name: str, rest: str) -> Instruction:
-    """From ``SHAPE opcode(operands), attributes``."""
+    """Parses ``SHAPE opcode(operands), attributes``."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
@@ -305,27 +311,30 @@ def _parse(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at ``start`` is closed."""
+    """Returns the index of the parenthesis that closes the one at ``start``."""
     depth = 0
     for bracket in re.compile(r"[()]").finditer(text, start):
         depth += 1 if bracket[0] == "(" else -1
         if not depth:
             return bracket.start()
-    raise ValueError(f"unbalanced parentheses in HLO: {text[:80]}")
+    raise ValueError(f"Unbalanced parentheses in HLO: {text[:80]}")
 
 
 def _attribute(instruction: Instruction, pattern: str) -> str | None:
-    found = re.search(pattern, instruction.attributes)
-    return found[1] if found else None
+    match = re.search(pattern, instruction.attributes)
+    return match[1] if match else None
 
 
 def _dims(shape: str) -> tuple[int, ...]:
-    """Of an array, or of the first one of a tuple."""
+    """Returns the dimensions of an array, or of the first array of a tuple."""
     return tuple(int(size) for size in _ARRAY.search(shape)[2].split(",") if size)
 
 
 def _num_bytes(shape: str, in_main_memory: bool = False) -> float:
-    """Of an array, or of all of a tuple; memory spaces other than 0 are not the main memory."""
+    """Returns the bytes of an array, or of all arrays of a tuple.
+
+    ``in_main_memory`` counts arrays in memory space 0 only.
+    """
     total = 0.0
     for dtype, dims, layout in _ARRAY.findall(shape):
         if in_main_memory and re.search(r"S\([1-9]", layout):
@@ -363,51 +372,59 @@ def _convolution_flops(computation: Computation, instruction: Instruction) -> fl
     settings = dict(part.split("=") for part in window.split())
     positions = 1
     for i in range(len(lhs) - 2):
-        place = {name: value.split("x")[i] for name, value in settings.items()}
+        of_dim = {name: value.split("x")[i] for name, value in settings.items()}
         positions *= _valid_positions(
             lhs[str(i)],
             rhs[str(i)],
             out[str(i)],
-            stride=int(place.get("stride", 1)),
-            padding=int(place.get("pad", "0_0").split("_")[0]),
-            holes=int(place.get("lhs_dilate", 1)),
-            spread=int(place.get("rhs_dilate", 1)),
+            stride=int(of_dim.get("stride", 1)),
+            padding=int(of_dim.get("pad", "0_0").split("_")[0]),
+            lhs_dilation=int(of_dim.get("lhs_dilate", 1)),
+            rhs_dilation=int(of_dim.get("rhs_dilate", 1)),
         )
     return 2.0 * (lhs["f"] // groups) * rhs["o"] * (lhs["b"] // batch_groups) * positions
 
 
 @functools.lru_cache(maxsize=4096)
 def _valid_positions(
-    size: int, kernel: int, out: int, *, stride: int, padding: int, holes: int, spread: int
+    size: int,
+    kernel: int,
+    out: int,
+    *,
+    stride: int,
+    padding: int,
+    lhs_dilation: int,
+    rhs_dilation: int,
 ) -> int:
-    """Pairs of an output and a kernel place that meet an input (XLA's HloCostAnalysis)."""
-    at = np.arange(out)[:, None] * stride - padding + np.arange(kernel)[None] * spread
-    return int(np.sum((at % holes == 0) & (at >= 0) & (at < size * holes)))
+    """Counts (output, kernel position) pairs that cover an input, like XLA's HloCostAnalysis."""
+    at = np.arange(out)[:, None] * stride - padding + np.arange(kernel)[None] * rhs_dilation
+    return int(np.sum((at % lhs_dilation == 0) & (at >= 0) & (at < size * lhs_dilation)))
 
 
-def _started_channels(program: Program) -> dict[str, str]:
-    """Channels of collectives that a TPU carries out along with other work, and where they start.
+def _async_starts(program: Program) -> dict[str, str]:
+    """Returns the instruction that starts each asynchronous TPU collective, by its channel.
 
-    Such a collective stands once more in every fusion that it goes on in, and in its end.
+    The collective is repeated in every fusion that overlaps with it and where it ends; only its
+    start is counted.
     """
-    started = {}
+    starts = {}
     for computation in program.computations.values():
         for instruction in computation.instructions.values():
             if '"AsyncCollectiveStart"' in instruction.attributes:
                 start = computation.operand(instruction, 0)
-                started[_attribute(start, r"channel_id=(\d+)")] = start.name
-    return started
+                starts[_attribute(start, r"channel_id=(\d+)")] = start.name
+    return starts
 
 
-def _collective(
-    computation: Computation, instruction: Instruction, started: dict[str, str]
+def _collective_kind(
+    computation: Computation, instruction: Instruction, starts: dict[str, str]
 ) -> str | None:
-    """Its kind, if it is a collective that is not counted elsewhere."""
+    """Returns the kind of a collective; None for other instructions and for repeated ones."""
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
     channel = _attribute(instruction, r"channel_id=(\d+)")
-    if started.get(channel, instruction.name) != instruction.name:
+    if starts.get(channel, instruction.name) != instruction.name:
         return None
     if kind == "all-reduce":
         users = computation.users[instruction.name]
@@ -416,7 +433,9 @@ def _collective(
     return kind
 
 
-def _sent(program: Program, computation: Computation, instruction: Instruction, kind: str) -> float:
+def _sent_bytes(
+    program: Program, computation: Computation, instruction: Instruction, kind: str
+) -> float:
     size = sum(
         _num_bytes(computation.instructions[operand].shape) for operand in instruction.operands
     )
@@ -429,74 +448,74 @@ def _sent(program: Program, computation: Computation, instruction: Instruction, 
 
 
 def _group_size(instruction: Instruction, num_devices: int) -> int:
-    """Devices that take part in a collective, from each way to write it."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", instruction.attributes):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction.attributes):
-        return len(found[1].split(","))
+    """Returns the number of devices in a group of a collective, in any of HLO's notations."""
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", instruction.attributes):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", instruction.attributes):
+        return len(match[1].split(","))
     mesh = r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}"
-    if found := re.search(mesh, instruction.attributes):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+    if match := re.search(mesh, instruction.attributes):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(part) if part else sizes[axis] for axis, part in axes)
     return num_devices
 
 
 def _bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Main-memory traffic of one operation outside fusions."""
+    """Returns the main-memory traffic of an instruction that is not inside a fusion."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-start", "-update")):
         return 0.0
     if opcode == "custom-call" and '"AllocateBuffer"' in instruction.attributes:
         return 0.0
-    if opcode.endswith("-done"):  # moved from one memory to another, or between devices
+    if opcode.endswith("-done"):  # a copy between memories, or between devices
         return _num_bytes(instruction.shape)
     read = 0.0
     for i in range(len(instruction.operands)):
         size = _num_bytes(computation.operand(instruction, i).shape, in_main_memory=True)
-        read += min(size, _read(program, instruction, i, size))
+        read += min(size, _read_bytes(program, instruction, i, size))
     written = _num_bytes(instruction.shape, in_main_memory=True)
-    return read + min(written, _written(program, computation, instruction))
+    return read + min(written, _written_bytes(program, computation, instruction))
 
 
-def _read(program: Program, user: Instruction, i: int, size: float) -> float:
-    """Bytes of its i-th operand, of ``size`` bytes, that an operation or fusion reads."""
+def _read_bytes(program: Program, user: Instruction, i: int, size: float) -> float:
+    """Returns the bytes that an instruction reads of its i-th operand, which has ``size`` bytes."""
     if user.opcode in _SLICES and i == 0:
         return _num_bytes(user.shape)
     if user.opcode in _UPDATES and i == 0 or user.opcode == "tuple":
         return 0.0
     if user.opcode != "fusion":
         return size
-    inside = program.computations[_attribute(user, _CALLED.pattern)]
-    return _read_inside(program, inside, inside.parameters[i], size)
+    fused = program.computations[_attribute(user, _CALLED.pattern)]
+    return _fusion_read_bytes(program, fused, fused.parameters[i], size)
 
 
-def _read_inside(
+def _fusion_read_bytes(
     program: Program, computation: Computation, source: Instruction, size: float
 ) -> float:
-    """The same of what all users inside a fusion read together."""
+    """Returns the bytes of ``source`` that all its users inside a fusion read together."""
     total = 0.0
     for user in computation.users[source.name]:
         if user.opcode == "bitcast":
-            total += _read_inside(program, computation, user, size)
+            total += _fusion_read_bytes(program, computation, user, size)
         else:
-            places = [i for i, name in enumerate(user.operands) if name == source.name]
-            total += max(_read(program, user, i, size) for i in places)
+            indices = [i for i, name in enumerate(user.operands) if name == source.name]
+            total += max(_read_bytes(program, user, i, size) for i in indices)
     return min(total, size)
 
 
-def _written(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an operation or fusion writes; updates are done in place."""
+def _written_bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+    """Returns the bytes that an instruction writes; updates are in place."""
     if instruction.opcode == "fusion":
-        inside = program.computations[_attribute(instruction, _CALLED.pattern)]
-        return _written(program, inside, inside.root)
+        fused = program.computations[_attribute(instruction, _CALLED.pattern)]
+        return _written_bytes(program, fused, fused.root)
     if instruction.opcode == "tuple":
         elements = (computation.instructions[name] for name in instruction.operands)
-        return sum(_written(program, computation, element) for element in elements)
+        return sum(_written_bytes(program, computation, element) for element in elements)
     if instruction.opcode == "bitcast":
-        return _written(program, computation, computation.operand(instruction, 0))
+        return _written_bytes(program, computation, computation.operand(instruction, 0))
     if instruction.opcode == "dynamic-update-slice":
         return _num_bytes(computation.operand(instruction, 1).shape)
-    if instruction.opcode == "parameter":  # handed on
+    if instruction.opcode == "parameter":  # forwarded
         return 0.0
     return _num_bytes(instruction.shape)

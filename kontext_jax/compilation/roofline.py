@@ -1,8 +1,8 @@
-"""The shortest time that a compiled program can take on a chip, and its MFU.
+"""A lower bound of a compiled program's time on a chip, and the corresponding MFU.
 
-A roofline has three terms: FLOPs at the chip's peak, memory traffic at its bandwidth, and what
-collectives send over all links at once. No program is faster than the slowest of the three ("at
-best", where all of them overlap); without any overlap it takes their sum.
+The roofline has three terms: FLOPs at the chip's peak, memory traffic at its bandwidth, and
+collectives over all links at once. With full overlap ("at best"), the program takes as long as the
+slowest term; without overlap, it takes their sum.
 """
 
 from kontext_jax.chips import Chip
@@ -12,16 +12,16 @@ from kontext_jax.compilation.hlo import Cost
 def roofline(
     cost: Cost, model_flops: float, chip: Chip
 ) -> tuple[dict[str, float], tuple[float, float] | None]:
-    """The terms of the roofline, and the MFU with and without overlap.
+    """Returns the terms of the roofline, and the MFU with and without overlap.
 
     Args:
-      cost: of one device's program.
-      model_flops: of one device and step.
-      chip: that the device is, or is part of.
+      cost: cost of the program, per device.
+      model_flops: model FLOPs per device and step.
+      chip: the chip that the device is, or is a part of.
 
     Returns:
-      Seconds by term ("compute", "memory", "links"), and (MFU at best, MFU without overlap); none
-      if the chip's data sheet is not known in full.
+      Seconds by term ("compute", "memory", "links"), and (MFU at best, MFU without overlap); ({},
+      None) if the chip's peak FLOPs or a bandwidth is not known.
     """
     if None in (chip.peak_flops, chip.memory_bandwidth, chip.link_bandwidth):
         return {}, None

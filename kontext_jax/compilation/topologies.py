@@ -8,12 +8,12 @@ from kontext_jax import cli
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
-    """The devices of slices of TPUs, each such as "v5p:4x4x4", which need not exist.
+    """Returns the devices of ``num_slices`` TPU slices with a topology like "v5p:4x4x4".
 
     Raises:
-      cli.UserError: libtpu is not installed, or knows no such slice.
+      cli.UserError: libtpu is not installed, or does not know the topology.
     """
-    # libtpu would look for a machine with TPUs, and for other processes that use them.
+    # Keep libtpu from looking for TPUs on this machine, and for other processes that use them.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -26,14 +26,14 @@ def topology_devices(name: str, num_slices: int = 1) -> list[jax.Device]:
         ) from error
     from jax.experimental import topologies
 
-    # One device a chip, as it is on TPU v4 itself.
+    # One device per chip, as on a real TPU v4.
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
     try:
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             platform="tpu", topology_name=name, num_slices=num_slices, **options
         )
     except jax.errors.JaxRuntimeError as error:
         raise cli.UserError(
-            f"--topology={name} is no slice of TPUs: {str(error).splitlines()[0]}"
+            f"--topology={name} is not a TPU topology: {str(error).splitlines()[0]}"
         ) from error
-    return list(found.devices)
+    return list(topology.devices)

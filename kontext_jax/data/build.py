@@ -2,9 +2,9 @@
 
 python -m kontext_jax.data.build --source={world,emoji,folder} --output=DIR
 
-  world    scenes drawn on the spot         [--num_train --num_validation --seed --size]
+  world    synthetic scenes                 [--num_train --num_validation --seed --size]
   emoji    edits between artists' icons     [--num_train --num_validation --seed --sizes] --input
-  folder   your own images and prompts      --input (see kontext_jax/data/folder.py for its table)
+  folder   your images and prompts          --input (see kontext_jax/data/folder.py for its table)
 """
 
 import pathlib
@@ -25,35 +25,36 @@ REPORT_EVERY = 5.0  # seconds
 
 
 class Split(NamedTuple):
-    """The triples of one split, not yet made, and how many there will be."""
+    """A split's triples, generated lazily, and their number."""
 
     triples: Iterable[Triple]
     num: int
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the command's flags; not on import, where they would clash with other commands'."""
+    """Defines the command's flags; on import they would clash with those of other commands."""
     define = {"flag_values": values}
     flags.DEFINE_enum("source", None, list(SOURCES), "where the triples come from", **define)
-    flags.DEFINE_string("output", None, "folder to make; it must not exist", **define)
+    flags.DEFINE_string("output", None, "folder to create; it must not exist", **define)
     flags.DEFINE_string("input", None, "folder to read", **define)
     flags.DEFINE_integer("num_train", 12000, "triples to train on", lower_bound=0, **define)
     flags.DEFINE_integer("num_validation", 512, "triples held out", lower_bound=0, **define)
-    flags.DEFINE_integer("seed", 0, "what differs, differs by this alone", **define)
+    flags.DEFINE_integer("seed", 0, "random seed of the triples", **define)
     flags.DEFINE_integer("size", 32, "height and width in pixels", lower_bound=1, **define)
     flags.DEFINE_list("sizes", ["32", "48", "64"], "heights and widths in pixels", **define)
     flags.mark_flags_as_required(["source", "output"], flag_values=values)
 
 
 def run(options: flags.FlagValues) -> str:
-    """Builds the data set that the flags describe, and sums it up in one line.
+    """Builds the data set described by the flags and returns a one-line summary.
 
     Raises:
-      ValueError, OSError: with one sentence that tells the user what is wrong; nothing is written.
+      ValueError, OSError: in one sentence for the user; nothing is written.
     """
     start = time.monotonic()
     splits = _splits(options)
-    store.write({name: _reported(name, split) for name, split in splits.items()}, options.output)
+    triples = {name: _with_progress(name, split) for name, split in splits.items()}
+    store.write(triples, options.output)
     counts = ", ".join(f"{len(TripleSource(options.output, name))} {name}" for name in splits)
     num_bytes = sum(file.stat().st_size for file in pathlib.Path(options.output).iterdir())
     seconds = time.monotonic() - start
@@ -61,11 +62,11 @@ def run(options: flags.FlagValues) -> str:
 
 
 def _splits(options: flags.FlagValues) -> dict[str, Split]:
-    make, own_flags = SOURCES[options.source]
+    make, allowed_flags = SOURCES[options.source]
     for name in ("input", "num_train", "num_validation", "seed", "size", "sizes"):
-        if options[name].present and name not in own_flags:
-            raise ValueError(f"--{name} means nothing to --source={options.source}: leave it out.")
-    if "input" in own_flags and options.input is None:
+        if options[name].present and name not in allowed_flags:
+            raise ValueError(f"--source={options.source} does not use --{name}: leave it out.")
+    if "input" in allowed_flags and options.input is None:
         raise ValueError(f"--source={options.source} needs --input, the folder to read.")
     return make(options)
 
@@ -79,7 +80,9 @@ def _world(options: flags.FlagValues) -> dict[str, Split]:
 
 def _emoji(options: flags.FlagValues) -> dict[str, Split]:
     if not all(size.isdecimal() and int(size) for size in options.sizes):
-        raise ValueError(f"--sizes must be whole numbers such as 32,48, not {options.sizes}.")
+        raise ValueError(
+            f"--sizes is {','.join(options.sizes)}; give positive integers such as 32,48."
+        )
     sizes = [int(size) for size in options.sizes]
     icons = emoji.Emoji(options.input)
     return {
@@ -96,21 +99,21 @@ def _folder(options: flags.FlagValues) -> dict[str, Split]:
 
 
 def _requested(options: flags.FlagValues) -> list[tuple[str, int]]:
-    wanted = [("train", options.num_train), ("validation", options.num_validation)]
-    return [(split, num) for split, num in wanted if num]
+    splits = [("train", options.num_train), ("validation", options.num_validation)]
+    return [(split, num) for split, num in splits if num]
 
 
-_DRAWN = ("num_train", "num_validation", "seed")
+_GENERATOR_FLAGS = ("num_train", "num_validation", "seed")
 SOURCES = {
-    "world": (_world, (*_DRAWN, "size")),
-    "emoji": (_emoji, (*_DRAWN, "sizes", "input")),
+    "world": (_world, (*_GENERATOR_FLAGS, "size")),
+    "emoji": (_emoji, (*_GENERATOR_FLAGS, "sizes", "input")),
     "folder": (_folder, ("input",)),
 }
-"""For each --source, what makes its splits, and which flags mean something to it."""
+"""For each --source, the function that makes its splits and the flags that it uses."""
 
 
-def _reported(name: str, split: Split) -> Iterator[Triple]:
-    """Passes the triples on, and says now and then how far it is."""
+def _with_progress(name: str, split: Split) -> Iterator[Triple]:
+    """Yields the triples and prints progress every `REPORT_EVERY` seconds."""
     start = reported = time.monotonic()
     for done, triple in enumerate(split.triples, 1):
         yield triple

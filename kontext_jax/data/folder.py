@@ -1,13 +1,13 @@
-"""The user's own triples: a folder with images and ``triples.jsonl``, one JSON object per line.
+"""Reads a user's triples: a folder of images and ``triples.jsonl``, one JSON object per line.
 
 ::
 
     {"target": "a.png", "contexts": ["b.png"], "prompt": "make it night"}
     {"target": "c.jpg", "prompt": "a cat on a mat", "id": "cat", "split": "validation"}
 
-Paths are relative to the folder. What may be left out: ``contexts`` (none), ``id`` (the target's
-path), ``split`` ("train"), ``details`` (an object for the user's own use), and ``category``
-("local", or "text_to_image" where there is no context).
+Paths are relative to the folder. Optional keys, with their defaults: ``contexts`` (none), ``id``
+(the target's path), ``split`` ("train"), ``details`` (an empty object; free for the user's data),
+and ``category`` ("local", or "text_to_image" without contexts).
 """
 
 import io
@@ -37,7 +37,7 @@ _TYPES = {
 
 
 class Line(NamedTuple):
-    """One line of the table, checked; ``where`` names it in messages."""
+    """One checked line of the table; ``where`` names it in error messages."""
 
     where: str
     split: str
@@ -50,15 +50,15 @@ class Line(NamedTuple):
 
 
 def read(folder: os.PathLike | str) -> dict[str, list[Line]]:
-    """Reads and checks the whole table, but none of the images, and sorts its lines into splits.
+    """Reads and checks the table, without decoding images, and groups its lines by split.
 
     Raises:
-      FileNotFoundError: there is no table in `folder`.
-      ValueError: a line is wrong, or names an image that does not exist, or there is no line.
+      FileNotFoundError: `folder` has no table.
+      ValueError: the table is empty, or a line is invalid or names an image that does not exist.
     """
     table = pathlib.Path(folder) / TABLE
     if not table.is_file():
-        raise FileNotFoundError(f"There is no {TABLE} in {folder}: name its folder with --input.")
+        raise FileNotFoundError(f"There is no {TABLE} in {folder}: set --input to its folder.")
     splits: dict[str, list[Line]] = {}
     first_use: dict[str, str] = {}
     for number, text in enumerate(table.read_bytes().splitlines(), 1):
@@ -67,18 +67,18 @@ def read(folder: os.PathLike | str) -> dict[str, list[Line]]:
         line = _parse(text, f"{table}, line {number}", table.parent)
         if line.id in first_use:
             raise ValueError(
-                f'{line.where}: the id "{line.id}" is taken by {first_use[line.id]};'
-                ' give each line an "id" of its own.'
+                f'{line.where}: the id "{line.id}" is taken by {first_use[line.id]}:'
+                ' give each line a unique "id".'
             )
         first_use[line.id] = f"line {number}"
         splits.setdefault(line.split, []).append(line)
     if not splits:
-        raise ValueError(f"{table} is empty.")
+        raise ValueError(f"{table} is empty: add at least one line.")
     return splits
 
 
 def triples(lines: Sequence[Line]) -> Iterator[Triple]:
-    """Loads the images of each line in turn.
+    """Loads the images of the lines, one line at a time.
 
     Raises:
       ValueError: an image cannot be decoded.
@@ -125,24 +125,24 @@ def _check(fields: dict[str, Any], where: str) -> None:
         raise ValueError(f'{where}: "contexts" must be a list of paths.')
     if fields.get("category", CATEGORIES[0]) not in CATEGORIES:
         raise ValueError(
-            f'{where}: the category "{fields["category"]}" is none of {", ".join(CATEGORIES)}.'
+            f'{where}: the category "{fields["category"]}" is not one of {", ".join(CATEGORIES)}.'
         )
 
 
 def json_object(text: bytes, where: str, kind: str) -> dict[str, Any]:
-    """Parses a table, or a line of one.
+    """Parses a JSON object.
 
     Args:
       text: JSON in UTF-8.
-      where: names it in messages.
-      kind: what object it should be, to end the sentence "this is not an object".
+      where: name of the source in error messages.
+      kind: description of the expected object, which ends the sentence "this is not an object".
 
     Raises:
-      ValueError: it is something else.
+      ValueError: the text is not a JSON object.
     """
     try:
         fields = json.loads(text.decode())
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # from JSON or UTF-8
         raise ValueError(f"{where}: this is not JSON in UTF-8: {error}.") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: this is not an object {kind}.")
@@ -150,7 +150,7 @@ def json_object(text: bytes, where: str, kind: str) -> dict[str, Any]:
 
 
 def check_strings(fields: dict[str, Any], keys: Iterable[str], where: str) -> None:
-    """Raises ValueError for a key that is missing or of which the value is no string."""
+    """Raises ValueError if a key is missing or its value is not a string."""
     for key in keys:
         if key not in fields:
             raise ValueError(f'{where}: the key "{key}" is missing.')
@@ -166,11 +166,11 @@ def _load(path: pathlib.Path, where: str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def load_image(path: os.PathLike | str) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image file, upright, as `to_rgb` does.
+    """Decodes an image file to RGB (`to_rgb`), rotated upright by its EXIF orientation.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it cannot be decoded.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file cannot be decoded.
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"There is no image {path}.")
@@ -178,28 +178,28 @@ def load_image(path: os.PathLike | str) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def decode_image(file: os.PathLike | str | io.BytesIO, name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes an image, upright, as `to_rgb` does.
+    """Decodes an image to RGB (`to_rgb`), rotated upright by its EXIF orientation.
 
     Raises:
-      ValueError: it cannot be decoded; the message begins with `name`.
+      ValueError: the image cannot be decoded; the message begins with `name`.
     """
     try:
         with Image.open(file) as opened:
             return to_rgb(ImageOps.exif_transpose(opened))
-    # What Pillow raises on bad bytes, and on those that would fill the memory.
+    # Pillow's errors for damaged files and for images that would exhaust memory.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded: {error}.") from error
 
 
 def to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """The pixels of an image: transparency laid on white, of 16 bits the upper 8.
+    """Converts an image to 8-bit RGB; puts transparency on white, keeps the upper 8 of 16 bits.
 
     Raises:
-      ValueError: its pixels have no known range: whole numbers of 32 bits, or fractions.
+      ValueError: the range of the pixels is unknown, as with 32-bit integers or floats.
     """
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of Pillow's mode {image.mode}; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow would clip it to 255
+        raise ValueError(f"its pixels have Pillow's mode {image.mode}; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):  # Pillow would clip to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")

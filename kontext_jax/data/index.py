@@ -1,4 +1,4 @@
-"""What planning needs to know of a split's records, so that it need not decode them."""
+"""Index of a split's records, so that planning does not have to decode them."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 class Record(TypedDict):
-    """A triple as it is stored: its images are the bytes of PNG or JPEG files."""
+    """A triple as stored; images are the bytes of PNG or JPEG files."""
 
     id: str
     target: bytes
@@ -36,10 +36,10 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, record: Record) -> "Row":
-        """Describes a record, reading no more than the headers of its images.
+        """Describes a record, reading only the headers of its images.
 
         Raises:
-          OSError: an image has no header that Pillow knows.
+          OSError: Pillow does not recognise the header of an image.
         """
         return cls(
             id=record["id"],
@@ -56,13 +56,13 @@ class Index:
     """The n records of a split, in reading order.
 
     Attributes:
-      ids: the triples' ids.
-      categories: their categories.
-      target_sizes: (height, width) of the targets, in pixels.
-      context_sizes: (height, width) of all m contexts, one record after the other.
+      ids: ids of the triples.
+      categories: categories of the triples.
+      target_sizes: (height, width) of the targets in pixels.
+      context_sizes: (height, width) of all m contexts, record by record.
       context_counts: number of contexts of each record; sums to m.
-      prompt_bytes: length of the prompts in UTF-8 bytes.
-      digests: a 64-bit hash of all that the record holds, so that an edited data set shows.
+      prompt_bytes: length of each prompt in UTF-8 bytes.
+      digests: 64-bit hash of each record's contents, to detect edited data sets.
     """
 
     ids: Shaped[np.ndarray, " n"]
@@ -92,7 +92,7 @@ class Index:
 
     @classmethod
     def load(cls, path: os.PathLike) -> "Index":
-        """Reads what `save` wrote."""
+        """Reads a file written by `save`."""
         with np.load(path, allow_pickle=False) as arrays:
             return cls(**{field.name: arrays[field.name] for field in dataclasses.fields(cls)})
 
@@ -101,7 +101,7 @@ class Index:
         np.savez_compressed(path, **vars(self))
 
     def fingerprint(self) -> str:
-        """SHA-256 over all that the index holds, and so over the contents of the records."""
+        """SHA-256 of the index, and thereby of the contents of all records."""
         digest = hashlib.sha256()
         for name, array in vars(self).items():
             digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
@@ -110,7 +110,7 @@ class Index:
 
 
 def index_path(folder: os.PathLike | str, split: str) -> pathlib.Path:
-    """Where the index of a split lies."""
+    """Path of the index of a split."""
     return pathlib.Path(folder) / f"index-{split}.npz"
 
 
@@ -124,6 +124,6 @@ def _digest(record: Record) -> int:
     texts = [record[name].encode() for name in ("id", "prompt", "category", "details")]
     digest = hashlib.blake2b(digest_size=8)
     for part in (*texts, record["target"], *record["contexts"]):
-        digest.update(len(part).to_bytes(8, "little"))  # marks where one part ends
+        digest.update(len(part).to_bytes(8, "little"))  # separates the parts
         digest.update(part)
     return int.from_bytes(digest.digest(), "little")

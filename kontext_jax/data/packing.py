@@ -1,16 +1,16 @@
-"""Which examples share a row: decided on the host, from token counts alone, before pixels are read.
+"""Decides on the host which examples share a row, from token counts alone, before pixels are read.
 
 The plan is random access: row k of an endless run is a pure function of (seed, k). Any number of
-hosts can read it, and it resumes from one integer.
+hosts can read it, and a run resumes from one integer.
 
-Examples of equal shape (same sizes, same text length) form a class. Packing is done once, on
-classes: it yields *templates*, rows that say which classes they hold. Every epoch then deals the
-examples of each class anew over the places of that class, and shuffles the rows. So every epoch
-has the same number of rows, every example occurs in it exactly once, the largest number of images
-of a size in a row is known for the whole run, and an epoch costs a few permutations.
+Examples of equal shape (same sizes, same text length) form a class. Packing runs once, on classes,
+and yields *templates*: rows that list the classes of their examples. Every epoch assigns the
+examples of each class at random to the places of that class, and shuffles the rows. So all epochs
+have the same number of rows, each example occurs exactly once per epoch, the largest number of
+images of a size in any row is known for the whole run, and an epoch costs a few permutations.
 """
 
-import hashlib
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
+from kontext_jax.files import short_digest
 from kontext_jax.geometry import GeometryConfig, Size, num_tokens
 from kontext_jax.settings import Settings
 
-OPEN_ROWS = 256  # candidates for best fit; more gains nothing measurable
-SLOT_SLACK = 1.25  # room for images of a size in a row, as a multiple of the mean
-WINDOW = 64  # examples sorted by size at a time: large ones first pack better, all at once worse
+OPEN_ROWS = 256  # candidates for best fit; more gain nothing measurable
+SLOT_SLACK = 1.25  # limit on the images of one size in a row, as a multiple of the mean
+WINDOW = 64  # examples sorted by size at a time; sorting helps, but sorting all of them hurts
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -32,7 +33,7 @@ class PackingConfig(Settings):
 
     Attributes:
       image_tokens: S, targets and contexts together.
-      text_tokens: L.
+      text_tokens: L, all prompts together.
       max_examples: N.
     """
 
@@ -43,14 +44,14 @@ class PackingConfig(Settings):
 
 @dataclass(frozen=True)
 class Shape:
-    """All that packing needs to know of an example; examples of equal shape are exchangeable."""
+    """The sizes of an example that packing depends on; examples of equal shape are exchangeable."""
 
     target: Size
     contexts: tuple[Size, ...]
     text_tokens: int
 
     def image_tokens(self, geometry: GeometryConfig) -> int:
-        """Tokens of the target and all contexts."""
+        """Number of tokens of the target and all contexts."""
         return sum(num_tokens(s, geometry.pixels_per_token) for s in (self.target, *self.contexts))
 
 
@@ -58,11 +59,14 @@ class Plan:
     """An endless, random-access sequence of packed rows.
 
     Attributes:
-      num_rows: rows an epoch.
+      num_rows: rows per epoch.
+      num_examples: examples per epoch.
       fill: share of the rows' image tokens that examples use.
-      text_fill: the same of text tokens.
-      slots: the most images of each size, key "HxW", that any row holds.
+      text_fill: share of the rows' text tokens that examples use.
+      slots: largest number of images of each size, key "HxW", in any row.
     """
+
+    _computing_epoch = threading.Lock()  # on the class, shared by all plans: plans are pickled
 
     def __init__(
         self,
@@ -72,30 +76,30 @@ class Plan:
         geometry: GeometryConfig,
         seed: int,
     ):
-        """Packs examples of the given ``shapes``; ``names`` are for error messages.
+        """Packs examples of the given ``shapes``; ``names`` appear in error messages.
 
         Raises:
           ValueError: there are no examples, or one does not fit into an empty row.
         """
         if not shapes:
-            raise ValueError("The data set is empty: there is nothing to pack.")
-        kinds = list(dict.fromkeys(shapes))
-        index_of = {shape: i for i, shape in enumerate(kinds)}
-        self._class = np.array([index_of[shape] for shape in shapes])
-        costs = np.array([(s.image_tokens(geometry), s.text_tokens, 1) for s in kinds])
+            raise ValueError("The data set is empty: add examples to it.")
+        classes = list(dict.fromkeys(shapes))
+        class_of = {shape: i for i, shape in enumerate(classes)}
+        self._class = np.array([class_of[shape] for shape in shapes])
+        costs = np.array([(s.image_tokens(geometry), s.text_tokens, 1) for s in classes])
         capacity = np.array([packing.image_tokens, packing.text_tokens, packing.max_examples])
         too_large = (costs > capacity).any(axis=1)
         if too_large.any():
             first = int(np.argmax(too_large[self._class]))
             i = self._class[first]
-            raise ValueError(_too_large(names[first], kinds[i], costs[i], packing))
-        images, room = _slots(kinds, self._class, packing, geometry)
-        costs, capacity = np.hstack([costs, images]), np.append(capacity, room)
+            raise ValueError(_too_large(names[first], classes[i], costs[i], packing))
+        images, limits = _image_limits(classes, self._class, packing, geometry)
+        costs, capacity = np.hstack([costs, images]), np.append(capacity, limits)
 
         self._seed = seed
         rng = np.random.default_rng(seed)
         templates = _best_fit(costs[self._class], capacity, rng)
-        # A place is (row, position in the row); places of one class are dealt to its examples.
+        # A place is (row, position in the row); it takes any example of its class.
         self._row_starts = np.cumsum([0, *(len(row) for row in templates)])
         places = np.concatenate(templates)
         self._place_class = self._class[places]
@@ -106,84 +110,80 @@ class Plan:
         used = costs[self._class].sum(axis=0)
         self.fill = float(used[0] / (self.num_rows * packing.image_tokens))
         self.text_fill = float(used[1] / (self.num_rows * packing.text_tokens))
-        self.slots = self._most_images(kinds)
+        self.slots = self._most_images(classes)
 
     def __getitem__(self, row: int) -> tuple[int, list[int]]:
-        """The epoch that row ``row`` of the run belongs to, and its examples' indices."""
-        epoch, place = divmod(row, self.num_rows)
-        order, dealt = self._epoch(epoch)
-        row = order[place]
-        return epoch, dealt[self._row_starts[row] : self._row_starts[row + 1]].tolist()
+        """The epoch of row ``row`` of the run, and the indices of the row's examples."""
+        epoch, position = divmod(row, self.num_rows)
+        order, examples = self._epoch(epoch)
+        row = order[position]
+        return epoch, examples[self._row_starts[row] : self._row_starts[row + 1]].tolist()
 
     def fingerprint(self) -> str:
-        """A hash of the first epoch; other code or another NumPy may plan other rows."""
-        order, dealt = self._epoch(0)
-        digest = hashlib.sha256()
-        for array in (self._row_starts, order, dealt):
-            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
-        return digest.hexdigest()[:16]
+        """A hash of the first epoch; another version of this code or NumPy may plan other rows."""
+        arrays = (self._row_starts, *self._epoch(0))
+        return short_digest(b"".join(array.astype(np.int64).tobytes() for array in arrays))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the rows, and the example in every place; the last two epochs are kept."""
-        found = self._epochs.get(epoch)
-        if found is None:
-            rng = np.random.default_rng((self._seed, epoch))
-            shuffled = rng.permutation(self.num_examples)
-            dealt = np.empty(self.num_examples, np.int64)
-            # Stable sorts line the shuffled examples of a class up with the class's places.
-            places = np.argsort(self._place_class, kind="stable")
-            dealt[places] = shuffled[np.argsort(self._class[shuffled], kind="stable")]
-            found = rng.permutation(self.num_rows), dealt
-            # Threads read rows: what one of them has in hand, another may drop from here.
-            self._epochs = dict(list(self._epochs.items())[-1:]) | {epoch: found}
-        return found
+        """The order of the rows, and the example in each place; the last two epochs are cached."""
+        with self._computing_epoch:  # threads read rows
+            if epoch not in self._epochs:
+                rng = np.random.default_rng((self._seed, epoch))
+                shuffled = rng.permutation(self.num_examples)
+                examples = np.empty(self.num_examples, np.int64)
+                # Stable sorts align the shuffled examples of each class with the class's places.
+                places = np.argsort(self._place_class, kind="stable")
+                examples[places] = shuffled[np.argsort(self._class[shuffled], kind="stable")]
+                latest = list(self._epochs.items())[-1:]
+                self._epochs = dict(latest) | {epoch: (rng.permutation(self.num_rows), examples)}
+            return self._epochs[epoch]
 
-    def _most_images(self, kinds: list[Shape]) -> dict[str, int]:
+    def _most_images(self, classes: list[Shape]) -> dict[str, int]:
         most: Counter[str] = Counter()
         for start, end in zip(self._row_starts[:-1], self._row_starts[1:], strict=True):
             row: Counter[str] = Counter()
             for i in self._place_class[start:end]:
-                row.update(size_key(size) for size in (kinds[i].target, *kinds[i].contexts))
+                row.update(size_key(size) for size in (classes[i].target, *classes[i].contexts))
             most |= row
         return dict(sorted(most.items()))
 
 
 def size_key(size: Size) -> str:
-    """The name of a size in `Batch.images`: "HxW"."""
+    """Key of a size in `Batch.images`: "HxW"."""
     return f"{size[1]}x{size[0]}"
 
 
-def _slots(
-    kinds: Sequence[Shape],
-    classes: Int[np.ndarray, " n"],
+def _image_limits(
+    classes: Sequence[Shape],
+    example_classes: Int[np.ndarray, " n"],
     packing: PackingConfig,
     geometry: GeometryConfig,
 ) -> tuple[Int[np.ndarray, "k sizes"], Int[np.ndarray, " sizes"]]:
-    """(images of each size in each kind, room for them in a row).
+    """(images of each size in each class, the most that a row may hold).
 
-    Encoders see a dense array of every size, as many images a row as the fullest row holds. Rows
-    are therefore kept from holding many more of a size than they do on average.
+    Encoders see one dense array per size, with as many images per row as the fullest row holds. So
+    no row may hold many more images of a size than rows hold on average.
     """
-    sizes = sorted({size for kind in kinds for size in (kind.target, *kind.contexts)})
+    sizes = sorted({size for shape in classes for size in (shape.target, *shape.contexts)})
     images = np.array(
-        [[(kind.target, *kind.contexts).count(size) for size in sizes] for kind in kinds]
+        [[(shape.target, *shape.contexts).count(size) for size in sizes] for shape in classes]
     )
     tokens = np.array([num_tokens(size, geometry.pixels_per_token) for size in sizes])
-    totals = images[classes].sum(axis=0)
+    totals = images[example_classes].sum(axis=0)
     mean = totals * packing.image_tokens / (totals @ tokens)
-    room = np.maximum(np.ceil(SLOT_SLACK * mean).astype(int), images.max(axis=0))
-    return images, room
+    limits = np.maximum(np.ceil(SLOT_SLACK * mean).astype(int), images.max(axis=0))
+    return images, limits
 
 
 def _best_fit(
     costs: Int[np.ndarray, "n c"], capacity: Int[np.ndarray, " c"], rng: np.random.Generator
 ) -> list[list[int]]:
-    """Puts each item where it leaves the fewest image tokens free, of the rows that can take it.
+    """Best-fit packing: puts each item into the row that it leaves the fewest free image tokens in.
 
     Columns: image tokens, text tokens, examples, then images of each size.
     """
     order = rng.permutation(len(costs))
-    share = (costs[:, :2] / capacity[:2]).sum(axis=1)  # of a row, images and text together
+    share = (costs[:, :2] / capacity[:2]).sum(axis=1)  # of a row
     for start in range(0, len(order), WINDOW):
         window = order[start : start + WINDOW]
         order[start : start + WINDOW] = window[np.argsort(-share[window], kind="stable")]
@@ -195,7 +195,7 @@ def _best_fit(
         if fits.any():
             best = int(np.argmin(np.where(fits, free[:, 0], np.iinfo(np.int64).max)))
         else:
-            if len(open_rows) == OPEN_ROWS:  # the fullest row is closed for good
+            if len(open_rows) == OPEN_ROWS:  # close the fullest row
                 fullest = int(np.argmin(free[:, 0]))
                 open_rows, free = np.delete(open_rows, fullest), np.delete(free, fullest, axis=0)
             open_rows = np.append(open_rows, len(rows))
@@ -213,10 +213,10 @@ def _too_large(name: str, shape: Shape, cost: np.ndarray, packing: PackingConfig
     images = " + ".join(size_key(size) for size in (shape.target, *shape.contexts))
     if cost[0] > packing.image_tokens:
         return (
-            f"Example {name} ({images}) needs {cost[0]} image tokens, a row holds "
+            f"Example {name} ({images}) needs {cost[0]} image tokens, but a row holds "
             f"{packing.image_tokens}: raise packing.image_tokens or use smaller geometry.sizes."
         )
     return (
-        f"The prompt of example {name} needs {cost[1]} text tokens, a row holds "
+        f"The prompt of example {name} needs {cost[1]} text tokens, but a row holds "
         f"{packing.text_tokens}: raise packing.text_tokens or lower text.max_tokens."
     )

@@ -1,12 +1,13 @@
 """From a data set on disk to packed batches: plan, read, resize, tokenise, assemble.
 
-With a store of latents (``latents.py``) no image is read: what an encoder made of them comes from
-there, and prompts from the data set; all else is the same, row by row.
+With a store of latents (``latents.py``), rows hold latents from the store instead of pixels.
+Prompts still come from the data set, and the rows are otherwise the same.
 
-Everything random here is a pure function of (seed, epoch, example), so that the position in the
-data is one integer, whatever the number of hosts and workers.
+All randomness is a pure function of (seed, epoch, example), so the position in the data is one
+integer, whatever the number of hosts and workers.
 """
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,26 +39,31 @@ from kontext_jax.geometry import (
 from kontext_jax.settings import Settings, check_least
 from kontext_jax.types import Batch, Example, Latents, Prompts, Triple
 
-ENDLESS = 2**40  # rows; Grain wants a length
+ENDLESS = 2**40  # rows; Grain requires a length
 MAX_EXAMPLE_ID = 2**31  # example ids are int32 on the device
-MIN_SEEN = 1000  # records after which the share of unreadable ones means something
+MIN_RECORDS = 1000  # the share of unreadable records is not meaningful for fewer
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class DataConfig(Settings):
-    """What to read and how to feed it.
+    """Settings of the data set and the loader.
 
     Attributes:
-      path, split: the data set, as `data.build` writes it.
-      batch_size: rows a step, over all devices.
-      caption_dropout: probability that an example is shown without its prompt.
-      context_dropout: probability that an example is shown without its contexts. Both are what
-        classifier-free guidance needs; they are drawn independently. With ``latents.samples``
-        neither may be: a teacher's sample was made with its prompt and its contexts.
-      num_workers: reading processes; 0 reads in threads of this one.
-      prefetch: batches read ahead, a thread each, where ``num_workers`` is 0.
-      max_skipped: share of unreadable records, of those seen, at which a run stops.
-      negatives: whether batches carry empty prompts beside their own, see `Batch.negative`.
+      path: folder of the data set, as `data.build` writes it.
+      split: split to read.
+      batch_size: rows per step, over all devices.
+      caption_dropout: probability of dropping an example's prompt.
+      context_dropout: probability of dropping an example's contexts, independent of its prompt.
+        Classifier-free guidance needs both dropouts. Both must be 0 with ``latents.samples``,
+        because a teacher's sample depends on its prompt and contexts.
+      num_workers: reader processes; 0 reads in threads of this process.
+      prefetch: batches to read ahead, one thread each, if ``num_workers`` is 0.
+      max_skipped: a run stops if a larger share of the records read so far is unreadable.
+      negatives: whether batches also carry empty prompts, see `Batch.negative`.
+      latents: store of latents to read instead of pixels.
+      geometry: sizes and positions of images.
+      packing: capacity of a row.
+      text: tokenisation of prompts.
     """
 
     path: str = ""
@@ -82,13 +88,13 @@ class DataConfig(Settings):
         for name in ("caption_dropout", "context_dropout"):
             if self.latents.samples and getattr(self, name):
                 raise ValueError(
-                    f"data.{name} is {getattr(self, name):g}, but a teacher's samples were made "
-                    "with their prompts and contexts: set it, or data.latents.samples, to 0."
+                    f"data.{name} is {getattr(self, name):g}, but a teacher's samples depend on "
+                    f"their prompts and contexts: set data.{name} or data.latents.samples to 0."
                 )
 
 
 class RowAssembler(Sequence):
-    """Row k of an endless run, as a `Batch` without its row axis."""
+    """Endless sequence of packed rows, each a `Batch` without its row axis."""
 
     def __init__(
         self,
@@ -105,14 +111,14 @@ class RowAssembler(Sequence):
         self._seed = seed
         self._latents = latents
         self._tokenizer = Tokenizer(config.text)
-        self._no_prompt = self._tokenized("")
+        self._empty_prompt = self._tokenised("")
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, row: int) -> Batch:
         epoch, indices = self._plan[row]
-        first = epoch * len(self._source) % MAX_EXAMPLE_ID
+        first_id = epoch * len(self._source) % MAX_EXAMPLE_ID
         examples: list[Example | None] = []
         for index in indices:
             try:
@@ -120,47 +126,46 @@ class RowAssembler(Sequence):
             except CorruptRecordError as error:
                 logging.warning("Skipped a record. %s", error)
                 examples.append(None)
-        return self._assembled(examples, [(first + index) % MAX_EXAMPLE_ID for index in indices])
+        return self._assemble(examples, [(first_id + index) % MAX_EXAMPLE_ID for index in indices])
 
     def empty(self) -> Batch:
-        """A row of padding, for batches that the plan does not fill."""
-        return self._assembled([], [])
+        """A row of padding, to complete a batch."""
+        return self._assemble([], [])
 
-    def _assembled(self, examples: Sequence[Example | None], ids: Sequence[int]) -> Batch:
+    def _assemble(self, examples: Sequence[Example | None], ids: Sequence[int]) -> Batch:
         if self._latents is None:
             row = assemble(examples, ids, self._plan.slots, self._config)
         else:
             row = assemble(examples, ids, {}, self._config, self._latents.meta.channels)
         return row.replace(
-            negative=negatives(row, **self._no_prompt) if self._config.negatives else None
+            negative=empty_prompts(row, **self._empty_prompt) if self._config.negatives else None
         )
 
     def _example(self, epoch: int, index: int) -> Example:
         rng = np.random.default_rng((self._seed, epoch, index))
-        draw_caption, draw_context, draw_sample = rng.random(3).tolist()
-        example = self._read(index, draw_sample < self._config.latents.samples)
-        if draw_caption < self._config.caption_dropout:
-            example = example._replace(**self._no_prompt)
-        if draw_context < self._config.context_dropout:
+        caption_draw, context_draw, sample_draw = rng.random(3).tolist()
+        example = self._read(index, sample_draw < self._config.latents.samples)
+        if caption_draw < self._config.caption_dropout:
+            example = example._replace(**self._empty_prompt)
+        if context_draw < self._config.context_dropout:
             example = example._replace(contexts=())
         return example
 
     def _read(self, index: int, synthetic: bool) -> Example:
-        """One example, nothing dropped; if ``synthetic``, with the teacher's target."""
+        """Reads one example without dropout; the target is the teacher's if ``synthetic``."""
         if self._latents is None:
             return prepare(self._source[index], self._tokenizer, self._config.geometry)
         record = self._source.record(index)
         stored = self._latents[record["id"]]
         target = stored.sample if synthetic else stored.target
-        return Example(stored.id, target, stored.contexts, **self._tokenized(record["prompt"]))
+        return Example(stored.id, target, stored.contexts, **self._tokenised(record["prompt"]))
 
-    def _tokenized(self, prompt: str) -> dict[str, Int[np.ndarray, " _"]]:
+    def _tokenised(self, prompt: str) -> dict[str, Int[np.ndarray, " _"]]:
         return {"text_ids": self._tokenizer(prompt), "clip_ids": self._tokenizer.clip(prompt)}
 
 
 def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> Example:
     """Resizes each image to its nearest size and tokenises the prompt."""
-
     target, *contexts = (fit(image, geometry.sizes) for image in (triple.target, *triple.contexts))
     return Example(
         triple.id,
@@ -172,7 +177,7 @@ def prepare(triple: Triple, tokenizer: Tokenizer, geometry: GeometryConfig) -> E
 
 
 def prepare_all(triples: Sequence[Triple], config: DataConfig) -> list[Example]:
-    """`prepare` for each of some triples."""
+    """Applies `prepare` to every triple."""
     tokenizer = Tokenizer(config.text)
     return [prepare(triple, tokenizer, config.geometry) for triple in triples]
 
@@ -184,14 +189,14 @@ def assemble(
     config: DataConfig,
     channels: int = 0,
 ) -> Batch:
-    """Lays examples out in one row; None leaves a gap, for a record that could not be read.
+    """Lays out examples in one row.
 
     Args:
-      examples: what the row holds.
-      ids: their global indices; they key the noise.
-      slots: images of each size that the row has room for, see `Plan.slots`; none for latents.
-      config: capacities, geometry, and how many CLIP ids a prompt takes.
-      channels: of the tokens, where the examples' images are latents.
+      examples: examples of the row; None leaves a gap for a record that could not be read.
+      ids: global indices of the examples; they key the noise.
+      slots: capacity of the row in images of each size, see `Plan.slots`; empty for latents.
+      config: capacities, geometry and CLIP length.
+      channels: channels of a latent token; 0 for pixels.
 
     Returns:
       A `Batch` without its row axis.
@@ -217,11 +222,11 @@ def assemble(
             or text_end > packing.text_tokens
             or segment > packing.max_examples
         ):
-            raise ValueError(f"Example {example.id} does not fit into what is left of its row.")
-        place = slice(token, token + count)
-        row.positions[place] = position_ids(sizes[0], sizes[1:], geometry)
-        row.segments[place] = segment
-        row.offsets[place] = np.arange(count)
+            raise ValueError(f"Example {example.id} does not fit into the rest of its row.")
+        span = slice(token, token + count)
+        row.positions[span] = position_ids(sizes[0], sizes[1:], geometry)
+        row.segments[span] = segment
+        row.offsets[span] = np.arange(count)
         row.is_target[token : token + num_tokens(sizes[0], geometry.pixels_per_token)] = True
         for image, size in zip(images, sizes, strict=True):
             key, tokens = size_key(size), num_tokens(size, geometry.pixels_per_token)
@@ -242,79 +247,85 @@ def assemble(
     return row
 
 
-def negatives(
+def empty_prompts(
     row: Batch, text_ids: Int[np.ndarray, " l"], clip_ids: Int[np.ndarray, " q"]
 ) -> Prompts:
-    """An empty prompt for each example of a row, laid out as `assemble` does.
+    """An empty prompt for each example of a row, laid out as in `assemble`.
 
-    There is room for them, for no prompt takes fewer tokens than the empty one.
+    They always fit, because no prompt has fewer tokens than the empty one.
 
     Args:
-      row: what `assemble` made.
-      text_ids, clip_ids: of the empty prompt.
+      row: a row from `assemble`.
+      text_ids: T5 token ids of the empty prompt.
+      clip_ids: CLIP token ids of the empty prompt.
     """
     fields = (row.text_ids, row.text_segments, row.clip_ids)
     prompts = Prompts(*(np.zeros_like(field) for field in fields))
     text = 0
-    for place in np.flatnonzero(row.example_ids >= 0):
+    for i in np.flatnonzero(row.example_ids >= 0):
         text_end = text + len(text_ids)
         prompts.text_ids[text:text_end] = text_ids
-        prompts.text_segments[text:text_end] = place + 1
-        prompts.clip_ids[place] = clip_ids
+        prompts.text_segments[text:text_end] = i + 1
+        prompts.clip_ids[i] = clip_ids
         text = text_end
     return prompts
 
 
 def noise_id(example_id: str) -> int:
-    """Keys an example's noise by its own id, whatever list or row it is in."""
+    """Integer that keys an example's noise, whatever list or row the example is in."""
     return zlib.crc32(example_id.encode()) % MAX_EXAMPLE_ID
 
 
-def check_readable(unreadable: int, seen: int, config: DataConfig) -> None:
-    """Refuses to go on with data of which too much is lost.
+def check_readable(unreadable: int, total: int, config: DataConfig) -> None:
+    """Refuses data with too many unreadable records.
+
+    Args:
+      unreadable: records that could not be read.
+      total: records read so far, including unreadable ones; at least `MIN_RECORDS` are assumed.
+      config: limit of the unreadable share.
 
     Raises:
-      ValueError: more than ``config.max_skipped`` of the records seen could not be read.
+      ValueError: the share of unreadable records exceeds ``config.max_skipped``.
     """
-    if unreadable > config.max_skipped * max(seen, MIN_SEEN):
+    if unreadable > config.max_skipped * max(total, MIN_RECORDS):
         raise ValueError(
-            f"{unreadable} of {seen} records could not be read, more than data.max_skipped = "
-            f"{config.max_skipped}. Mend {config.path} or raise the limit."
+            f"{unreadable} of {total} records could not be read, more than data.max_skipped = "
+            f"{config.max_skipped}. Fix {config.path} or raise data.max_skipped."
         )
 
 
 def _empty_row(
     slots: dict[str, int], packing: PackingConfig, clip_length: int, channels: int
 ) -> Batch:
-    places, text_places = packing.image_tokens, packing.text_tokens
+    tokens, text_tokens = packing.image_tokens, packing.text_tokens
     return Batch(
         images={
             key: np.zeros((count, *map(int, key.split("x")), 3), np.uint8)
             for key, count in slots.items()
         },
         image_segments={key: np.zeros(count, np.int32) for key, count in slots.items()},
-        source=np.zeros(places, np.int32),
-        positions=np.zeros((places, 3), np.int32),
-        segments=np.zeros(places, np.int32),
-        is_target=np.zeros(places, bool),
-        offsets=np.zeros(places, np.int32),
-        text_ids=np.zeros(text_places, np.int32),
-        text_segments=np.zeros(text_places, np.int32),
+        source=np.zeros(tokens, np.int32),
+        positions=np.zeros((tokens, 3), np.int32),
+        segments=np.zeros(tokens, np.int32),
+        is_target=np.zeros(tokens, bool),
+        offsets=np.zeros(tokens, np.int32),
+        text_ids=np.zeros(text_tokens, np.int32),
+        text_segments=np.zeros(text_tokens, np.int32),
         clip_ids=np.zeros((packing.max_examples, clip_length), np.int32),
         example_ids=np.full(packing.max_examples, -1, np.int32),
         skipped=np.zeros((), np.int32),
-        latents=np.zeros((places, channels), DTYPE) if channels else None,
+        latents=np.zeros((tokens, channels), DTYPE) if channels else None,
     )
 
 
-def _order(config: DataConfig) -> dict[str, str]:
-    """Every setting that decides which examples come when, and how they look."""
+def _order_settings(config: DataConfig) -> dict[str, str]:
+    """The settings that decide which examples come when, and what they look like."""
     names = ("split", "caption_dropout", "context_dropout", "geometry", "packing", "text")
     return {name: repr(getattr(config, name)) for name in names}
 
 
 def _slot_starts(slots: dict[str, int], geometry: GeometryConfig) -> dict[str, int]:
-    """Where each size's tokens begin among all encoded tokens of a row."""
+    """Index of each size's first token among all encoded tokens of a row."""
     starts, total = {}, 0
     for key in sorted(slots):
         starts[key] = total
@@ -324,40 +335,35 @@ def _slot_starts(slots: dict[str, int], geometry: GeometryConfig) -> dict[str, i
 
 
 def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
-    """Packs a data set by the sizes and prompt lengths in its index."""
+    """Packing plan of a data set, from the sizes and prompt lengths in its index."""
     names = [str(i) for i in source.index.ids]
     return Plan(shapes_of(source, config), names, config.packing, config.geometry, seed)
 
 
 def shapes_of(source: TripleSource, config: DataConfig) -> list[Shape]:
-    """What each example of a data set takes of a row, by the index."""
+    """Shapes of all examples of a data set, from its index."""
     index = source.index
-    sizes = config.geometry.sizes
-    text_tokens = Tokenizer(config.text).reserve(np.asarray(index.prompt_bytes))
+    text_tokens = Tokenizer(config.text).max_lengths(np.asarray(index.prompt_bytes))
     ends = np.cumsum(index.context_counts)
-    # nearest_size is asked once for each size that occurs
-    known: dict[tuple[int, int], Size] = {}
 
-    def nearest(height_width: Int[np.ndarray, "2"]) -> Size:
-        height, width = map(int, height_width)
-        if (height, width) not in known:
-            known[height, width] = nearest_size(width, height, sizes)
-        return known[height, width]
+    @functools.cache
+    def nearest(height: int, width: int) -> Size:
+        return nearest_size(width, height, config.geometry.sizes)
 
+    targets = [nearest(*size) for size in index.target_sizes.tolist()]
+    contexts = [nearest(*size) for size in index.context_sizes.tolist()]
     return [
-        Shape(
-            nearest(index.target_sizes[i]),
-            tuple(nearest(s) for s in index.context_sizes[end - count : end]),
-            int(text_tokens[i]),
+        Shape(target, tuple(contexts[end - count : end]), tokens)
+        for target, end, count, tokens in zip(
+            targets, ends, index.context_counts, text_tokens.tolist(), strict=True
         )
-        for i, (end, count) in enumerate(zip(ends, index.context_counts, strict=True))
     ]
 
 
 def batches_of(
     rows: Sequence, config: DataConfig, process_index: int, process_count: int
 ) -> grain.experimental.ElasticIterator:
-    """This process's part of each batch of ``config.batch_size`` rows, read ahead."""
+    """Iterates over this process's share of each batch of ``config.batch_size`` rows."""
     workers = None
     if config.num_workers:
         workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
@@ -372,12 +378,12 @@ def batches_of(
 
 
 class Loader:
-    """Batches of this process's rows, without end; its state is one integer for all processes.
+    """Endless batches of this process's rows; the state is one integer, equal on all processes.
 
     Attributes:
       source: the data set.
-      plan: its rows.
-      latents: the store that images are read from in place of ``source``, or None.
+      plan: the packed rows.
+      latents: the store that images are read from instead of ``source``, or None.
     """
 
     def __init__(
@@ -391,8 +397,9 @@ class Loader:
         """Opens the data set and plans its rows.
 
         Raises:
-          FileNotFoundError, ValueError: the data set or the store of its latents is missing, empty,
-            or not what ``config`` asks for.
+          FileNotFoundError: the data set or the store of latents is missing or incomplete.
+          ValueError: the data set is empty or damaged, or the store was made from other data or
+            with other settings.
         """
         self.source = TripleSource(config.path, config.split)
         self.plan = plan_of(self.source, config, seed)
@@ -405,7 +412,7 @@ class Loader:
             "seed": seed,
             "plan": self.plan.fingerprint(),
             "latents": self._latents_identity(),
-        } | _order(config)
+        } | _order_settings(config)
         rows = RowAssembler(self.source, self.plan, config, seed, self.latents)
         self._rows = iter(batches_of(rows, config, process_index, process_count))
 
@@ -415,14 +422,14 @@ class Loader:
         return [self._config.latents.samples, self.latents.meta.fingerprint()]
 
     def check_networks(self, networks: Mapping[str, list], usage: Mapping[str, str]) -> None:
-        """Refuses a run whose networks are not those that its latents were made with.
+        """Refuses networks other than those that made the latents.
 
         Args:
-          networks: identity of what the run uses, by name (`places.identity_of`).
-          usage: how it uses them (`places.usage_of`).
+          networks: identity of the run's networks, by name (`locations.identity_of`).
+          usage: how the run uses them (`locations.usage_of`).
 
         Raises:
-          ValueError: one of them is another, or used in another way.
+          ValueError: a network or its usage differs.
         """
         if self.latents is not None:
             check_networks(self.latents.meta, self._config.latents, networks, usage)
@@ -434,24 +441,24 @@ class Loader:
         return next(self._rows)
 
     def state(self) -> dict:
-        """What `restore` needs to go on exactly here: JSON, the same on every process."""
+        """The current position, for `restore`: JSON values, equal on all processes."""
         return {"position": self._rows.get_state(), "identity": self._identity}
 
     def restore(self, state: dict) -> None:
-        """Goes on where ``state`` was taken.
+        """Continues from the position in ``state``.
 
         Raises:
-          ValueError: the state is of other data, or of the same data fed in another way.
+          ValueError: the data or the settings that decide its order differ from those of ``state``.
         """
         changed = [k for k, v in self._identity.items() if state["identity"].get(k) != v]
         if changed:
             raise ValueError(
-                f"The checkpoint's position in the data is for another {' and '.join(changed)} "
-                "than this run reads, so the order of examples would differ. Use the same data "
-                "settings, or start a new --workdir."
+                "The checkpoint's position in the data was saved with a different "
+                f"{' and '.join(changed)}, so the order of examples would change: use the same "
+                "data settings or a new --workdir."
             )
         self._rows.set_state(state["position"])
 
     def close(self) -> None:
-        """Stops the reading threads or processes."""
+        """Stops the reader threads or processes."""
         self._rows.close()

@@ -1,6 +1,5 @@
-"""Reading triples at random: `TripleSource` is a sequence of them over an ArrayRecord data set."""
+"""Random access to triples: `TripleSource` is a sequence over an ArrayRecord data set."""
 
-import functools
 import io
 import operator
 import os
@@ -13,6 +12,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
+from kontext_jax.data.cached_once import cached_once
 from kontext_jax.data.folder import to_rgb
 from kontext_jax.data.index import Index, Record, Row, index_path
 from kontext_jax.types import Triple
@@ -21,26 +21,26 @@ T = TypeVar("T")
 
 
 class CorruptRecordError(ValueError):
-    """A record that cannot be read or decoded; the others of its data set may well be sound."""
+    """A record cannot be read or decoded; other records of the data set may still be fine."""
 
 
-class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time would read one
-    """The triples of one split, read and decoded one by one.
+class TripleSource(Sequence):  # with Sequence[Triple], runtime type checkers would read a triple
+    """The triples of one split, read and decoded one at a time.
 
-    Threads may share it, and it can be pickled: it travels to a worker process without its index.
+    Threads may share a source. It can be pickled; worker processes read the index again.
 
     Attributes:
-      path: the data set's folder.
-      split: the name of the split.
+      path: folder of the data set.
+      split: name of the split.
     """
 
     def __init__(self, path: os.PathLike | str, split: str):
-        """Opens a data set made by `store.write`, or elsewhere in the same schema.
+        """Opens a data set written by `store.write`, or by another program in the same schema.
 
         Raises:
-          FileNotFoundError: there is no data set at `path`, or not all of its files.
-          ValueError: the data set has no such split, nothing in it, or another schema, or its JSON
-            is damaged.
+          FileNotFoundError: there is no data set at `path`, or it lacks a file.
+          ValueError: the split does not exist or is empty, the schema differs, or the JSON is
+            damaged.
         """
         self.path = pathlib.Path(path)
         self.split = split
@@ -53,7 +53,8 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
         for file in splits[split].filepaths:
             if not file.exists():
                 raise FileNotFoundError(
-                    f'The split "{split}" of {path} lacks its file {file.name}.'
+                    f'The split "{split}" of {path} lacks the file {file.name}: copy or build the '
+                    "data set again."
                 )
         self._records = builder.as_data_source(
             split, decoders={"target": _Undecoded(), "contexts": _Undecoded()}
@@ -66,27 +67,27 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
         """Reads and decodes one triple.
 
         Raises:
-          CorruptRecordError: the record cannot be read, or one of its images not decoded.
-          IndexError: `index` is not within the data set.
+          CorruptRecordError: the record cannot be read, or an image cannot be decoded.
+          IndexError: `index` is out of range.
         """
         return self._read(index, _triple)
 
     def record(self, index: SupportsIndex) -> Record:
-        """Reads one triple and leaves its images encoded: for those who want its prompt.
+        """Reads one triple without decoding its images, to get its prompt.
 
         Raises:
           CorruptRecordError: the record cannot be read.
-          IndexError: `index` is not within the data set.
+          IndexError: `index` is out of range.
         """
         return self._read(index, lambda record: record)
 
-    @functools.cached_property
+    @cached_once
     def index(self) -> Index:
-        """Ids, sizes and the like of all records; scans them all where the file is missing.
+        """Ids, sizes and more of all records; scans all records if the index file is missing.
 
         Raises:
-          CorruptRecordError: the scan met a record of which not even the headers can be read.
-          ValueError: the file is not that of this data set.
+          CorruptRecordError: a scanned record, or the header of one of its images, cannot be read.
+          ValueError: the index file belongs to another data set.
         """
         path = index_path(self.path, self.split)
         if not path.exists():
@@ -94,14 +95,14 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
         index = Index.load(path)
         if len(index) != len(self):
             raise ValueError(
-                f"{path} lists {len(index)} records where the split has {len(self)}:"
-                " delete it, and it is made anew from the records."
+                f"{path} lists {len(index)} records, but the split has {len(self)}: delete the "
+                "file to rebuild the index from the records."
             )
         return index
 
-    @functools.cached_property
+    @cached_once
     def fingerprint(self) -> str:
-        """Identity of the split's contents: the same records in the same order, and no others."""
+        """Hash of the split's records and their order."""
         return self.index.fingerprint()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
         return f"TripleSource({str(self.path)!r}, {self.split!r})"
 
     def _read(self, index: SupportsIndex, convert: Callable[[Record], T]) -> T:
-        """Applies `convert` to a record; whatever goes wrong is laid to that record."""
+        """Applies `convert` to a record; any error is attributed to that record."""
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f'There is no record {index} in "{self.split}" of {self.path}.')
@@ -120,17 +121,17 @@ class TripleSource(Sequence):  # not Sequence[Triple]: type checkers at run time
             record = _record(self._records[index])
             record_id = record["id"]
             return convert(record)
-        # ArrayRecord, protobuf and Pillow share no class of errors, and none of theirs is final.
+        # ArrayRecord, protobuf and Pillow raise errors of many unrelated classes, which may change.
         except Exception as error:
-            known = f' ("{record_id}")' if record_id else ""
+            name = f' ("{record_id}")' if record_id else ""
             raise CorruptRecordError(
-                f'Record {index}{known} of the split "{self.split}" of {self.path} cannot be'
+                f'Record {index}{name} of the split "{self.split}" of {self.path} cannot be'
                 f" read: {error}"
             ) from error
 
 
 class _Undecoded(tfds.decode.Decoder):
-    """Leaves images encoded; unlike TFDS' own `SkipDecoding`, in sequences also."""
+    """Leaves images encoded; unlike TFDS' `SkipDecoding`, also in sequences."""
 
     def decode_example(self, serialized_example):
         return serialized_example
@@ -141,15 +142,15 @@ class _Undecoded(tfds.decode.Decoder):
 def _open(path: pathlib.Path) -> tfds.core.DatasetBuilder:
     if not (path / "dataset_info.json").is_file():
         raise FileNotFoundError(
-            f"There is no data set in {path}: make one with"
+            f"There is no data set in {path}: build one with"
             f" `python -m kontext_jax.data.build --source=... --output={path}`."
         )
     try:
         builder = tfds.builder_from_directory(path)
-    except Exception as error:  # TFDS and protobuf share no class of errors
+    except Exception as error:  # TFDS and protobuf share no error class
         raise ValueError(
             f"dataset_info.json or features.json of the data set in {path} is missing or damaged"
-            f" ({error}): copy or build it anew."
+            f" ({error}): copy or build it again."
         ) from error
     missing = Record.__annotations__.keys() - builder.info.features.keys()
     if missing:
@@ -159,7 +160,7 @@ def _open(path: pathlib.Path) -> tfds.core.DatasetBuilder:
 
 def _record(stored: dict[str, Any]) -> Record:
     missing = [name for name in Record.__annotations__ if stored[name] is None]
-    if missing:  # so comes what lies beyond the end of a truncated file
+    if missing:  # a record beyond the end of a truncated file is read as None
         raise ValueError(f"it lacks {', '.join(missing)}")
     texts = {name: stored[name].decode() for name in ("id", "prompt", "category", "details")}
     return Record(target=stored["target"], contexts=list(stored["contexts"]), **texts)
@@ -178,4 +179,4 @@ def _triple(record: Record) -> Triple:
 
 def _decode(image: bytes) -> UInt8[np.ndarray, "h w 3"]:
     with Image.open(io.BytesIO(image)) as opened:
-        return to_rgb(opened)  # not turned upright: the index has the sizes of its header
+        return to_rgb(opened)  # EXIF rotation is ignored: the index has the sizes in the header

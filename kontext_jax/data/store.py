@@ -1,14 +1,14 @@
-"""Writing triples: an ArrayRecord data set made by TFDS without TensorFlow, and an index beside it.
+"""Writes triples as an ArrayRecord data set, by TFDS without TensorFlow, and an index beside it.
 
 A data set is one folder::
 
-    dataset_info.json, features.json         TFDS' own: splits, shard lengths, schema
-    triples-train.array_record-00000-of-N    the records, in the order in which they were given
-    index-train.npz                          what planning needs to know of them: see `Index`
+    dataset_info.json, features.json         splits, shard lengths and schema, for TFDS
+    triples-train.array_record-00000-of-N    the records, in the order given
+    index-train.npz                          sizes and more of all records, see `Index`
 
-The builder is a `ShardBasedBuilder` and not the more usual `GeneratorBasedBuilder`, because the
-shuffler of the latter keeps a whole split in memory and needs TensorFlow from 1 GB on. It wants
-the number of shards before the first record, so the encoded records are spooled to disk once.
+The builder is a `ShardBasedBuilder` instead of the more common `GeneratorBasedBuilder`, whose
+shuffler keeps a whole split in memory and needs TensorFlow above 1 GB. It needs the number of
+shards before the first record, so the encoded records are first spooled to disk.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from kontext_jax.data.index import Index, Record, Row, index_path
 from kontext_jax.types import CATEGORIES, Triple
 
 SHARD_BYTES = 256 << 20
-"""Records of one shard by default; TFDS holds those of the shard being written in memory."""
+"""Default size of a shard; TFDS holds the shard being written in memory."""
 
 
 def features() -> tfds.features.FeaturesDict:
@@ -55,32 +55,33 @@ def write(
     *,
     num_shards: int | None = None,
 ) -> None:
-    """Writes a data set, all of it or, after any failure or interruption, none of it.
+    """Writes a data set atomically: a failure or interruption leaves nothing behind.
 
     Args:
-      splits: the triples of each split, by its name; consumed lazily, one split after the other.
-      output: the folder to make; its parents are made too.
-      num_shards: files per split, fewer where a split has fewer records; by default as many as
-        keep a file below `SHARD_BYTES`.
+      splits: triples of each split, by name; consumed lazily, one split after the other.
+      output: folder to create, with its parents.
+      num_shards: files per split, or fewer if a split has fewer records; by default enough to
+        keep files below `SHARD_BYTES`.
 
     Raises:
       FileExistsError: `output` exists.
-      ValueError: a split is empty or badly named, an id is used twice, or a triple is malformed.
+      ValueError: a split is empty or has an invalid name, an id occurs twice, or a triple is
+        malformed.
     """
     output = pathlib.Path(output).absolute()
     if os.path.lexists(output):
         raise FileExistsError(f"{output} exists: choose another --output or delete it.")
     if num_shards is not None and num_shards < 1:
-        raise ValueError(f"num_shards is {num_shards}; it must be at least 1.")
+        raise ValueError(f"num_shards is {num_shards}; set at least 1.")
     _check_names(splits)
     output.parent.mkdir(parents=True, exist_ok=True)
-    # On the disk of `output`, so that a rename suffices.
+    # On the same disk as `output`, so that it can be renamed.
     prefix = f".{output.name}.incomplete-"
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=prefix) as name:
         folder = pathlib.Path(name)
-        seen: set[str] = set()
+        known_ids: set[str] = set()
         spools = {
-            split: _spool(_encode_all(split, triples, seen), folder / f"{split}.spool")
+            split: _spool(_encode_all(split, triples, known_ids), folder / f"{split}.spool")
             for split, triples in splits.items()
         }
         shards = {split: spool.shards(num_shards) for split, spool in spools.items()}
@@ -91,7 +92,7 @@ def write(
 
 
 class Triples(tfds.core.ShardBasedBuilder):
-    """Writes the shards it is given, in their order."""
+    """TFDS builder that writes the given shards, in order."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -111,9 +112,9 @@ class Triples(tfds.core.ShardBasedBuilder):
 
 
 def _build(folder: pathlib.Path, shards: Mapping[str, Sequence[Callable]]) -> pathlib.Path:
-    """Lets TFDS write the shards somewhere under `folder`; returns the data set's own folder."""
+    """Lets TFDS write the shards under `folder`; returns the folder of the data set."""
     builder = Triples(shards=shards, data_dir=folder, file_format="array_record")
-    with contextlib.redirect_stdout(None):  # TFDS announces a download and the temporary folder
+    with contextlib.redirect_stdout(None):  # hides the announcement of a download
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
@@ -122,16 +123,16 @@ def _build(folder: pathlib.Path, shards: Mapping[str, Sequence[Callable]]) -> pa
 
 @dataclasses.dataclass(frozen=True)
 class _Spool:
-    """The encoded records of a split in one file, pickled one after the other."""
+    """The encoded records of a split, pickled one after the other in one file."""
 
     path: pathlib.Path
     index: Index
 
     def shards(self, num_shards: int | None) -> list[Callable[[], Iterator[tuple[str, Record]]]]:
-        """One function per shard; TFDS calls them in order, so they share one pass."""
+        """One function per shard; TFDS calls them in order, so they share one iterator."""
         total = len(self.index)
-        wanted = num_shards or math.ceil(self.path.stat().st_size / SHARD_BYTES)
-        bounds = np.linspace(0, total, min(wanted, total) + 1).round().astype(int)
+        count = num_shards or math.ceil(self.path.stat().st_size / SHARD_BYTES)
+        bounds = np.linspace(0, total, min(count, total) + 1).round().astype(int)
         records = self._records()
         return [lambda count=count: itertools.islice(records, count) for count in np.diff(bounds)]
 
@@ -152,14 +153,14 @@ def _spool(records: Iterable[Record], path: pathlib.Path) -> _Spool:
     return _Spool(path, Index.of(rows))
 
 
-def _encode_all(split: str, triples: Iterable[Triple], seen: set[str]) -> Iterator[Record]:
-    """Checks and encodes the triples of a split; `seen` holds the ids of the whole data set."""
+def _encode_all(split: str, triples: Iterable[Triple], known_ids: set[str]) -> Iterator[Record]:
+    """Checks and encodes the triples of a split; adds their ids to those of the data set."""
     empty = True
     for triple in triples:
         _check(triple)
-        if triple.id in seen:
+        if triple.id in known_ids:
             raise ValueError(f'The id "{triple.id}" is used twice (again in split "{split}").')
-        seen.add(triple.id)
+        known_ids.add(triple.id)
         empty = False
         yield Record(
             id=triple.id,
@@ -175,41 +176,41 @@ def _encode_all(split: str, triples: Iterable[Triple], seen: set[str]) -> Iterat
 
 def _check(triple: Triple) -> None:
     if not isinstance(triple.id, str) or not triple.id:
-        raise ValueError(f"A triple's id must be a string that is not empty, not {triple.id!r}.")
+        raise ValueError(f"A triple's id must be a non-empty string, not {triple.id!r}.")
     if triple.category not in CATEGORIES:
         raise ValueError(
-            f'Triple "{triple.id}": its category is {triple.category!r}, not one of'
+            f'Triple "{triple.id}": the category is {triple.category!r}, not one of'
             f" {', '.join(CATEGORIES)}."
         )
     for name in ("prompt", "details"):
         text = getattr(triple, name)
         if not isinstance(text, str):
-            raise ValueError(f'Triple "{triple.id}": its {name} is {text!r}, not a string.')
-    images = {"target": triple.target}
+            raise ValueError(f'Triple "{triple.id}": the {name} is {text!r}, not a string.')
+    images = {"the target": triple.target}
     images |= {f"context {i}": context for i, context in enumerate(triple.contexts)}
     for name, image in images.items():
         shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
         is_rgb = dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and 0 not in shape
         if not is_rgb:
             raise ValueError(
-                f'Triple "{triple.id}": its {name} is not an RGB image of shape (height, width, 3)'
-                f" and type uint8, but has shape {shape} and type {dtype}."
+                f'Triple "{triple.id}": {name} has shape {shape} and type {dtype}; it must be'
+                " an RGB image of shape (height, width, 3) and type uint8."
             )
 
 
 def _check_names(splits: Iterable[str]) -> None:
-    """TFDS reads "all", "+" and "[" in a split's name in its own way."""
+    """Refuses names with a special meaning in TFDS, such as "all", "+" and "["."""
     names = list(splits)
     if not names:
-        raise ValueError("There is no split to write.")
+        raise ValueError("There is no split to write: give at least one.")
     for name in names:
         if not name.isidentifier() or name == "all":
-            raise ValueError(f'"{name}" cannot name a split; use letters, digits and "_".')
+            raise ValueError(f'"{name}" cannot name a split: use letters, digits and "_".')
 
 
 def encode_png(image: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """The image as the bytes of a PNG file, which lose nothing."""
+    """Encodes an image losslessly as PNG."""
     buffer = io.BytesIO()
-    # Against the default level: a third of the time, for a tenth more bytes.
+    # A third of the time of the default level, for a tenth more bytes.
     Image.fromarray(image).save(buffer, "PNG", compress_level=2)
     return buffer.getvalue()

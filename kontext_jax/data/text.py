@@ -1,4 +1,4 @@
-"""Prompts to token ids, the way FLUX's T5 and CLIP want them: truncated, with their ends."""
+"""Tokenises prompts for FLUX's T5 and CLIP: truncated, with start and end tokens."""
 
 import os
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from kontext_jax.settings import Settings
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class TextConfig(Settings):
-    """How prompts become token ids.
+    """Settings of the tokenizers.
 
-    FLUX itself: the folders of its two tokenizers, ``max_tokens=512`` and ``pad=True``.
+    FLUX uses the folders of its two tokenizers, ``max_tokens=512`` and ``pad=True``.
 
     Attributes:
       tokenizer: "byt5" for bytes, which needs no files, or the folder of a transformers tokenizer.
-      max_tokens: longer prompts are truncated to this, the end-of-text token included.
-      pad: every prompt takes ``max_tokens``, and pads are attended to: what FLUX was trained with.
-        Otherwise they are masked: a prompt takes as many tokens as it has.
-      clip_tokenizer: the folder of CLIP's tokenizer, or empty where no network reads CLIP's ids.
-      clip_max_tokens: every prompt is truncated and padded to this by CLIP's tokenizer.
+      max_tokens: longest prompt, including the end-of-text token; longer ones are truncated.
+      pad: whether to pad every prompt to ``max_tokens`` and attend to the padding, as FLUX was
+        trained. Otherwise a prompt takes only its own tokens.
+      clip_tokenizer: folder of CLIP's tokenizer, or empty if no network reads CLIP's ids.
+      clip_max_tokens: length that CLIP's tokenizer truncates and pads every prompt to.
     """
 
     tokenizer: str = "byt5"
@@ -33,32 +33,32 @@ class TextConfig(Settings):
 
     @property
     def clip_length(self) -> int:
-        """CLIP ids of a prompt: Q of the shape legend."""
+        """Number of CLIP ids of a prompt: Q of the shape legend."""
         return self.clip_max_tokens if self.clip_tokenizer else 0
 
     def lengths(self) -> dict[str, int | bool]:
-        """The settings that decide how much of a prompt a network reads."""
+        """The settings that determine how much of a prompt networks read."""
         return {name: getattr(self, name) for name in ("max_tokens", "clip_max_tokens", "pad")}
 
 
 class Tokenizer:
-    """Token ids of prompts, and how many there will be, known before the prompt is read."""
+    """Tokenises prompts, and bounds their lengths before they are read."""
 
     def __init__(self, config: TextConfig):
-        """Loads the tokenizers; never from the network.
+        """Loads the tokenizers from local folders.
 
         Raises:
-          FileNotFoundError: a folder that ``config`` names is not there.
+          FileNotFoundError: a folder in ``config`` does not exist.
         """
-        # Imported here, for it is slow; it would also advise to install PyTorch.
+        # Imported here because it is slow. Without the variable it advises installing PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer, ByT5Tokenizer
 
-        def load(setting: str, otherwise: str):
+        def load(setting: str, default: str):
             folder = getattr(config, setting)
             if not Path(folder).is_dir():
                 raise FileNotFoundError(
-                    f"No tokenizer folder at {folder!r}: set text.{setting} to {otherwise!r} or "
+                    f"No tokenizer folder at {folder!r}: set text.{setting} to {default!r} or "
                     "to a folder that transformers' AutoTokenizer can load."
                 )
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -69,7 +69,7 @@ class Tokenizer:
         self._clip_tokenizer = load("clip_tokenizer", "") if config.clip_tokenizer else None
 
     def __call__(self, prompt: str) -> Int[np.ndarray, " l"]:
-        """Token ids of ``prompt``, the end-of-text token included."""
+        """Token ids of ``prompt``, including the end-of-text token."""
         ids = self._tokenizer(
             prompt,
             truncation=True,
@@ -79,7 +79,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32)
 
     def clip(self, prompt: str) -> Int[np.ndarray, " q"]:
-        """CLIP's ids of ``prompt``, both ends and pads included; none without its tokenizer."""
+        """CLIP ids of ``prompt``, including start, end and padding; empty without CLIP."""
         if self._clip_tokenizer is None:
             return np.zeros(0, np.int32)
         ids = self._clip_tokenizer(
@@ -90,8 +90,8 @@ class Tokenizer:
         )["input_ids"]
         return np.asarray(ids, np.int32)
 
-    def reserve(self, prompt_bytes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Places to keep for prompts of so many UTF-8 bytes: exact for bytes, else the most."""
+    def max_lengths(self, prompt_bytes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Upper bounds of token counts, from prompt lengths in UTF-8 bytes; exact for bytes."""
         if self.config.pad or self.config.tokenizer != "byt5":
             return np.full_like(prompt_bytes, self.config.max_tokens)
         return np.minimum(prompt_bytes + 1, self.config.max_tokens)

@@ -1,0 +1,1 @@
+"""Evaluation: task sets, image generation, judges, held-out losses, and their summaries."""

@@ -1,17 +1,16 @@
-"""What a cell of a sweep leaves on disk: its pictures, and what they were found to be worth.
+"""The folder of one cell on one task set: its images and their scores.
 
 ::
 
-    DIR/cells/SET/CELL/record.json     what made the pictures: weights, sampler, tasks, seed
-                       images/ID.png   one picture a task, written as soon as it is made
-                       batches.jsonl   how long each batch took
-                       scores.jsonl    one line a task, when all pictures are there
-                       whole.json      scores of the set as a whole, and by whom it was judged
+    DIR/cells/SET/CELL/record.json     everything that determines the images: weights, sampler, ...
+                       images/ID.png   one image per task, written as soon as it is sampled
+                       batches.jsonl   seconds per batch
+                       scores.jsonl    one line per task, once all images are there
+                       whole.json      scores of the set, and the record of the judges
 
-Pictures are the record: a sweep that was killed makes those that are missing, and a new judge needs
-none to be made again. Each file appears under its name when it is complete and on the disk. In a
-job of several processes the first one writes; all read the same folder, on a file system that they
-share.
+The images are what counts: a sweep that was killed generates only the missing ones, and a new judge
+scores those that are there. Every file gets its name only when it is complete and on disk. With
+several processes, the first one writes and all read, so they must share the file system.
 """
 
 import json
@@ -30,21 +29,21 @@ from kontext_jax.files import atomic_path, short_digest, write_text
 from kontext_jax.types import RGBImage, Task
 
 MAX_NAME = 200
-"""Characters of a picture's name; file systems take 255 bytes, ends included."""
+"""Characters of an image file's stem; file systems allow 255 bytes with suffixes."""
 
 
 class CellFolder:
-    """The folder of one cell on one set."""
+    """The folder of one cell on one task set."""
 
     def __init__(self, path: Path, record: Mapping[str, Any]):
-        """Opens or makes it.
+        """Opens or creates the folder.
 
         Args:
-          path: of the folder.
-          record: JSON of all that decides what its pictures look like.
+          path: path of the folder.
+          record: JSON of everything that determines the cell's images.
 
         Raises:
-          ValueError: it holds pictures that something else made, or nothing tells what did.
+          ValueError: the folder holds images of another record, or its record is damaged.
         """
         self._path, self._writes = path, jax.process_index() == 0
         check_record(path, record)
@@ -53,125 +52,125 @@ class CellFolder:
             write_text(path / "record.json", json.dumps(record, indent=2) + "\n")
         multihost_utils.sync_global_devices(f"folder {path}")
 
-    def has(self, task: str) -> bool:
-        """Whether a task's picture is there."""
-        file = picture_file(self._path, task)
+    def has(self, task_id: str) -> bool:
+        """Whether the image of a task is stored."""
+        file = image_file(self._path, task_id)
         return file.is_file() and file.stat().st_size > 0
 
     def load(self, task: Task) -> RGBImage:
-        """A task's picture.
+        """Loads the image of a task.
 
         Raises:
-          FileNotFoundError, ValueError: it is missing, or cannot be decoded.
+          FileNotFoundError, ValueError: the image is missing, or cannot be decoded.
         """
-        return load_picture(self._path, task.id)
+        return load_task_image(self._path, task.id)
 
-    def save(self, pictures: Mapping[str, RGBImage]) -> None:
-        """Writes pictures, by the ids of their tasks."""
+    def save(self, images: Mapping[str, RGBImage]) -> None:
+        """Writes images, keyed by task id."""
         if not self._writes:
             return
-        for task, picture in pictures.items():
-            with atomic_path(picture_file(self._path, task), shared=False) as file:
-                Image.fromarray(np.asarray(picture)).save(file, "PNG", compress_level=1)
+        for task_id, image in images.items():
+            with atomic_path(image_file(self._path, task_id), shared=False) as file:
+                Image.fromarray(np.asarray(image)).save(file, "PNG", compress_level=1)
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Adds a line about a batch."""
+        """Appends a line to ``batches.jsonl``."""
         if self._writes:
             with (self._path / "batches.jsonl").open("a") as file:
-                # In front, so that it also ends a line that a kill cut short.
+                # The newline comes first, to end a line that a kill may have truncated.
                 file.write("\n" + json.dumps(line))
 
     def batches(self) -> list[dict[str, Any]]:
-        """The lines about batches."""
+        """The lines of ``batches.jsonl``."""
         return read_lines(self._path / "batches.jsonl")
 
-    def write_scores(self, rows: Sequence[Mapping], whole: Mapping[str, Any]) -> None:
-        """Writes scores: a line a task, and what is said of all together."""
+    def write_scores(self, rows: Sequence[Mapping], overall: Mapping[str, Any]) -> None:
+        """Writes ``scores.jsonl``, one row per task, and ``whole.json``."""
         if self._writes:
-            # First, so that a kill leaves no judges' names beside the numbers of others.
+            # Deleted first: a kill must not leave old judges' names next to new scores.
             (self._path / "whole.json").unlink(missing_ok=True)
             write_text(self._path / "scores.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-            write_text(self._path / "whole.json", json.dumps(whole, indent=2) + "\n")
+            write_text(self._path / "whole.json", json.dumps(overall, indent=2) + "\n")
 
     def scores(
-        self, judges: Mapping[str, Any], tasks: Sequence[str]
+        self, judges: Mapping[str, Any], task_ids: Sequence[str]
     ) -> tuple[list[dict], dict] | None:
-        """(rows, whole) by these judges; None if there is anything to make or to judge.
+        """The content of (``scores.jsonl``, ``whole.json``) if it is complete, otherwise None.
 
         Args:
-          judges: what tells them from others.
-          tasks: ids of all tasks, in order: each has a row, and its picture is there.
+          judges: the record of the judges; scores of other judges do not count.
+          task_ids: ids of all tasks, in order; each needs a row and an image.
         """
-        whole = _json(_text(self._path / "whole.json"))
-        if whole is None or whole.get("judges") != json.loads(json.dumps(judges)):
+        overall = _json(_text(self._path / "whole.json"))
+        if overall is None or overall.get("judges") != json.loads(json.dumps(judges)):
             return None
         rows = read_lines(self._path / "scores.jsonl")
-        if [row.get("id") for row in rows] != list(tasks) or not all(map(self.has, tasks)):
+        if [row.get("id") for row in rows] != list(task_ids) or not all(map(self.has, task_ids)):
             return None
-        return rows, whole
+        return rows, overall
 
 
 def check_record(path: Path, record: Mapping[str, Any], unknown: Container[str] = ()) -> None:
-    """Refuses a cell's folder that another record is of; there need be none.
+    """Refuses a cell's folder whose images belong to another record; a new folder is fine.
 
     Args:
-      path: of the folder.
-      record: JSON of all that decides what its pictures look like.
-      unknown: keys of a record that cannot be told yet.
+      path: path of the folder.
+      record: JSON of everything that determines the cell's images.
+      unknown: keys to ignore, because their values are not known yet.
 
     Raises:
-      ValueError: it holds pictures that something else made, or nothing tells what did.
+      ValueError: the folder holds images of another record, or its record is damaged.
     """
     file = path / "record.json"
     if not file.is_file():
         return
-    stored, mine = _json(_text(file)), json.loads(json.dumps(record))
+    stored, current = _json(_text(file)), json.loads(json.dumps(record))
     if stored is None:
         raise ValueError(
-            f"{file} is damaged, and nothing else tells what made the pictures: delete {path}."
+            f"{file} is damaged, and only it says how the images were made: delete {path}."
         )
-    keys = [key for key in mine | stored if key not in unknown]
-    changed = [key for key in keys if stored.get(key) != mine.get(key)]
+    keys = [key for key in current | stored if key not in unknown]
+    changed = [key for key in keys if stored.get(key) != current.get(key)]
     if changed:
         raise ValueError(
-            f"{path} holds pictures of another {' and '.join(changed)}: give another --workdir, or "
-            "delete that folder."
+            f"{path} holds images made with different {' and '.join(changed)}: use another "
+            "--workdir, or delete that folder."
         )
 
 
-def picture_file(folder: Path, task: str) -> Path:
-    """Where a cell's folder has the picture of a task, by the task's id."""
-    name = quote(task, safe="")
+def image_file(folder: Path, task_id: str) -> Path:
+    """The path of a task's image in a cell's folder."""
+    name = quote(task_id, safe="")
     if len(name) > MAX_NAME:
-        name = f"{name[:MAX_NAME]}-{short_digest(task)}"
+        name = f"{name[:MAX_NAME]}-{short_digest(task_id)}"
     return folder / "images" / f"{name}.png"
 
 
-def load_picture(folder: Path, task: str) -> RGBImage:
-    """The picture of a task in a cell's folder.
+def load_task_image(folder: Path, task_id: str) -> RGBImage:
+    """Loads a task's image from a cell's folder.
 
     Raises:
-      FileNotFoundError, ValueError: it is missing, or cannot be decoded.
+      FileNotFoundError, ValueError: the image is missing, or cannot be decoded.
     """
     try:
-        return load_image(picture_file(folder, task))
+        return load_image(image_file(folder, task_id))
     except ValueError as error:
-        message = f"{str(error).removesuffix('.')}; delete it, and it is made again."
+        message = f"{str(error).removesuffix('.')}; delete it, and start again to regenerate it."
         raise ValueError(message) from error
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; what a kill cut short is left out, and so is no file."""
+    """The JSON objects of a file, one per line, without truncated ones; [] if it is missing."""
     return [line for line in map(_json, _text(file).splitlines()) if line is not None]
 
 
 def _text(file: Path) -> str:
-    """A file's text, empty if there is none; what is damaged stays so."""
+    """The text of a file, empty if it is missing; undecodable bytes are replaced."""
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
 def _json(text: str) -> dict | None:
-    """An object; None of what is torn."""
+    """Parses a JSON object; None if it is truncated or not an object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

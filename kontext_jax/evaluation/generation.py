@@ -1,4 +1,4 @@
-"""Makes the pictures of a sweep: one cell, one set, what is missing."""
+"""Generates the missing images of one cell on one task set."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from kontext_jax.chips import num_chips
 from kontext_jax.evaluation.cell_folder import CellFolder
 from kontext_jax.evaluation.sweep import Cell
-from kontext_jax.evaluation.tasks.sets import Set, examples_of
+from kontext_jax.evaluation.tasks.sets import TaskSet, examples_of
 from kontext_jax.geometry import fit, resize
 from kontext_jax.loading.locations import identity_of, load_config, open_network, usage_of
 from kontext_jax.loading.models import Model, load_model
@@ -23,35 +23,36 @@ from kontext_jax.settings import to_dict
 from kontext_jax.sharding import shardings_of
 from kontext_jax.types import RGBImage, Task
 
-OF_MODELS = ("weights", "settings")
-"""What of a record is known once the networks are."""
+MODEL_KEYS = ("weights", "settings")
+"""Keys of a cell's record that are known only once its networks are loaded."""
 
 
 def load_networks(cell: Cell, mesh: Mesh, seed: int, batch_size: int = 0) -> Model | None:
-    """The networks of a cell; None for a copy, which needs none.
+    """Loads the networks of a cell; None for a copy, which needs none.
 
     Args:
-      cell: one that `cells.resolve` has seen.
-      mesh: the networks' place.
-      seed: of new parameters, where they are untrained.
-      batch_size: rows sampled at once; 0 for as many as the run trains on.
+      cell: a cell returned by `sweep.resolve`.
+      mesh: devices that hold the networks.
+      seed: seed of the parameters, if the cell is untrained.
+      batch_size: rows sampled at once; 0 for the run's training batch size.
 
     Raises:
-      ValueError: they are missing or damaged; it names the cell.
+      ValueError: the networks are missing or damaged; the message names the cell.
     """
     if cell.baseline == "copy":
         return None
     try:
         model = load_model(cell.checkpoint, mesh, cell.params)
-        model = _anew(cell, model, mesh, seed) if cell.baseline == "untrained" else model
+        if cell.baseline == "untrained":
+            model = _reinitialised(cell, model, mesh, seed)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"cell {cell.name!r}: {error}") from error
     rows = batch_size or model.data.batch_size
     return model._replace(data=dataclasses.replace(model.data, batch_size=rows))
 
 
-def _anew(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
-    """With new networks in the place of those that the run trained."""
+def _reinitialised(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
+    """The model with freshly initialised networks in place of the trained ones."""
     objective, key = load_config(cell.checkpoint).make_objective(), jax.random.key(seed)
 
     def init(key):
@@ -60,28 +61,28 @@ def _anew(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
     shardings = shardings_of(jax.eval_shape(init, key), mesh)
     fresh = jax.jit(init, out_shardings=shardings)(key)
     if "lora" in fresh:
-        raise ValueError("new adapters change nothing; compare with what they are adapters of.")
+        raise ValueError("new adapters change nothing; compare with the model they adapt.")
     networks = networks_of(fresh, model.networks)
     return model._replace(networks=networks, identity=identity_of(networks))
 
 
-def record_of(cell: Cell, each: Set, model: Model | None, seed: int) -> dict[str, Any]:
-    """All that decides what a cell's pictures look like; the weights stand for the checkpoint.
+def cell_record(cell: Cell, task_set: TaskSet, model: Model | None, seed: int) -> dict[str, Any]:
+    """Everything that determines a cell's images; the weights stand for the checkpoint.
 
-    Without the model it lacks what only that knows, `OF_MODELS`.
+    Without the model, the values of `MODEL_KEYS` are empty.
     """
     names = ("params", "shift", "baseline", "sampler")
     return {
         **{name: value for name, value in to_dict(cell).items() if name in names},
         "weights": model.identity if model else {},
         "settings": _settings(model) if model else {},
-        "tasks": each.fingerprint,
+        "tasks": task_set.fingerprint,
         "seed": seed,
     }
 
 
 def _settings(model: Model) -> dict[str, Any]:
-    """How a model's networks are used. Where its tokenizers are says nothing."""
+    """The settings that a model's networks are used with, without the paths of its tokenizers."""
     text = to_dict(model.data.text)
     return usage_of(model.networks, model.objective) | {
         "pooled": model.objective.pooled,
@@ -92,10 +93,10 @@ def _settings(model: Model) -> dict[str, Any]:
 
 
 def takes_guidance(cell: Cell) -> bool:
-    """Whether a cell's transformer has the guidance input, as its place says.
+    """Whether the cell's transformer has a guidance input, according to its config.
 
     Raises:
-      ValueError: there is no transformer; it names the cell.
+      ValueError: the checkpoint has no transformer; the message names the cell.
     """
     try:
         return open_network(cell.checkpoint, "transformer", cell.params).config.guidance_embed
@@ -103,29 +104,29 @@ def takes_guidance(cell: Cell) -> bool:
         raise ValueError(f"cell {cell.name!r}: {error}") from error
 
 
-def make(
-    cell: Cell, model: Model | None, each: Set, folder: CellFolder, mesh: Mesh, seed: int
+def generate_images(
+    cell: Cell, model: Model | None, task_set: TaskSet, folder: CellFolder, mesh: Mesh, seed: int
 ) -> list[RGBImage]:
-    """A picture for each task: those that are in the folder, and those that are made now.
+    """One image per task; generates and saves those that the folder does not have.
 
     Args:
-      cell: whose pictures they are.
-      model: from `load_networks`.
-      each: the set, in the order of its turns.
-      folder: where pictures are kept.
-      mesh: the devices that share the work.
-      seed: of the initial noise.
+      cell: the cell to sample.
+      model: the cell's networks, from `load_networks`.
+      task_set: tasks in the order of their turns.
+      folder: folder of the cell on this set.
+      mesh: devices to sample on.
+      seed: seed of the initial noise.
 
     Raises:
-      ValueError: a picture cannot be decoded, or what was sampled is no picture.
+      ValueError: a stored image cannot be decoded, or a sampled one is not finite.
     """
-    made: dict[str, RGBImage] = {}
-    for turn, group in itertools.groupby(each.tasks, key=lambda task: task.turn):
+    images: dict[str, RGBImage] = {}
+    for turn, group in itertools.groupby(task_set.tasks, key=lambda task: task.turn):
         tasks = list(group)
-        seen = np.array([folder.has(task.id) for task in tasks])
-        seen = np.asarray(multihost_utils.broadcast_one_to_all(seen))
-        done = set(np.flatnonzero(seen).tolist())
-        made.update((tasks[i].id, folder.load(tasks[i])) for i in done)
+        stored = np.array([folder.has(task.id) for task in tasks])
+        stored = np.asarray(multihost_utils.broadcast_one_to_all(stored))
+        done = set(np.flatnonzero(stored).tolist())
+        images.update((tasks[i].id, folder.load(tasks[i])) for i in done)
         if len(done) == len(tasks):
             continue
         if cell.baseline == "copy" or model is None:
@@ -135,23 +136,23 @@ def make(
             new = _reconstructions(model, tasks, mesh)
             folder.save(new)
         else:
-            new = _sample(cell, model, tasks, turn, made, done, folder, mesh, seed)
-        made.update(new)
-    return [made[task.id] for task in each.tasks]
+            new = _sample(cell, model, tasks, turn, images, done, folder, mesh, seed)
+        images.update(new)
+    return [images[task.id] for task in task_set.tasks]
 
 
 def _copy(task: Task) -> RGBImage:
-    """The context as it is; grey where there is none."""
+    """The first context, unchanged; grey if the task has none."""
     if task.contexts:
         return resize(task.contexts[0], task.size)
     return np.full((task.size[1], task.size[0], 3), 128, np.uint8)
 
 
 def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, RGBImage]:
-    """The truths through the autoencoder: what no sampler can be better than."""
+    """The targets through the autoencoder: an upper bound for every sampler."""
     sizes = model.data.geometry.sizes
-    truths = [fit(task.truth, sizes) for task in tasks if task.truth is not None]
-    images = reconstruct(model.networks["autoencoder"], truths, mesh)
+    targets = [fit(task.truth, sizes) for task in tasks if task.truth is not None]
+    images = reconstruct(model.networks["autoencoder"], targets, mesh)
     return {task.id: image for task, image in zip(tasks, images, strict=True)}
 
 
@@ -160,36 +161,44 @@ def _sample(
     model: Model,
     tasks: Sequence[Task],
     turn: int,
-    made: Mapping[str, RGBImage],
+    previous: Mapping[str, RGBImage],
     done: set[int],
     folder: CellFolder,
     mesh: Mesh,
     seed: int,
 ) -> dict[str, RGBImage]:
-    """Makes the pictures of one turn that are missing; some that are not, in the same batches."""
+    """Samples the batches of one turn that have a missing image, and saves all their images.
+
+    Args:
+      cell, model, folder, mesh, seed: as in `generate_images`.
+      tasks: all tasks of the turn.
+      turn: number of the turn, for the log.
+      previous: images of earlier turns, by task id.
+      done: indices of the tasks whose images are stored.
+    """
     objective = model.objective
     if cell.shift:
         objective = dataclasses.replace(
             objective, time=dataclasses.replace(objective.time, shift=cell.shift)
         )
-    examples = examples_of(tasks, made, model.data)
+    examples = examples_of(tasks, previous, model.data)
     data = with_room(model.data, examples)
     generate = Generator(examples, data, objective, cell.sampler, mesh, seed)
     kind = mesh.devices.flat[0].device_kind
-    about = {"turn": turn, "device": kind, "chips": num_chips(mesh.size, kind)}
-    folder.log(about | {"compile_seconds": generate.warm_up(model.networks)})
+    common = {"turn": turn, "device": kind, "chips": num_chips(mesh.size, kind)}
+    folder.log(common | {"compile_seconds": generate.warm_up(model.networks)})
     new = {}
     for batch in generate.batches(model.networks, done):
-        images = zip(batch.indices, batch.images, strict=True)
-        pictures = {tasks[i].id: image for i, image in images}
+        pairs = zip(batch.indices, batch.images, strict=True)
+        images = {tasks[i].id: image for i, image in pairs}
         if not batch.finite:
             raise ValueError(
-                f"cell {cell.name!r}: the numbers that it samples for {next(iter(pictures))!r} are "
-                f"not finite. The weights of {cell.checkpoint} are damaged, or its training "
-                "diverged: take another checkpoint, or leave the cell out."
+                f"cell {cell.name!r}: the sampled latents for {next(iter(images))!r} are not "
+                f"finite. The weights of {cell.checkpoint} are damaged, or its training diverged: "
+                "use another checkpoint, or leave the cell out."
             )
-        folder.save(pictures)
-        line = {"batch": batch.number, "images": len(pictures), "seconds": batch.seconds}
-        folder.log(about | line)
-        new |= pictures
+        folder.save(images)
+        line = {"batch": batch.number, "images": len(images), "seconds": batch.seconds}
+        folder.log(common | line)
+        new |= images
     return new

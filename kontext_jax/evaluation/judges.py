@@ -1,8 +1,8 @@
-"""Who says what pictures are worth: each judge has numbers for every picture, or for all together.
+"""Judges: metrics that score a model's images, one number per image or per set.
 
-A judge is called with a `Outputs`, tasks and the pictures that a model made of them, and says what
-it can; where it has nothing to go by (no truth, no face, no words) it says None. Networks are read
-from local files, and a number has the name of its network: ``fd_efflite0`` is no FID.
+A judge is called with `Outputs`, the tasks of a set and a model's images for them. It returns None
+where it has nothing to compare with (no target, no face, no words). Networks are read from local
+files, and a metric is named after its network: ``fd_efflite0`` is not FID.
 """
 
 import contextlib
@@ -50,47 +50,47 @@ from kontext_jax.weights.reading import open_folder
 Column = list[float | None]
 
 VERSION = 1
-"""Of what numbers mean; another one has all pictures judged anew. To be raised with such a change,
-in here or in ``metrics``."""
+"""Version of the metrics. Raise it when a change here or in ``metrics`` changes any score: all
+images are then re-scored."""
 
 FD_INPUT = 128
-"""Side to which EfficientNet-Lite0 gets its pictures, in pixels. It was trained with 224; pictures
-of 32 hold nothing that 128 would lose, at a third of the time. Distances of other sides do not
-compare with these."""
+"""Side of EfficientNet-Lite0's input in pixels. It was trained at 224; images of 32 lose nothing at
+128, at a third of the time. Distances at other sides are not comparable."""
 
 MIN_TILES = 6
-"""Places that must agree before a picture is said to have grown; two or three lie too close."""
+"""Tiles that must agree before a zoom is reported; two or three lie too close together."""
 
 UNCHANGED = 8
-"""Levels of 255 by which truth and context may differ where an edit leaves a picture alone."""
+"""Levels of 255 by which target and context may differ where an edit leaves the image alone."""
 
 DLIB_PACKAGES = ("dlib-bin", "dlib", "face-recognition-models")
 OCR_PACKAGES = ("rapidocr-onnxruntime",)
 LPIPS_PACKAGES = ("lpips",)
-"""What brings code and weights, so that other versions are other judges."""
+"""Packages that ship code and weights; another version is another judge."""
 
-READ = (".safetensors", ".onnx", ".json", ".txt")
-"""Kinds of files in the folders that judges are read from."""
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".json", ".txt")
+"""Suffixes of the files that networks read from a judge's folder."""
 
 MAX_THREADS = 32
-"""Each holds a picture's share of memory; beyond, they only wait for one another."""
+"""Each thread holds the memory for one image; more threads than this only wait for each other."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class JudgesConfig(Settings):
-    """Which judges there are beside pixels, the world's checker and drift, which are always there.
+    """Judges to use besides pixels, the toy world's checker and drift, which always run.
 
     Attributes:
-      efflite0: EfficientNet-Lite0, of the extra ``eval``: a stand-in where nothing can be loaded.
-      inception: file of FID's InceptionV3. Its distances are ``fid`` and ``kid`` if this is the
-        very file of pytorch-fid, and ``fd_inception`` and ``kid_inception`` of any other.
+      efflite0: EfficientNet-Lite0, from the extra ``eval``: a stand-in where nothing can be loaded.
+      inception: file of FID's InceptionV3. Its distances are called ``fid`` and ``kid`` if this is
+        the exact file of pytorch-fid, otherwise ``fd_inception`` and ``kid_inception``.
       dino: folder of DINOv2, for ``dinov2`` and ``fd_dinov2``.
-      clip: folder of OpenAI's CLIP, for ``clip_i``, ``clip_t``, ``clip_dir`` and their like.
+      clip: folder of OpenAI's CLIP, for ``clip_i``, ``clip_t``, ``clip_dir`` and
+        ``clip_i_context``.
       lpips: file of the trunk that ``lpips_net`` ("alex" or "vgg") names.
-      lpips_heads: file of the heads; those of the installed package ``lpips`` if empty.
+      lpips_heads: file of the heads; if empty, those of the installed package ``lpips``.
       auraface: folder of AuraFace-v1, for the identity of faces.
-      dlib: whether the bundled network of dlib looks at faces.
-      ocr: whether written words are read.
+      dlib: whether to compare faces with dlib's bundled network.
+      ocr: whether to read the words in the images.
     """
 
     efflite0: bool = True
@@ -109,13 +109,13 @@ class JudgesConfig(Settings):
 
 
 class Outputs:
-    """What is judged: the pictures made for a set's tasks, and what they are compared with.
+    """The input of a judge: a model's images for the tasks of a set, with their references.
 
-    Truths and contexts are brought to the size of the picture that was made, as a model's own are.
+    Targets and contexts are resized to the size of the model's image.
     """
 
     def __init__(self, name: str, tasks: Sequence[Task], images: Sequence[RGBImage]):
-        """``name`` is the set's: judges may remember what they know of its truths and contexts."""
+        """``name`` is the set's: judges may cache features of its targets and contexts."""
         self.name, self.tasks, self.images = name, list(tasks), list(images)
 
     @functools.cached_property
@@ -123,12 +123,12 @@ class Outputs:
         return [size_of(image) for image in self.images]
 
     @functools.cached_property
-    def truths(self) -> list[RGBImage | None]:
+    def targets(self) -> list[RGBImage | None]:
         return self._resized([task.truth for task in self.tasks])
 
     @functools.cached_property
     def contexts(self) -> list[RGBImage | None]:
-        """The first context of each; in a session, that of its first turn."""
+        """The first stored context of each task; in a session, the context of its first turn."""
         return self._resized([task.contexts[0] if task.contexts else None for task in self.tasks])
 
     def _resized(self, images: Sequence[RGBImage | None]) -> list[RGBImage | None]:
@@ -137,30 +137,29 @@ class Outputs:
 
 
 class Scores(NamedTuple):
-    """What a judge says.
+    """The scores that a judge returns.
 
     Attributes:
-      columns: by metric, a number for each task.
-      whole: by metric, a number for all tasks together.
+      columns: metric -> one number per task.
+      set_scores: metric -> one number for the whole set.
     """
 
     columns: Mapping[str, Column]
-    whole: Mapping[str, float] = {}
+    set_scores: Mapping[str, float] = {}
 
 
 Judge = Callable[[Outputs], Scores]
-"""Anything that can be called with a line-up, on all processes together."""
+"""Scores outputs; all processes call it together."""
 
 
 class JudgePanel(NamedTuple):
     """All judges of a sweep.
 
     Attributes:
-      judges: who is asked.
-      left_out: name -> why there is none that was not asked for by a path.
-      record: what tells them from others, as JSON: their version and config, the names left out,
-        SHA-256 of the files that they are read from, and versions of packages that bring networks
-        along.
+      judges: the judges to run.
+      left_out: name -> reason, for optional judges that are unavailable.
+      record: JSON that identifies the judges: version and config, names left out, SHA-256 of the
+        files they are read from, and versions of the packages that ship networks.
     """
 
     judges: list[Judge]
@@ -169,10 +168,10 @@ class JudgePanel(NamedTuple):
 
 
 def make_judges(config: JudgesConfig, mesh: Mesh) -> JudgePanel:
-    """The judges that ``config`` asks for. All processes call it.
+    """Loads the judges that ``config`` asks for. All processes call it.
 
     Raises:
-      FileNotFoundError, ValueError: what was asked for by a path is not there, or something else.
+      FileNotFoundError, ValueError: a configured path is missing, or holds another network.
       ImportError: a package is not installed.
     """
     judges: list[Judge] = [judge_pixels, judge_world, judge_drift]
@@ -208,90 +207,90 @@ def make_judges(config: JudgesConfig, mesh: Mesh) -> JudgePanel:
     if config.ocr:
         judges.append(OcrJudge(Reader()))
         packages += OCR_PACKAGES
-    places = (config.inception, config.dino, config.clip, config.lpips, config.lpips_heads)
+    paths = (config.inception, config.dino, config.clip, config.lpips, config.lpips_heads)
     record = {
         "version": VERSION,
         "config": to_dict(config),
         "left_out": sorted(left_out),
-        "files": _hashes(Path(place) for place in (*places, config.auraface) if place),
+        "files": _hashes(Path(path) for path in (*paths, config.auraface) if path),
         "packages": _versions(packages),
     }
     return JudgePanel(judges, left_out, record)
 
 
-def _hashes(places: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 by path: of files, and of those in a folder that networks may be read from."""
+def _hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, and of each file in a folder that a network may read."""
     files = []
-    for place in places:
-        inside = sorted(place.iterdir()) if place.is_dir() else [place]
-        files += [file for file in inside if file == place or file.suffix in READ]
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in inside if file == path or file.suffix in WEIGHT_SUFFIXES]
     return {str(file): sha256_of(file) for file in files}
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed: dlib is there by one of two names."""
-    found = {}
+    """Versions of the installed ones among ``packages``; dlib has two distribution names."""
+    versions = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 def _load_dino(folder: Path, mesh: Mesh) -> Dino:
     reader = open_folder(folder)
     if not isinstance(reader.config, DinoConfig):
-        raise ValueError(f"judges.dino: {folder} holds another network than DINOv2.")
+        raise ValueError(f"judges.dino: {folder} holds a network other than DINOv2.")
     return load(reader, dataclasses.replace(reader.config, dtype="float32"), mesh)
 
 
-def judge(judges: Sequence[Judge], outputs: Outputs) -> Scores:
-    """What all judges say.
+def run_judges(judges: Sequence[Judge], outputs: Outputs) -> Scores:
+    """Merges the scores of all judges.
 
     Raises:
-      ValueError: two of them have a number of the same name, or not one for each task.
+      ValueError: two judges return the same metric, or a column does not have one value per task.
     """
     columns: dict[str, Column] = {}
-    whole: dict[str, float] = {}
-    for each in judges:
-        said = each(outputs)
-        twice = (columns.keys() & said.columns.keys()) | (whole.keys() & said.whole.keys())
-        if twice:
-            raise ValueError(f"Two judges say {', '.join(sorted(twice))}.")
-        for name, column in said.columns.items():
+    set_scores: dict[str, float] = {}
+    for judge in judges:
+        scores = judge(outputs)
+        clashing = columns.keys() & scores.columns.keys()
+        clashing |= set_scores.keys() & scores.set_scores.keys()
+        if clashing:
+            raise ValueError(f"Two judges return {', '.join(sorted(clashing))}.")
+        for name, column in scores.columns.items():
             if len(column) != len(outputs.tasks):
                 raise ValueError(f"{name} has {len(column)} values for {len(outputs.tasks)} tasks.")
-        columns |= said.columns
-        whole |= said.whole
-    return Scores(columns, whole)
+        columns |= scores.columns
+        set_scores |= scores.set_scores
+    return Scores(columns, set_scores)
 
 
-def by_picture(
+def per_image(
     function: Callable[..., Mapping[str, float | None]],
     names: Sequence[str],
-    *given: Sequence,
+    *inputs: Sequence,
     threads: int | None = None,
 ) -> Scores:
-    """``function`` of each picture and what goes with it; every process does its share of them.
+    """Maps ``function`` over images with threads; each process handles its share.
 
     Args:
-      function: gives numbers by name; it is called by several threads at once.
-      names: of the numbers that count.
-      given: of each picture.
-      threads: one a core, up to `MAX_THREADS`, if left out; 1 for functions that only one may call
-        at a time.
+      function: returns scores by name; several threads call it at once.
+      names: scores to keep.
+      inputs: arguments of ``function``, one sequence each, with one entry per image.
+      threads: by default one per core, up to `MAX_THREADS`; 1 if ``function`` is not thread-safe.
     """
-    number = len(given[0])
-    mine = range(number)[jax.process_index() :: jax.process_count()]
+    number = len(inputs[0])
+    share = range(number)[jax.process_index() :: jax.process_count()]
     values = np.zeros((number, len(names)))
     with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
-        said = pool.map(function, *([each[i] for i in mine] for each in given))
-        for i, found in zip(mine, said, strict=True):
-            values[i] = [np.nan if found.get(name) is None else found[name] for name in names]
-    # As bits, for JAX would round float64.
+        results = pool.map(function, *([column[i] for i in share] for column in inputs))
+        for i, scores in zip(share, results, strict=True):
+            values[i] = [np.nan if scores.get(name) is None else scores[name] for name in names]
+    # Gathered as uint32, because JAX would round float64.
     bits = multihost_utils.process_allgather(values.view(np.uint32))
-    shares = np.asarray(bits).reshape(-1, number, 2 * len(names)).view(np.float64)
-    for process, share in enumerate(shares):
-        values[process :: len(shares)] = share[process :: len(shares)]
+    gathered = np.asarray(bits).reshape(-1, number, 2 * len(names)).view(np.float64)
+    for process, theirs in enumerate(gathered):
+        values[process :: len(gathered)] = theirs[process :: len(gathered)]
     return Scores({name: _column(column) for name, column in zip(names, values.T, strict=True)})
 
 
@@ -300,86 +299,87 @@ def _column(values: Float[np.ndarray, " n"]) -> Column:
 
 
 def judge_pixels(outputs: Outputs) -> Scores:
-    """Errors, PSNR and SSIM to the truth; `metrics.pixels`."""
+    """L1, L2, PSNR and SSIM to the target; see `metrics.pixels`."""
 
-    def look(image: RGBImage, truth: RGBImage | None) -> dict[str, float | None]:
-        if truth is None:
+    def score(image: RGBImage, target: RGBImage | None) -> dict[str, float | None]:
+        if target is None:
             return {}
-        # A picture that is right to the last bit has no finite PSNR; 100 dB are beyond 8 bits.
-        found = {
-            "l1": pixels.l1(image, truth),
-            "l2": pixels.l2(image, truth),
-            "psnr": min(pixels.psnr(image, truth), 100.0),
+        # The PSNR of identical images is infinite; a cap of 100 dB keeps means finite.
+        scores = {
+            "l1": pixels.l1(image, target),
+            "l2": pixels.l2(image, target),
+            "psnr": min(pixels.psnr(image, target), 100.0),
         }
         if min(image.shape[:2]) >= pixels.WINDOW:
-            found["ssim"] = pixels.ssim(image, truth)
-        return found
+            scores["ssim"] = pixels.ssim(image, target)
+        return scores
 
     names = ("l1", "l2", "psnr", "ssim")
-    return by_picture(look, names, outputs.images, outputs.truths)
+    return per_image(score, names, outputs.images, outputs.targets)
 
 
 def judge_world(outputs: Outputs) -> Scores:
-    """Whether the world's checker reads what was asked for, and all else kept; 1 is yes.
+    """Whether the toy world's checker finds the edit carried out and the rest preserved: 1 or 0.
 
-    It reads pictures of the truth's size alone.
+    It reads only images of the target's size.
     """
 
-    def look(image: RGBImage, task: Task) -> dict[str, float | None]:
+    def score(image: RGBImage, task: Task) -> dict[str, float | None]:
         if task.truth is None or task.truth.shape != image.shape:
             return {}
         verdict = checker.check(image, task.details)
-        said = {"edit_success": verdict.edited, "preservation": verdict.preserved}
-        return {name: None if value is None else float(value) for name, value in said.items()}
+        values = {"edit_success": verdict.edited, "preservation": verdict.preserved}
+        return {name: None if value is None else float(value) for name, value in values.items()}
 
-    return by_picture(look, ("edit_success", "preservation"), outputs.images, outputs.tasks)
+    return per_image(score, ("edit_success", "preservation"), outputs.images, outputs.tasks)
 
 
 def judge_drift(outputs: Outputs) -> Scores:
-    """How far pictures have moved, grown and changed colour where they were to stay as they were.
+    """Shift, zoom and colour drift of the regions that the edit should leave unchanged.
 
-    That is where truth and context are the same: everywhere, in a probe.
+    These are the pixels where target and context agree: all of them in an identity probe.
     """
 
-    def look(
-        image: RGBImage, truth: RGBImage | None, context: RGBImage | None
+    def score(
+        image: RGBImage, target: RGBImage | None, context: RGBImage | None
     ) -> dict[str, float | None]:
-        if truth is None or context is None:
+        if target is None or context is None:
             return {}
-        far = np.abs(truth.astype(np.int16) - context) > UNCHANGED
-        apart = far[..., 0] | far[..., 1] | far[..., 2]
-        kept = None if not apart.any() else ~apart
-        found: dict[str, float | None] = {}
-        if not apart.all():
-            found["colour_drift"] = float(np.abs(colour_drift(image, truth, kept)).mean())
+        far = np.abs(target.astype(np.int16) - context) > UNCHANGED
+        edited = far[..., 0] | far[..., 1] | far[..., 2]
+        kept = ~edited if edited.any() else None
+        scores: dict[str, float | None] = {}
+        if not edited.all():
+            scores["colour_drift"] = float(np.abs(colour_drift(image, target, kept)).mean())
         try:
-            moved = drift(image, truth, kept)
-        except ValueError:  # nothing to hold on to
-            return found
-        found["shift"] = float(np.hypot(*moved.shift))
-        if moved.tiles >= MIN_TILES:
-            found["zoom"] = 100 * abs(moved.scale - 1)  # outwards and inwards must not cancel out
-        return found
+            motion = drift(image, target, kept)
+        except ValueError:  # too small or too flat to register
+            return scores
+        scores["shift"] = float(np.hypot(*motion.shift))
+        if motion.tiles >= MIN_TILES:
+            # The absolute value, so that zooming in and out do not cancel in a mean.
+            scores["zoom"] = 100 * abs(motion.scale - 1)
+        return scores
 
     names = ("shift", "zoom", "colour_drift")
-    return by_picture(look, names, outputs.images, outputs.truths, outputs.contexts)
+    return per_image(score, names, outputs.images, outputs.targets, outputs.contexts)
 
 
-class Remembered:
-    """Vectors of images that many cells of a set are compared with."""
+class ReferenceFeatures:
+    """Cached features of the targets and contexts that many cells are compared with."""
 
     def __init__(self, features: Callable[[Sequence[RGBImage]], np.ndarray]):
         self._features = features
-        self._known: dict[tuple, np.ndarray] = {}
+        self._cache: dict[tuple, np.ndarray] = {}
 
     def __call__(self, outputs: Outputs, role: str) -> tuple[list[int], np.ndarray]:
-        """(places of the tasks that have such an image, their vectors), of truths or contexts."""
+        """(indices of the tasks that have the image, its features); "targets" or "contexts"."""
         images = getattr(outputs, role)
-        places = [i for i, image in enumerate(images) if image is not None]
-        key = (outputs.name, role, tuple(outputs.sizes), len(places))
-        if places and key not in self._known:
-            self._known[key] = self._features([images[i] for i in places])
-        return places, self._known.get(key, np.zeros((0, 1), np.float32))
+        indices = [i for i, image in enumerate(images) if image is not None]
+        key = (outputs.name, role, tuple(outputs.sizes), len(indices))
+        if indices and key not in self._cache:
+            self._cache[key] = self._features([images[i] for i in indices])
+        return indices, self._cache.get(key, np.zeros((0, 1), np.float32))
 
 
 def _features(network, mesh: Mesh) -> Callable[[Sequence[RGBImage]], np.ndarray]:
@@ -387,9 +387,10 @@ def _features(network, mesh: Mesh) -> Callable[[Sequence[RGBImage]], np.ndarray]
 
 
 class FeatureJudge:
-    """A network's vectors: their cosines with truths' and contexts', and distances of the sets.
+    """Compares a network's features: cosines per image, and distances between sets.
 
-    Distances are of the last picture of each session.
+    Cosines are to the target and to the context. Distances are to the targets, and use the last
+    image of each session.
     """
 
     def __init__(
@@ -401,80 +402,90 @@ class FeatureJudge:
         fd: str = "",
         kid: str,
     ):
-        """``similarity``, ``fd`` and ``kid`` are what its numbers are called; "" for no cosines."""
+        """Names the metrics.
+
+        Args:
+          name: name of the network.
+          features: images -> features, one row per image.
+          similarity: name of the cosine; by default ``name``, and "" for no cosines.
+          fd: name of the Fréchet distance; by default ``fd_NAME``.
+          kid: name of the kernel distance.
+        """
         self._similarity = name if similarity is None else similarity
         self._fd, self._kid = fd or f"fd_{name}", kid
-        self._features, self._remembered = features, Remembered(features)
+        self._features, self._references = features, ReferenceFeatures(features)
 
     def __call__(self, outputs: Outputs) -> Scores:
-        places, truths = self._remembered(outputs, "truths")
-        if not self._similarity and not places:
+        indices, targets = self._references(outputs, "targets")
+        if not self._similarity and not indices:
             return Scores({})
-        made = self._features(outputs.images)
+        features = self._features(outputs.images)
         columns = {}
         if self._similarity:
-            columns[self._similarity] = _cosines(made, places, truths)
+            columns[self._similarity] = _cosines(features, indices, targets)
             columns[f"{self._similarity}_context"] = _cosines(
-                made, *self._remembered(outputs, "contexts")
+                features, *self._references(outputs, "contexts")
             )
-        # Pictures of one session are not independent.
+        # The images of one session are not independent, so only its last one counts.
         followed = {task.follows for task in outputs.tasks}
-        kept = [i for i, place in enumerate(places) if outputs.tasks[place].id not in followed]
-        whole = {}
-        if len(kept) > 1:
-            ends = made[[places[i] for i in kept]]
-            whole[self._fd] = frechet_distance(truths[kept], ends)
-            whole[self._kid] = kernel_distance(truths[kept], ends)[0]
-        return Scores(columns, whole)
+        last = [k for k, i in enumerate(indices) if outputs.tasks[i].id not in followed]
+        set_scores = {}
+        if len(last) > 1:
+            ours, theirs = features[[indices[k] for k in last]], targets[last]
+            set_scores[self._fd] = frechet_distance(theirs, ours)
+            set_scores[self._kid] = kernel_distance(theirs, ours)[0]
+        return Scores(columns, set_scores)
 
 
-def _cosines(made: np.ndarray, places: Sequence[int], others: np.ndarray) -> Column:
-    column: Column = [None] * len(made)
-    if places:
-        for place, value in zip(places, cosine(made[places], others), strict=True):
-            column[place] = float(value)
+def _cosines(features: np.ndarray, indices: Sequence[int], references: np.ndarray) -> Column:
+    """The cosine of each reference and the features at its index; None at all other indices."""
+    column: Column = [None] * len(features)
+    if indices:
+        for i, value in zip(indices, cosine(features[indices], references), strict=True):
+            column[i] = float(value)
     return column
 
 
 class ClipJudge:
-    """CLIP: pictures against truths, contexts and words."""
+    """Compares images with targets, contexts and captions in CLIP's space."""
 
     def __init__(self, clip: Clip, mesh: Mesh):
         self._clip, self._mesh = clip, mesh
-        self._remembered = Remembered(lambda images: clip.image(images, mesh))
+        self._references = ReferenceFeatures(lambda images: clip.image(images, mesh))
 
     def __call__(self, outputs: Outputs) -> Scores:
-        made = self._clip.image(outputs.images, self._mesh)
-        truths = self._remembered(outputs, "truths")
-        places, contexts = self._remembered(outputs, "contexts")
-        wanted = [
+        features = self._clip.image(outputs.images, self._mesh)
+        targets = self._references(outputs, "targets")
+        with_context, contexts = self._references(outputs, "contexts")
+        # Without contexts the prompt is a caption; with them it is an instruction.
+        captions = [
             task.target_caption or ("" if task.contexts else task.prompt) for task in outputs.tasks
         ]
-        described = [i for i, text in enumerate(wanted) if text]
+        with_caption = [i for i, text in enumerate(captions) if text]
         columns = {
-            "clip_i": _cosines(made, *truths),
-            "clip_i_context": _cosines(made, places, contexts),
-            "clip_t": [None] * len(made),
-            "clip_dir": [None] * len(made),
+            "clip_i": _cosines(features, *targets),
+            "clip_i_context": _cosines(features, with_context, contexts),
+            "clip_t": [None] * len(features),
+            "clip_dir": [None] * len(features),
         }
-        if not described:
+        if not with_caption:
             return Scores(columns)
-        texts = self._clip.text([wanted[i] for i in described], self._mesh)
-        columns["clip_t"] = _cosines(made, described, texts)
-        text_of = dict(zip(described, texts, strict=True))
-        context_of = dict(zip(places, contexts, strict=True))
-        captioned = [i for i in described if i in context_of and outputs.tasks[i].source_caption]
-        if not captioned:
+        texts = self._clip.text([captions[i] for i in with_caption], self._mesh)
+        columns["clip_t"] = _cosines(features, with_caption, texts)
+        context_of = dict(zip(with_context, contexts, strict=True))
+        after_of = dict(zip(with_caption, texts, strict=True))
+        with_both = [i for i in with_caption if i in context_of and outputs.tasks[i].source_caption]
+        if not with_both:
             return Scores(columns)
-        texts = self._clip.text([outputs.tasks[i].source_caption for i in captioned], self._mesh)
-        before_of = dict(zip(captioned, texts, strict=True))
-        # Captions that CLIP cannot tell apart ask for no direction.
-        apart = 1 - cosine(texts, np.stack([text_of[i] for i in captioned]))
-        changed = [i for i, gap in zip(captioned, apart, strict=True) if gap > SAME]
+        texts = self._clip.text([outputs.tasks[i].source_caption for i in with_both], self._mesh)
+        before_of = dict(zip(with_both, texts, strict=True))
+        # The direction is undefined between captions that CLIP cannot tell apart.
+        gaps = 1 - cosine(texts, np.stack([after_of[i] for i in with_both]))
+        changed = [i for i, gap in zip(with_both, gaps, strict=True) if gap > SAME]
         if changed:
             values = clip_directional(
-                made[changed],
-                *(np.stack([of[i] for i in changed]) for of in (context_of, text_of, before_of)),
+                features[changed],
+                *(np.stack([of[i] for i in changed]) for of in (context_of, after_of, before_of)),
             )
             for i, value in zip(changed, values, strict=True):
                 columns["clip_dir"][i] = float(value)
@@ -482,7 +493,7 @@ class ClipJudge:
 
 
 class LpipsJudge:
-    """LPIPS to the truth."""
+    """LPIPS to the target."""
 
     def __init__(self, name: str, network: Lpips, mesh: Mesh):
         self._name, self._network, self._mesh = name, network, mesh
@@ -490,19 +501,19 @@ class LpipsJudge:
 
     def __call__(self, outputs: Outputs) -> Scores:
         column: Column = [None] * len(outputs.tasks)
-        places = [
+        indices = [
             i
-            for i, truth in enumerate(outputs.truths)
-            if truth is not None and min(outputs.sizes[i]) >= self._smallest
+            for i, target in enumerate(outputs.targets)
+            if target is not None and min(outputs.sizes[i]) >= self._smallest
         ]
-        pairs = [np.stack([outputs.images[i], outputs.truths[i]]) for i in places]
-        sizes = [outputs.sizes[i] for i in places]
-        at_once = {size: min(sizes.count(size), 16) for size in set(sizes)}
-        found = over_batches(
-            lambda _, batch: _lpips(self._network, batch), pairs, sizes, at_once, self._mesh
+        pairs = [np.stack([outputs.images[i], outputs.targets[i]]) for i in indices]
+        sizes = [outputs.sizes[i] for i in indices]
+        batch_sizes = {size: min(sizes.count(size), 16) for size in set(sizes)}
+        values = over_batches(
+            lambda _, batch: _lpips(self._network, batch), pairs, sizes, batch_sizes, self._mesh
         )
-        for place, value in zip(places, found, strict=True):
-            column[place] = float(value)
+        for i, value in zip(indices, values, strict=True):
+            column[i] = float(value)
         return Scores({self._name: column})
 
 
@@ -513,18 +524,18 @@ def _lpips(network: Lpips, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B
 
 
 class FaceJudge:
-    """Whether the largest face is still there, and the same one's.
+    """Whether the context's largest face is still there, and whether it is the same person's.
 
-    One thread asks: dlib's networks hold what they compute, and onnxruntime takes all cores itself.
+    It uses one thread: dlib's networks hold their activations, and onnxruntime uses all cores.
     """
 
     def __init__(self, encoder: IdentityEncoder):
         self._encoder, self._metric = encoder, encoder.metric
-        self._known: dict[int, tuple[RGBImage, np.ndarray | None]] = {}
+        self._cache: dict[int, tuple[RGBImage, np.ndarray | None]] = {}
 
     def __call__(self, outputs: Outputs) -> Scores:
-        def look(image: RGBImage, task: Task) -> dict[str, float | None]:
-            before = self._of_context(task.contexts[0]) if task.contexts else None
+        def score(image: RGBImage, task: Task) -> dict[str, float | None]:
+            before = self._embed_context(task.contexts[0]) if task.contexts else None
             if before is None:
                 return {}
             after = self._encoder.embed(image)
@@ -534,33 +545,36 @@ class FaceJudge:
             return {self._metric: similarity, f"{self._metric}_found": 1.0}
 
         names = (self._metric, f"{self._metric}_found")
-        return by_picture(look, names, outputs.images, outputs.tasks, threads=1)
+        return per_image(score, names, outputs.images, outputs.tasks, threads=1)
 
-    def _of_context(self, image: RGBImage) -> np.ndarray | None:
-        """Tasks share images. The image is kept too: what is gone might lend its id to another."""
-        if id(image) not in self._known:
-            self._known[id(image)] = image, self._encoder.embed(image)
-        return self._known[id(image)][1]
+    def _embed_context(self, image: RGBImage) -> np.ndarray | None:
+        """Embeds a context once, as tasks share images.
+
+        The cache holds the image too: Python reuses the id of an object that is gone.
+        """
+        if id(image) not in self._cache:
+            self._cache[id(image)] = image, self._encoder.embed(image)
+        return self._cache[id(image)][1]
 
 
 class OcrJudge:
-    """Whether the words that a picture should show can be read, among others or alone.
+    """Whether the words that an image should show can be read, among others or alone.
 
-    One thread asks: the reader keeps state, and onnxruntime takes all cores itself.
+    It uses one thread: the reader keeps state, and onnxruntime uses all cores.
     """
 
     def __init__(self, reader: Reader):
         self._reader = reader
 
     def __call__(self, outputs: Outputs) -> Scores:
-        def look(image: RGBImage, task: Task) -> dict[str, float | None]:
+        def score(image: RGBImage, task: Task) -> dict[str, float | None]:
             if not task.words:
                 return {}
-            read = self._reader.read(image)
+            text = self._reader.read(image)
             return {
-                "ocr_contains": float(contains(read, task.words)),
-                "ocr_accuracy": accuracy(read, task.words),
+                "ocr_contains": float(contains(text, task.words)),
+                "ocr_accuracy": accuracy(text, task.words),
             }
 
         names = ("ocr_contains", "ocr_accuracy")
-        return by_picture(look, names, outputs.images, outputs.tasks, threads=1)
+        return per_image(score, names, outputs.images, outputs.tasks, threads=1)

@@ -1,4 +1,4 @@
-"""What scores come to: means with intervals of confidence, by category and by turn."""
+"""Aggregates scores: means with confidence intervals, by category and by turn."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,26 +12,26 @@ from kontext_jax.types import Task
 ALL = "all"
 
 DRAWS = 1000
-"""Of the bootstrap."""
+"""Bootstrap draws per interval."""
 
 CONFIDENCE = 0.95
 
 MIN_GROUPS = 8
-"""Fewer are too few for an interval: of normal values, it would hold the truth in 74 % of cases
-with 3 groups and in 79 % with 4, but in 88 % with 8 and in 93 % with 32."""
+"""Fewest groups that get an interval. For normal values, a 95 % interval covers the true mean in
+74 % of cases with 3 groups and 79 % with 4, but in 88 % with 8 and 93 % with 32."""
 
-DRAWN_AT_ONCE = 2**20
-"""Groups; bounds the bootstrap's memory."""
+MAX_DRAWN = 2**20
+"""Groups drawn at once, which bounds the bootstrap's memory."""
 
 
 class Metric(NamedTuple):
-    """How a number is called, written and read.
+    """How a metric is displayed.
 
     Attributes:
-      title: in headings.
-      show: its text.
-      better: +1 where more is better, -1 where less is, 0 where neither is: a picture that is just
-        like its context has not been edited.
+      title: name in headings.
+      show: formats a value.
+      better: +1 if more is better, -1 if less is better, 0 if neither: an image identical to its
+        context has not been edited.
     """
 
     title: str
@@ -49,20 +49,20 @@ def _plain(digits: int) -> Callable[[float], str]:
 
 METRICS = {
     "edit_success": Metric("edit carried out", _percent, +1),
-    "preservation": Metric("the rest kept", _percent, +1),
-    "l1": Metric("L1 to the truth", _plain(4), -1),
-    "l2": Metric("L2 to the truth", _plain(4), -1),
+    "preservation": Metric("rest preserved", _percent, +1),
+    "l1": Metric("L1 to the target", _plain(4), -1),
+    "l2": Metric("L2 to the target", _plain(4), -1),
     "psnr": Metric("PSNR, dB", _plain(2), +1),
     "ssim": Metric("SSIM", _plain(3), +1),
     "lpips_alex": Metric("LPIPS (AlexNet)", _plain(3), -1),
     "lpips_vgg": Metric("LPIPS (VGG)", _plain(3), -1),
-    "clip_i": Metric("CLIP-I to the truth", _plain(3), +1),
+    "clip_i": Metric("CLIP-I to the target", _plain(3), +1),
     "clip_i_context": Metric("CLIP-I to the context", _plain(3), 0),
     "clip_t": Metric("CLIP-T", _plain(3), +1),
     "clip_dir": Metric("CLIP direction", _plain(3), +1),
-    "dinov2": Metric("DINOv2 to the truth", _plain(3), +1),
+    "dinov2": Metric("DINOv2 to the target", _plain(3), +1),
     "dinov2_context": Metric("DINOv2 to the context", _plain(3), 0),
-    "efflite0": Metric("EfficientNet-Lite0 to the truth", _plain(3), +1),
+    "efflite0": Metric("EfficientNet-Lite0 to the target", _plain(3), +1),
     "efflite0_context": Metric("EfficientNet-Lite0 to the context", _plain(3), 0),
     "auraface": Metric("same face (AuraFace)", _plain(3), +1),
     "auraface_found": Metric("face still there (AuraFace)", _percent, +1),
@@ -82,11 +82,11 @@ METRICS = {
     "fd_efflite0": Metric("FD (EfficientNet-Lite0)", _plain(1), -1),
     "kid_efflite0": Metric("KD (EfficientNet-Lite0)", _plain(4), -1),
 }
-"""All metrics, in the order in which tables show them. The last are of a set as a whole."""
+"""All metrics in the order of the tables; those from ``fid`` on are of a whole set."""
 
 
 class Estimate(NamedTuple):
-    """A mean of ``count`` values, and the interval of confidence around it, where there is one."""
+    """The mean of ``count`` values, and the ends of its confidence interval if it has one."""
 
     mean: float
     low: float | None
@@ -97,24 +97,25 @@ class Estimate(NamedTuple):
 def estimate(
     values: Float[np.ndarray, " n"], groups: Sequence[str], draws: int = DRAWS, seed: int = 0
 ) -> Estimate:
-    """The mean of values, with a percentile bootstrap over groups (Efron 1979).
+    """The mean of values, with a percentile bootstrap interval over groups (Efron 1979).
 
-    Values of one group (prompts of one image, turns of one session) are not independent, so whole
-    groups are drawn, with replacement; a draw's mean is that of all of its values. Few groups, or
-    groups that are all alike, do not tell how others would differ: there is no interval then.
+    Values of one group (prompts of one image, turns of one session) are not independent, so each
+    draw resamples whole groups with replacement and averages all of their values. There is no
+    interval if the groups are fewer than `MIN_GROUPS` or all have the same mean: they do not show
+    how much other groups would vary.
 
     Args:
-      values: one or more.
-      groups: of each value.
-      draws: how often.
-      seed: of the draws.
+      values: at least one value.
+      groups: group of each value.
+      draws: number of bootstrap draws.
+      seed: seed of the draws.
     """
-    _, inverse = np.unique(np.asarray(groups), return_inverse=True)
-    sums, counts = np.bincount(inverse, values), np.bincount(inverse)
+    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(group_of, values), np.bincount(group_of)
     if len(sums) < MIN_GROUPS or np.ptp(sums / counts) == 0:
         return Estimate(float(values.mean()), None, None, len(values))
     rng = np.random.default_rng(seed)
-    at_once = max(1, DRAWN_AT_ONCE // len(sums))
+    at_once = max(1, MAX_DRAWN // len(sums))
     means = []
     for start in range(0, draws, at_once):
         drawn = rng.integers(len(sums), size=(min(at_once, draws - start), len(sums)))
@@ -126,42 +127,36 @@ def estimate(
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """metric -> {"category": {name: estimate}, "turn": {number: estimate}}.
+    """Estimates by metric: {"category": {name: estimate}, "turn": {number: estimate}}.
 
-    Turns are of those sessions that have all of them: others would make a difference between two
-    turns one of their pictures.
+    Turns are compared over the sessions that have all of them, so that a difference between two
+    turns is not one between their sessions. Metrics without a value are left out.
 
     Args:
-      rows: lines of scores: metrics by name, None where there is nothing to say, and the task's
-        ``category``, ``group`` and ``turn``. Metrics of which no row says anything are left out.
+      rows: scores of one task each: metrics by name, None without a value, and the task's
+        ``category``, ``group`` and ``turn``.
     """
-    found = {}
+    estimates = {}
     last = max((row["turn"] for row in rows), default=0)
-    whole = {row["group"] for row in rows if row["turn"] == last}
+    complete = {row["group"] for row in rows if row["turn"] == last}
     for metric in METRICS:
-        judged = [row for row in rows if row.get(metric) is not None]
-        if not judged:
+        scored = [row for row in rows if row.get(metric) is not None]
+        if not scored:
             continue
-        found[metric] = {
-            "category": _by(judged, metric, lambda row: row["category"]) | _all(judged, metric),
-            "turn": _by(
-                [row for row in judged if row["group"] in whole],
-                metric,
-                lambda row: str(row["turn"]),
-            ),
+        in_complete = [row for row in scored if row["group"] in complete]
+        estimates[metric] = {
+            "category": _estimates_by(scored, metric, "category")
+            | {ALL: _estimate(scored, metric)},
+            "turn": _estimates_by(in_complete, metric, "turn"),
         }
-    return found
+    return estimates
 
 
-def _by(rows: Sequence[Mapping], metric: str, key: Callable) -> dict[str, Estimate]:
+def _estimates_by(rows: Sequence[Mapping], metric: str, field: str) -> dict[str, Estimate]:
     parts: dict[str, list[Mapping]] = defaultdict(list)
     for row in rows:
-        parts[key(row)].append(row)
+        parts[str(row[field])].append(row)
     return {name: _estimate(parts[name], metric) for name in sorted(parts)}
-
-
-def _all(rows: Sequence[Mapping], metric: str) -> dict[str, Estimate]:
-    return {ALL: _estimate(rows, metric)}
 
 
 def _estimate(rows: Sequence[Mapping], metric: str) -> Estimate:
@@ -170,7 +165,7 @@ def _estimate(rows: Sequence[Mapping], metric: str) -> Estimate:
 
 
 def spread(tasks: Sequence[Task], number: int) -> list[int]:
-    """The first tasks of each category in turn, chosen before any result is known."""
+    """Indices of the first ``number`` tasks, one per category in turn."""
     queues: dict[str, list[int]] = defaultdict(list)
     for i, task in enumerate(tasks):
         queues[task.category].append(i)

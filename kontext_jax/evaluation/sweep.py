@@ -1,10 +1,11 @@
-"""Cells of a sweep: one checkpoint and one way to sample from it, to be set beside others.
+"""The grid of a sweep: each cell is one checkpoint with one sampler setting.
 
-All cells get the same tasks, and each task the same initial noise; so a difference between two
-cells is one of their networks and samplers.
+All cells get the same tasks, and each task gets the same initial noise, so two cells differ only by
+their networks and samplers.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,27 +13,27 @@ from pathlib import Path
 
 from kontext_jax.flow import SHIFTS
 from kontext_jax.loading.locations import PARAMETER_SETS, is_run, split_step, step_at, steps_at
-from kontext_jax.sampler import SamplerConfig, check_blind
+from kontext_jax.sampler import SamplerConfig, check_starts_from_noise
 from kontext_jax.settings import Settings, check_choices
 
-EVERY_STEP = "@all"
-"""Behind a run's workdir: each of its checkpoints."""
+ALL_STEPS = "@all"
+"""Suffix of a run's workdir that stands for all of its checkpoints."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class Cell(Settings):
-    """One run and one way to sample from it.
+    """One cell of a sweep's grid: a checkpoint and a sampler setting.
 
     Attributes:
-      name: what results call it; short, for it heads a column of pictures.
-      checkpoint: a place that `sample` takes: a run's workdir (``DIR@STEP`` for one of its
-        checkpoints, ``DIR@all`` for a cell of each), or a pipeline.
+      name: label in all results; keep it short, because it heads a column of images.
+      checkpoint: a location that `sample` accepts: a run's workdir (``DIR@STEP`` for one of its
+        checkpoints, ``DIR@all`` for one cell per checkpoint), or a pipeline.
       params: "ema" or "params", the averaged or the raw parameters of a run.
-      shift: "none" or "resolution", of the sampler's schedule; the run's own if empty. A teacher
-        that stands in for its untrained student needs the student's.
-      baseline: "copy" gives the context back; "reconstruction" gives the truth, as the checkpoint's
-        autoencoder has it; "untrained" has new networks of the run's sizes.
-      sets: names of the sets that it makes pictures for; all if empty.
+      shift: "none" or "resolution", for the sampler's schedule; if empty, that of the run. A
+        teacher that stands in for its untrained student needs the student's.
+      baseline: "copy" returns the context; "reconstruction" passes the target through the
+        checkpoint's autoencoder; "untrained" uses freshly initialised networks of the same sizes.
+      sets: names of the task sets to evaluate on; all if empty.
       sampler: steps, method and guidance.
     """
 
@@ -53,17 +54,15 @@ class Cell(Settings):
             shift=("", *SHIFTS),
             baseline=("", "copy", "reconstruction", "untrained"),
         )
-        if bool(self.checkpoint) == (self.baseline == "copy"):
-            raise ValueError(
-                f"cell {self.name!r} needs a checkpoint."
-                if self.baseline != "copy"
-                else f"cell {self.name!r}: a copy has no checkpoint; leave it empty."
-            )
-        check_blind(self.sampler, f"{where}sampler")
+        if self.baseline == "copy" and self.checkpoint:
+            raise ValueError(f"{where}a copy uses no checkpoint; leave it empty.")
+        if self.baseline != "copy" and not self.checkpoint:
+            raise ValueError(f"cell {self.name!r} needs a checkpoint.")
+        check_starts_from_noise(self.sampler, f"{where}sampler")
 
     @property
-    def networks(self) -> tuple[str, str, bool]:
-        """What its networks are: cells of the same can share them."""
+    def networks_key(self) -> tuple[str, str, bool]:
+        """Equal for cells that can share loaded networks."""
         return self.checkpoint, self.params, self.baseline == "untrained"
 
 
@@ -76,7 +75,7 @@ def grid(
     cfg_scale: Sequence[float] = (1.0,),
     methods: Sequence[str] = ("euler",),
 ) -> tuple[Cell, ...]:
-    """Every combination, each named by those settings that differ among them.
+    """One cell per combination of settings, named by the settings that vary.
 
     ``checkpoint`` may end in ``@all``.
     """
@@ -87,39 +86,36 @@ def grid(
         "guidance": guidance,
         "cfg_scale": cfg_scale,
     }
-    words = {"params": "{}", "method": "{}", "num_steps": "{} steps", "guidance": "guidance {:g}"}
-    combinations: list[dict] = [{}]
-    for name, values in axes.items():
-        combinations = [one | {name: value} for one in combinations for value in values]
+    labels = {"num_steps": "{} steps", "guidance": "guidance {:g}", "cfg_scale": "cfg {:g}"}
+    path, step = split_step(checkpoint.removesuffix(ALL_STEPS))
+    run = path.name if step is None else f"{path.name}@{step}"
     cells = []
-    for settings in combinations:
-        differing = [
-            words.get(name, "cfg {:g}").format(value)
+    for values in itertools.product(*axes.values()):
+        settings = dict(zip(axes, values, strict=True))
+        varying = [
+            labels.get(name, "{}").format(value)
             for name, value in settings.items()
             if len(axes[name]) > 1
         ]
-        path, step = split_step(checkpoint.removesuffix(EVERY_STEP))
-        run = path.name if step is None else f"{path.name}@{step}"
-        sampler = {name: value for name, value in settings.items() if name != "params"}
         cells.append(
             Cell(
-                name=" ".join([run, *differing]),
+                name=" ".join([run, *varying]),
                 checkpoint=checkpoint,
-                params=settings["params"],
-                sampler=SamplerConfig(**sampler),
+                params=settings.pop("params"),
+                sampler=SamplerConfig(**settings),
             )
         )
     return tuple(cells)
 
 
 def resolve(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, ``@all`` spelled out, every run's place with the step that it has now.
+    """Pins every run to a step: its latest, or one cell per step for ``@all``.
 
-    A run that goes on training meanwhile does not change what is evaluated.
+    A run that is still training then does not change what is evaluated.
 
     Raises:
-      FileNotFoundError: a run has no such checkpoint.
-      ValueError: names are not different, or a place is no run and would have to be one.
+      FileNotFoundError: a checkpoint does not exist.
+      ValueError: two names clash, or a cell needs a run but its location is not one.
     """
     resolved = []
     for cell in cells:
@@ -132,53 +128,55 @@ def resolve(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def _resolve(cell: Cell) -> list[Cell]:
-    place = cell.checkpoint
-    if not place:
+    location = cell.checkpoint
+    if not location:
         return [cell]
-    if place.endswith(EVERY_STEP):
-        workdir = place.removesuffix(EVERY_STEP)
-        step_at(workdir)  # refuses a run that has none yet
+    if location.endswith(ALL_STEPS):
+        workdir = location.removesuffix(ALL_STEPS)
+        step_at(workdir)  # raises if the run has no checkpoint yet
         return [
             dataclasses.replace(
                 cell, name=f"{cell.name} @{step}", checkpoint=f"{Path(workdir)}@{step}"
             )
             for step in steps_at(workdir)
         ]
-    path, step = split_step(place)
-    if is_run(place) or step is not None:
-        return [dataclasses.replace(cell, checkpoint=f"{path}@{step_at(place)}")]
+    path, step = split_step(location)
+    if is_run(location) or step is not None:
+        return [dataclasses.replace(cell, checkpoint=f"{path}@{step_at(location)}")]
     if not path.exists():
-        raise FileNotFoundError(f"There is nothing at {place}.")
+        raise FileNotFoundError(f"{location} does not exist.")
     if cell.baseline == "untrained":
         raise ValueError(
-            f"cell {cell.name!r}: {place} is no run, whose networks could be made anew."
+            f"cell {cell.name!r}: {location} is not a run, so its networks cannot be "
+            "re-initialised."
         )
     if cell.params != "ema":
         raise ValueError(
-            f"cell {cell.name!r}: {place} is no run, and has no raw parameters beside its own; "
-            "leave params out."
+            f"cell {cell.name!r}: {location} is not a run and has only one set of parameters; "
+            "leave params unset."
         )
     return [dataclasses.replace(cell, checkpoint=str(path))]
 
 
 def folder_name(name: str) -> str:
-    """A name as a folder may be called."""
+    """The name with every run of characters that are unsafe in a folder name replaced by "_"."""
     return re.sub(r"[^\w.@-]+", "_", name)
 
 
 def check_names(names: Sequence[str], what: str) -> None:
-    """Refuses names that folders cannot have, or could not tell apart.
+    """Refuses names that make invalid or clashing folder names.
 
     Raises:
-      ValueError: one is, or two are the same but for signs that folders cannot have.
+      ValueError: a name starts with another character than a letter, digit, "_" or "-", or two
+        names have the same `folder_name`.
     """
     for name in names:
         if not re.match(r"[\w-]", folder_name(name)):
             raise ValueError(f"{what} {name!r} needs a name that begins with a letter or digit.")
     folders = [folder_name(name) for name in names]
-    twice = sorted({name for name in names if folders.count(folder_name(name)) > 1})
-    if twice:
+    clashing = sorted(name for name in names if folders.count(folder_name(name)) > 1)
+    if clashing:
         raise ValueError(
-            f"{what}s need names of their own; {twice[0]!r} is there twice, or looks too much like "
-            "another."
+            f"{what} names must be unique; {clashing[0]!r} is used twice, or differs from another "
+            "name only in special characters."
         )

@@ -1,7 +1,7 @@
-"""Numbers of held-out examples while a run goes on: the loss by time level, and judged pictures.
+"""Held-out metrics during training: the loss by noise level, and scores of generated images.
 
-All that is random here has keys of its own, and training's are made of its seed and step alone: a
-run learns the same to the last bit, however often it is looked at.
+Validation has its own random keys, and training's keys depend only on the seed and the step: a run
+trains the same to the last bit, however often it is validated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +13,14 @@ from jax.sharding import Mesh
 from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.evaluation.held_out_loss import held_out_loss, kinds_of, summarise_losses
-from kontext_jax.evaluation.judges import Outputs, judge, judge_drift, judge_pixels, judge_world
-from kontext_jax.evaluation.tasks.sets import examples_of, triples_of
+from kontext_jax.evaluation.judges import (
+    Outputs,
+    judge_drift,
+    judge_pixels,
+    judge_world,
+    run_judges,
+)
+from kontext_jax.evaluation.tasks.sets import triples_of
 from kontext_jax.evaluation.tasks.triples import triples
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampling.generator import Generator, reconstruct
@@ -24,10 +30,10 @@ Validation = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
 
 
 def make_validation(config: Config, mesh: Mesh) -> Validation:
-    """A function (networks by player, frozen networks) -> numbers by name.
+    """Returns a function (networks by player, frozen networks) -> metrics by name.
 
-    Of an autoencoder these are how near its reconstructions come; of what makes pictures, the loss
-    where it learns by flow matching, and what judges say of its pictures.
+    For an autoencoder, the metrics compare its reconstructions with their originals. For objectives
+    with a transformer, they are the scores of generated images and, in flow matching, the loss.
 
     Raises:
       FileNotFoundError, ValueError: the held-out data is missing or cannot be read.
@@ -40,43 +46,40 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
     examples = prepare_all(triples_of(tasks), data)
     if config.objective.kind == "autoencoder":
         targets = [example.target for example in examples]
-
-        def reconstructions(networks, frozen):
-            made = reconstruct(networks["autoencoder"], targets, mesh)
-            return _judged(tasks, made)
-
-        return reconstructions
+        return lambda networks, _: _score(
+            tasks, reconstruct(networks["autoencoder"], targets, mesh)
+        )
 
     player = config.make_objective().generator
-    pictured = tasks[: settings.num_pictures]
-    generate = None
-    if pictured:
+    judged, generate = tasks[: settings.num_pictures], None
+    if judged:
         generate = Generator(
-            examples_of(pictured, {}, data), data, config.objective, settings.sampler, mesh
+            examples[: len(judged)], data, config.objective, settings.sampler, mesh
         )
     kinds = kinds_of(tasks)
 
-    def validation(networks, frozen):
-        whole = networks_of(networks[player], frozen)
-        numbers = {}
+    def validate(networks, frozen):
+        networks = networks_of(networks[player], frozen)
+        metrics = {}
         if config.objective.kind == "flow_matching":
-            rows = held_out_loss(whole, examples, data, config.objective, settings.loss, mesh)
-            numbers |= _losses(summarise_losses(rows, kinds))
+            rows = held_out_loss(networks, examples, data, config.objective, settings.loss, mesh)
+            metrics |= _loss_metrics(summarise_losses(rows, kinds))
         if generate is not None:
-            numbers |= _judged(pictured, generate(whole))
-        return numbers
+            metrics |= _score(judged, generate(networks))
+        return metrics
 
-    return validation
+    return validate
 
 
-def _losses(summary: Mapping[str, Any]) -> dict[str, float]:
+def _loss_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     levels = {f"loss_t{level['t']:.3g}": level["mean"] for level in summary["levels"]}
-    kinds = {f"loss_{kind}": found["mean"] for kind, found in summary["kinds"].items()}
+    kinds = {f"loss_{kind}": losses["mean"] for kind, losses in summary["kinds"].items()}
     return {"loss": summary["mean"]} | kinds | levels
 
 
-def _judged(tasks: Sequence[Task], images: Sequence[RGBImage]) -> dict[str, float]:
-    """The mean of each column that judges fill."""
-    columns = judge([judge_pixels, judge_world, judge_drift], Outputs("", tasks, images)).columns
-    values = {name: [x for x in column if x is not None] for name, column in columns.items()}
-    return {name: float(np.mean(known)) for name, known in values.items() if known}
+def _score(tasks: Sequence[Task], images: Sequence[RGBImage]) -> dict[str, float]:
+    """Returns the mean of each score over the images that have it."""
+    judges = [judge_pixels, judge_world, judge_drift]
+    columns = run_judges(judges, Outputs("", tasks, images)).columns
+    scores = {name: [x for x in column if x is not None] for name, column in columns.items()}
+    return {name: float(np.mean(values)) for name, values in scores.items() if values}

@@ -1,4 +1,4 @@
-"""Networks on a mesh: what a run starts from, what it only uses, and all that sampling needs."""
+"""Loads networks onto a mesh: a run's initial and frozen networks, and models for sampling."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -40,34 +40,14 @@ from kontext_jax.weights.pipeline import TOKENIZERS
 from kontext_jax.weights.reading import Reader
 
 
-class Run(NamedTuple):
-    """A run that makes pictures, on a mesh.
-
-    Attributes:
-      checkpoint: its workdir.
-      config: it was trained with.
-      trained: the networks of its generator, by name.
-      frozen: the others that sampling needs.
-    """
-
-    checkpoint: str
-    config: Config
-    trained: dict[str, Network]
-    frozen: dict[str, Network]
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """All that a `Generator` takes."""
-        return networks_of(self.trained, self.frozen)
-
-
 class Model(NamedTuple):
-    """All that sampling needs.
+    """Everything that sampling needs.
 
     Attributes:
-      objective, data: the networks' configs, and the sizes, tokens and times they are used with.
-      networks: by name, see ``flow_matching.networks_of``.
-      identity: what tells the weights from others.
+      objective: configs of the networks, their conditioning and their schedule.
+      data: image sizes and prompt lengths.
+      networks: networks by name, see ``flow_matching.networks_of``.
+      identity: what identifies the weights.
     """
 
     objective: NetworksConfig
@@ -76,49 +56,42 @@ class Model(NamedTuple):
     identity: dict[str, Any]
 
 
-def load_run(checkpoint: str | Path, params: str, mesh: Mesh, dtype: str = "") -> Run:
-    """A run's networks as its checkpoint has them; computed in ``dtype`` if given.
-
-    Raises:
-      FileNotFoundError: there is no checkpoint, or not what the run was made with.
-      ValueError: the run trained nothing that makes pictures, or its frozen networks are others
-        now.
-    """
-    trained, config = load_generator(checkpoint, mesh, params, dtype)
-    frozen = load_frozen(config, mesh, load_meta(checkpoint)["frozen"], sampling_needs(config))
-    return Run(str(checkpoint), config, trained, frozen)
-
-
 def load_model(
-    place: str | Path, mesh: Mesh, params: str = "ema", dtype: str = "", lora: str = ""
+    location: str | Path, mesh: Mesh, params: str = "ema", dtype: str = "", lora: str = ""
 ) -> Model:
-    """The whole model at a place, laid out over the mesh.
+    """Loads a complete model, laid out over the mesh.
 
     Args:
-      place: a run of flow matching, or a whole pipeline in another layout.
-      mesh: where it goes.
-      params: "ema" or "params", of a run.
-      dtype: to compute the transformer and the text encoders in; their own if left out.
-      lora: adapters to put to work, a file or folder of diffusers' layout.
+      location: a run that trains a transformer, or a complete pipeline in another layout.
+      mesh: the mesh.
+      params: "ema" or "params"; applies to runs.
+      dtype: dtype that the transformer and the text encoders compute in; their own if empty.
+      lora: adapters to apply, a file or folder in diffusers' layout.
 
     Raises:
-      FileNotFoundError: there is nothing.
-      ValueError: it is something else, incomplete, or not what it says.
+      FileNotFoundError: there are no weights at the location, or a frozen network is missing.
+      ValueError: the weights are of another kind, incomplete or inconsistent, or a frozen network
+        has changed since the run used it.
     """
-    if is_run(place):
-        run = load_run(place, params, mesh, dtype)
-        networks = run.frozen | run.trained
-        objective, data = run.config.objective, run.config.data
+    if is_run(location):
+        trained, config = load_generator(location, mesh, params, dtype)
+        # Networks that only training needs, such as a teacher, are not among NETWORKS.
+        needed = [name for name in config.make_objective().frozen() if name in NETWORKS]
+        frozen = load_frozen(config, mesh, load_meta(location)["frozen"], needed)
+        networks = frozen | trained
+        objective, data = config.objective, config.data
     else:
-        readers = open_networks(place, params)
-        objective, data = _settings(Path(place), readers)
+        readers = open_networks(location, params)
+        objective, data = _pipeline_settings(Path(location), readers)
         objective = computed_in(objective, dtype) if dtype else objective
         networks = {
             name: load(reader, getattr(objective, name, reader.config), mesh, dtype=None)
             for name, reader in readers.items()
         }
     if lora and "lora" in networks:
-        raise ValueError(f"{place} has adapters of its own; merge them first, by convert.")
+        raise ValueError(
+            f"{location} already has adapters: merge them first, with kontext_jax.convert."
+        )
     if lora:
         networks["lora"] = read_lora(Path(lora), objective.transformer)
     return Model(objective, data, networks_of(networks, {}), _identity(networks))
@@ -136,20 +109,20 @@ def _identity(networks: dict[str, Any]) -> dict[str, list]:
 def load_frozen(
     config: Config,
     mesh: Mesh,
-    known: dict | None = None,
+    expected: dict | None = None,
     only: Sequence[str] | None = None,
 ) -> dict[str, Network]:
-    """The networks that a run uses and does not train, by name, in the dtype they are stored in.
+    """Loads a run's frozen networks by name, in the dtypes they are stored in.
 
     Args:
-      config: of the run.
-      mesh: where they go.
-      known: what `identity_of` said of them when the run used them last.
-      only: the names of those that are wanted; all if left out.
+      config: config of the run.
+      mesh: the mesh.
+      expected: identities that the run recorded (`identity_of`); not checked if None.
+      only: names of the networks to load; all if None.
 
     Raises:
-      FileNotFoundError: one of them is missing.
-      ValueError: one does not fit the run, or is no longer what it was.
+      FileNotFoundError: a network is missing.
+      ValueError: a network does not fit the run, or has changed since the run recorded it.
     """
     frozen = {}
     for name in config.make_objective().frozen() if only is None else only:
@@ -159,83 +132,81 @@ def load_frozen(
         reader = open_init(config, name)
         if name == "autoencoder":
             network_config = reader.config
-            _check_fit(network_config, config, config.objective.init_from.autoencoder)
+            _check_autoencoder(network_config, config)
         else:
             network_config = getattr(config.objective, name)
         frozen[name] = load(reader, network_config, mesh, dtype=None)
-    now = identity_of(frozen)
-    changed = [name for name in now if known is not None and known.get(name) != now[name]]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)}: trained on or replaced since this run used it. Keep the "
-            "weights that a run was made with."
-        )
+    if expected is not None:
+        changed = [n for n, identity in identity_of(frozen).items() if expected.get(n) != identity]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)}: trained further or replaced since this run used it. "
+                "Restore the weights that the run was trained with."
+            )
     return frozen
 
 
-def sampling_needs(config: Config) -> list[str]:
-    """Which of a run's frozen networks make pictures, and do not only teach or look at them."""
-    return [name for name in config.make_objective().frozen() if name in NETWORKS]
-
-
 def teacher_time(config: Config) -> TimeConfig:
-    """The teacher's own schedule: that of its run or pipeline, FLUX's if nothing tells of one."""
+    """Returns the teacher's schedule, from its run or pipeline; FLUX's if that records none."""
     return from_dict(open_init(config, "teacher").record.get("time", {}), TimeConfig)
 
 
 def load_initial(config: Config, mesh: Mesh) -> dict[str, dict[str, Network]]:
-    """The networks that a run starts from, by player and name, in float32.
+    """Loads a run's initial networks, by player and name, in float32.
+
+    Networks for which ``init_from`` names no location are left out.
 
     Raises:
-      FileNotFoundError: one of them is missing.
-      ValueError: one does not fit the run.
+      FileNotFoundError: a network is missing.
+      ValueError: a network does not fit the run.
     """
     objective, init_from = config.make_objective(), config.objective.init_from
     abstract = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
     initial: dict[str, dict[str, Network]] = {}
     for player in objective.players:
         for name in networks_by_name(abstract[player], player):
-            place = getattr(init_from, name, "")
-            if not place:
+            location = getattr(init_from, name, "")
+            if not location:
                 continue
-            given = initial.setdefault(player, {})
+            networks = initial.setdefault(player, {})
             if name == "lora":
-                adapters = read_lora(Path(place), config.objective.transformer)
-                given[name] = _filled(adapters, _fresh(config, player, name, mesh), place)
+                adapters = read_lora(Path(location), config.objective.transformer)
+                networks[name] = _filled(adapters, _fresh(config, player, name, mesh), location)
                 continue
             reader = open_init(config, name)
             network_config = getattr(config.objective, name)
             missing = set(NETWORKS[name].shapes(network_config)) - set(reader.dtypes)
             fresh = named_leaves(_fresh(config, player, name, mesh)) if missing else None
-            given[name] = load(reader, network_config, mesh, initial=fresh)
+            networks[name] = load(reader, network_config, mesh, initial=fresh)
     return initial
 
 
 def _fresh(config: Config, player: str, name: str, mesh: Mesh) -> Network:
-    """What a new run would start a network from."""
+    """Returns a network as a new run initialises it."""
 
-    def make(key):
+    def init(key):
         return networks_by_name(config.make_objective().init(key)[player], player)[name]
 
     key = jax.random.key(config.seed)
-    return jax.jit(make, out_shardings=shardings_of(jax.eval_shape(make, key), mesh))(key)
+    return jax.jit(init, out_shardings=shardings_of(jax.eval_shape(init, key), mesh))(key)
 
 
-def _filled(stored: Adapters, fresh: Adapters, place: str) -> Adapters:
-    """Fresh adapters, which add nothing, with stored ones in their first ranks.
+def _filled(stored: Adapters, fresh: Adapters, location: str) -> Adapters:
+    """Returns fresh adapters, which add nothing, with stored ones in their first ranks.
 
-    Files of others have ranks of their own for q, k and v, three times as many together.
+    Files from other trainers may have separate adapters for q, k and v; together these have three
+    times the rank.
     """
-    wrong = [f"{path} is no target" for path in sorted(stored.keys() - fresh.keys())]
-    wrong += [
+    misfits = [f"{path} is no target" for path in sorted(stored.keys() - fresh.keys())]
+    misfits += [
         f"{path} has rank {adapter.a.shape[-1]}"
         for path, adapter in stored.items()
         if path in fresh and adapter.a.shape[-1] > fresh[path].a.shape[-1]
     ]
-    if wrong:
+    if misfits:
         raise ValueError(
-            f"The adapters in {place} do not go into those of objective.lora: {'; '.join(wrong)}. "
-            "Set its targets and rank accordingly."
+            f"The adapters in {location} do not fit those of objective.lora: "
+            f"{'; '.join(misfits)}. Set its targets and rank accordingly."
         )
     filled = jax.tree.map(lambda x: x, fresh)
     for path, adapter in stored.items():
@@ -245,15 +216,17 @@ def _filled(stored: Adapters, fresh: Adapters, place: str) -> Adapters:
     return filled
 
 
-def _settings(place: Path, readers: dict[str, Reader]) -> tuple[FlowMatchingConfig, DataConfig]:
-    """How a pipeline is to be used: what its record says, else FLUX's own way."""
+def _pipeline_settings(
+    location: Path, readers: dict[str, Reader]
+) -> tuple[FlowMatchingConfig, DataConfig]:
+    """Returns the settings to use a pipeline with: from its record, else FLUX's."""
     for name in ("transformer", "autoencoder", "text_encoder"):
         if name not in readers:
-            raise ValueError(f"{place} holds no {name}; sampling needs a whole pipeline.")
+            raise ValueError(f"{location} holds no {name}; sampling needs a complete pipeline.")
     transformer, record = readers["transformer"].config, readers["transformer"].record
     pooled = record.get("pooled", "clip")
     if pooled == "clip" and "clip" not in readers:
-        raise ValueError(f"{place} holds no clip; sampling needs a whole pipeline.")
+        raise ValueError(f"{location} holds no clip; sampling needs a complete pipeline.")
     networks = {
         name: dataclasses.replace(readers[name].config, **record.get("compute", {}).get(name, {}))
         for name in ("transformer", "text_encoder", "clip")
@@ -263,13 +236,13 @@ def _settings(place: Path, readers: dict[str, Reader]) -> tuple[FlowMatchingConf
     objective = FlowMatchingConfig(**networks, pooled=pooled, time=time)
     autoencoder = readers["autoencoder"].config
     geometry = record.get("geometry") or {"pixels_per_token": autoencoder.pixels_per_token}
-    # FLUX.1 [schnell], without guidance, was trained with half the tokens.
+    # FLUX.1 [schnell], which has no guidance input, was trained with half as many text tokens.
     text = {
         "max_tokens": 512 if transformer.guidance_embed else 256,
         "clip_max_tokens": objective.clip.max_positions,
         "pad": True,
     }
-    t5, clip = (place / TOKENIZERS[name] for name in ("text_encoder", "clip"))
+    t5, clip = (location / TOKENIZERS[name] for name in ("text_encoder", "clip"))
     return objective, DataConfig(
         geometry=from_dict(geometry, GeometryConfig),
         text=TextConfig(
@@ -280,16 +253,18 @@ def _settings(place: Path, readers: dict[str, Reader]) -> tuple[FlowMatchingConf
     )
 
 
-def _check_fit(autoencoder: AutoencoderConfig, config: Config, run: str) -> None:
+def _check_autoencoder(autoencoder: AutoencoderConfig, config: Config) -> None:
+    location = config.objective.init_from.autoencoder
     channels = config.objective.transformer.in_channels
     if autoencoder.token_channels != channels:
         raise ValueError(
-            f"The autoencoder of {run} makes tokens of {autoencoder.token_channels} channels, the "
-            f"transformer takes {channels}: set objective.transformer.in_channels."
+            f"The tokens of the autoencoder in {location} have {autoencoder.token_channels} "
+            f"channels, but the transformer takes {channels}: set "
+            "objective.transformer.in_channels."
         )
     side = config.data.geometry.pixels_per_token
     if autoencoder.pixels_per_token != side:
         raise ValueError(
-            f"A token of the autoencoder of {run} is {autoencoder.pixels_per_token} pixels wide, "
-            f"not {side}: set data.geometry.pixels_per_token."
+            f"The tokens of the autoencoder in {location} are {autoencoder.pixels_per_token} "
+            f"pixels wide, not {side}: set data.geometry.pixels_per_token."
         )

@@ -1,1 +1,1 @@
-"""Pure functions from images to numbers."""
+"""Metrics: pure functions from images, text or feature vectors to numbers."""

@@ -1,8 +1,8 @@
-"""Is it still the same person? How alike the largest faces of two pictures are.
+"""Identity preservation: the similarity between the largest faces of two images.
 
-Two encoders, whose numbers do not compare with one another. FLUX.1 Kontext's authors report
-AuraFace's (arXiv 2506.15742), whose weights no package has; those of `DlibFaces` come with one.
-Both know photographs of people, and find no face in most drawings.
+There are two encoders, and their scores are not comparable. FLUX.1 Kontext's authors report
+`AuraFace`'s (arXiv 2506.15742), whose weights no package contains; those of `DlibFaces` come with a
+package. Both are trained on photographs of people and find no face in most drawings.
 """
 
 import importlib.util
@@ -16,49 +16,49 @@ from scipy.ndimage import affine_transform
 
 @runtime_checkable
 class IdentityEncoder(Protocol):
-    """Turns faces into vectors that are alike where the person is the same.
+    """Maps faces to vectors that are similar for the same person.
 
     Attributes:
-      metric: what `similarity` is called wherever it is reported.
+      metric: the name under which `similarity` is reported.
     """
 
     metric: str
 
     def embed(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, " D"] | None:
-        """The vector of the largest face of a picture of RGB; None where no face is found."""
+        """Returns the vector of the largest face of an RGB image; None if no face is found."""
 
     def similarity(self, a: Float[np.ndarray, " D"], b: Float[np.ndarray, " D"]) -> float:
-        """Of two vectors; 1 for equal ones, and the less the less alike they are."""
+        """Returns the similarity of two vectors: 1 if equal, less for different faces."""
 
 
 DETECTOR, RECOGNISER = "scrfd_10g_bnkps.onnx", "glintr100.onnx"
 
 DETECTION_SIDE = 640
-"""Pixels of the square that the detector sees."""
+"""Height and width of the detector's input in pixels."""
 
 STRIDES, ANCHORS = (8, 16, 32), 2
-"""Of the detector: pixels from cell to cell of each level, and guesses at each cell."""
+"""The detector's levels, as pixels per cell, and its anchors per cell."""
 
 SCORE_THRESHOLD, OVERLAP_THRESHOLD = 0.5, 0.4
 
 CROP = 112
-"""Pixels of the square that the recogniser sees."""
+"""Height and width of the recogniser's input in pixels."""
 
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655],
      [70.7299, 92.2041]]
 )  # fmt: skip
-"""ArcFace's places (x, y) in the crop of the eyes, the nose and the corners of the mouth; first the
-one on the picture's left."""
+"""ArcFace's positions (x, y) in the crop of the eyes, the nose and the corners of the mouth, the
+image's left before its right."""
 
 
 class Faces(NamedTuple):
-    """What a detector found; x before y, in pixels, counted from the middle of the first pixel.
+    """Detected faces. Coordinates are (x, y) in pixels; the first pixel's centre is (0, 0).
 
     Attributes:
       boxes: left, top, right, bottom.
-      points: as of `TEMPLATE`.
-      scores: 0 to 1.
+      points: facial landmarks, in the order of `TEMPLATE`.
+      scores: confidences, 0 to 1.
     """
 
     boxes: Float[np.ndarray, "n 4"]
@@ -67,12 +67,12 @@ class Faces(NamedTuple):
 
 
 class AuraFace:
-    """fal/AuraFace-v1: SCRFD finds faces, a ResNet-100 trained as ArcFace embeds them; on the CPU.
+    """fal/AuraFace-v1: SCRFD detects faces, a ResNet-100 trained with ArcFace embeds them; on CPU.
 
-    All steps are those of insightface (github.com/deepinsight/insightface, python-package), which
-    the files are made for: SCRFD (arXiv 2105.04714), faces brought to five points of 112 x 112
-    pixels (ArcFace, arXiv 1801.07698), cosines. Of several faces the largest counts, wherever it
-    lies.
+    Every step follows insightface (github.com/deepinsight/insightface, python-package), for which
+    the files were exported: SCRFD (arXiv 2105.04714), faces aligned to five landmarks in 112 x 112
+    pixels (ArcFace, arXiv 1801.07698), cosine similarity. Of several faces the largest counts,
+    wherever it is.
     """
 
     metric = "auraface"
@@ -86,7 +86,7 @@ class AuraFace:
         Raises:
           ImportError: onnxruntime is not installed.
           FileNotFoundError: a file is missing.
-          ValueError: a file is no network, or the detector is another one.
+          ValueError: a file is not a network, or the detector is a different one.
         """
         missing = [name for name in (DETECTOR, RECOGNISER) if not (folder / name).is_file()]
         if missing:
@@ -101,29 +101,29 @@ class AuraFace:
         if outputs != 3 * len(STRIDES):
             raise ValueError(
                 f"{folder / DETECTOR} has {outputs} outputs, not {3 * len(STRIDES)}: "
-                "take fal/AuraFace-v1's, which gives scores, boxes and points of three levels."
+                "use fal/AuraFace-v1's, which returns scores, boxes and points for three levels."
             )
 
     def embed(self, image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, " D"] | None:
-        """The vector of the largest face, of any length; None where no face is found."""
+        """Returns the unnormalised vector of the largest face; None if no face is found."""
         faces = self.detect(image)
         if not len(faces.scores):
             return None
         size = faces.boxes[:, 2:] - faces.boxes[:, :2]
-        crop = aligned(image, faces.points[size.prod(axis=1).argmax()])
+        crop = align_face(image, faces.points[size.prod(axis=1).argmax()])
         return _run(self._recogniser, crop, 127.5)[0].reshape(-1)
 
     def similarity(self, a: Float[np.ndarray, " D"], b: Float[np.ndarray, " D"]) -> float:
-        """The cosine of their angle, -1 to 1."""
+        """Returns the cosine of two vectors, -1 to 1."""
         a, b = a.astype(np.float64), b.astype(np.float64)
         return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
     def detect(self, image: UInt8[np.ndarray, "h w 3"]) -> Faces:
-        """The faces of a picture of RGB, the most certain first."""
+        """Returns the faces of an RGB image, the most confident first."""
         square, scale = letterbox(image)
         boxes, points, scores = decode(_run(self._detector, square, 128.0))
         faces = Faces(boxes / scale, points / scale, scores)
-        kept = distinct(faces)
+        kept = suppress_overlaps(faces)
         return Faces(*(field[kept] for field in faces))
 
 
@@ -136,10 +136,10 @@ def _session(path: Path):
         ) from error
     try:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no class
+    except Exception as error:  # onnxruntime's errors share no base class
         raise ValueError(
-            f"{path}, of {path.stat().st_size} bytes, is no ONNX network that can be read: copy it "
-            "anew from https://huggingface.co/fal/AuraFace-v1, itself and not its Git LFS pointer."
+            f"{path} ({path.stat().st_size} bytes) is not a readable ONNX network: copy the file "
+            "again from https://huggingface.co/fal/AuraFace-v1, and not its Git LFS pointer."
         ) from error
 
 
@@ -149,9 +149,9 @@ def _run(session, image: UInt8[np.ndarray, "s s 3"], deviation: float) -> list[n
 
 
 def letterbox(image: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "s s 3"], float]:
-    """The picture at the top left of the detector's square, black beside it, and how much larger.
+    """Returns (image resized into the top left of the detector's black square, scale factor).
 
-    As OpenCV's ``resize``, it is bilinear and does not smooth where it shrinks.
+    Resizing is bilinear without antialiasing, as in OpenCV's ``resize``.
     """
     height, width = image.shape[:2]
     new_height, new_width = (
@@ -160,20 +160,20 @@ def letterbox(image: UInt8[np.ndarray, "h w 3"]) -> tuple[UInt8[np.ndarray, "s s
     ratios = np.array([width / new_width, height / new_height])
     matrix = np.column_stack([np.diag(ratios), ratios / 2 - 0.5])  # corners fall on corners
     square = np.zeros((DETECTION_SIDE, DETECTION_SIDE, 3), np.uint8)
-    square[:new_height, :new_width] = _sampled(image, matrix, (new_height, new_width), "nearest")
+    square[:new_height, :new_width] = _warp(image, matrix, (new_height, new_width), "nearest")
     return square, new_height / height
 
 
 def decode(outputs: list[np.ndarray]) -> Faces:
-    """What SCRFD says of its square: faces of `SCORE_THRESHOLD` or more, level by level.
+    """Decodes SCRFD's outputs: faces that score `SCORE_THRESHOLD` or more, level by level.
 
     Args:
       outputs: scores, then distances (left, top, right, bottom) from the cell to the sides of the
-        box, then offsets (x, y) to the points: of each, one array a stride, of ``ANCHORS`` rows a
-        cell, cells row by row. Distances and offsets are in strides.
+        box, then offsets (x, y) from the cell to the landmarks. Each has one array per stride, with
+        ``ANCHORS`` rows per cell and cells row by row. Distances and offsets are in strides.
     """
     levels = len(STRIDES)
-    found = []
+    faces = []
     for i, stride in enumerate(STRIDES):
         scores, sides, offsets = (
             np.asarray(outputs[i + kind * levels], np.float64).reshape(-1, width)
@@ -182,19 +182,19 @@ def decode(outputs: list[np.ndarray]) -> Faces:
         cells = DETECTION_SIDE // stride
         y, x = np.divmod(np.arange(cells**2).repeat(ANCHORS), cells)
         centres = stride * np.stack([x, y], axis=1)
-        sure = scores[:, 0] >= SCORE_THRESHOLD
-        centres, sides, offsets = centres[sure], stride * sides[sure], stride * offsets[sure]
+        kept = scores[:, 0] >= SCORE_THRESHOLD
+        centres, sides, offsets = centres[kept], stride * sides[kept], stride * offsets[kept]
         boxes = np.concatenate([centres - sides[:, :2], centres + sides[:, 2:]], axis=1)
         points = centres[:, None] + offsets.reshape(-1, 5, 2)
-        found.append(Faces(boxes, points, scores[sure, 0]))
-    return Faces(*map(np.concatenate, zip(*found, strict=True)))
+        faces.append(Faces(boxes, points, scores[kept, 0]))
+    return Faces(*map(np.concatenate, zip(*faces, strict=True)))
 
 
-def distinct(faces: Faces) -> list[int]:
-    """Which faces are not seen twice, the most certain first: non-maximum suppression.
+def suppress_overlaps(faces: Faces) -> list[int]:
+    """Returns the indices of the faces after non-maximum suppression, the most confident first.
 
-    A face goes where a more certain one stays whose box overlaps its by more than
-    `OVERLAP_THRESHOLD`, intersection over union; boxes include their last pixels.
+    A face is dropped if its box and the box of a kept, more confident face have an intersection
+    over union above `OVERLAP_THRESHOLD`. Boxes include their last pixels.
     """
     low, high = faces.boxes[:, :2], faces.boxes[:, 2:] + 1
     areas = (high - low).prod(axis=1)
@@ -207,28 +207,28 @@ def distinct(faces: Faces) -> list[int]:
     return kept
 
 
-def aligned(
+def align_face(
     image: UInt8[np.ndarray, "h w 3"], points: Float[np.ndarray, "5 2"]
 ) -> UInt8[np.ndarray, "c c 3"]:
-    """The face brought to the recogniser's square, its points nearest to the `TEMPLATE`.
+    """Warps a face into the recogniser's square, with its landmarks closest to the `TEMPLATE`.
 
-    Pixels are interpolated bilinearly and not smoothed, and black outside the picture: so the
-    recogniser was trained.
+    Interpolation is bilinear without antialiasing, and black outside the image, as in the
+    recogniser's training.
     """
-    # Nearest in the crop. The nearest way back, from the crop to the picture, is of another scale.
-    there = similarity_transform(points, TEMPLATE)
-    back = np.linalg.inv(there[:, :2])
-    matrix = np.column_stack([back, -back @ there[:, 2]])
-    return _sampled(image, matrix, (CROP, CROP), "grid-constant")
+    # Least squares in the crop. Fitting the inverse, from crop to image, gives another scale.
+    to_crop = similarity_transform(points, TEMPLATE)
+    back = np.linalg.inv(to_crop[:, :2])
+    matrix = np.column_stack([back, -back @ to_crop[:, 2]])
+    return _warp(image, matrix, (CROP, CROP), "grid-constant")
 
 
 def similarity_transform(
     source: Float[np.ndarray, "n 2"], target: Float[np.ndarray, "n 2"]
 ) -> Float[np.ndarray, "2 3"]:
-    """The turn, scale and shift that bring ``source`` nearest to ``target``, by least squares.
+    """Returns the rotation, scale and shift from ``source`` to ``target`` by least squares.
 
-    It is Umeyama's (1991). In the plane it has a short form: with points as complex numbers, it
-    maps ``z`` to ``a z + b``.
+    This is Umeyama's solution (1991), which is short in the plane: with points as complex numbers,
+    it maps ``z`` to ``a z + b``.
     """
     source, target = source @ np.array([1, 1j]), target @ np.array([1, 1j])
     centred = source - source.mean()
@@ -237,20 +237,26 @@ def similarity_transform(
     return np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
 
 
-def _sampled(
+def _warp(
     image: UInt8[np.ndarray, "h w 3"],
     matrix: Float[np.ndarray, "2 3"],
     size: tuple[int, int],
     outside: str,
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """A picture of ``size``, (height, width), whose places (x, y) the matrix takes to ``image``'s.
+    """Returns an image of ``size`` (height, width) sampled from ``image``.
 
-    ``outside`` is SciPy's name for what lies there. Pillow would round all colours down.
+    Pillow would round all colours down.
+
+    Args:
+      image: the source.
+      matrix: affine map from (x, y) in the result to (x, y) in ``image``.
+      size: height and width of the result.
+      outside: SciPy's mode for positions outside of ``image``.
     """
-    in_rows = matrix[::-1]  # y before x, as arrays have them
+    row_first = matrix[::-1]  # SciPy's coordinates are (y, x)
     channels = [
         affine_transform(
-            channel, in_rows[:, 1::-1], in_rows[:, 2], size, np.float32, order=1, mode=outside
+            channel, row_first[:, 1::-1], row_first[:, 2], size, np.float32, order=1, mode=outside
         )
         for channel in np.moveaxis(image, -1, 0)
     ]
@@ -265,14 +271,14 @@ LANDMARKS, RESNET = (
 
 
 class DlibFaces:
-    """dlib's face recognition, as the package face_recognition runs it; on the CPU.
+    """dlib's face recognition, as the package face_recognition runs it; on CPU.
 
-    A detector of gradients' histograms, which sees pictures at twice their size and finds frontal
-    faces of 40 pixels or more; five points; a ResNet that was trained so that one person's vectors
-    are less than 0.6 apart. Its weights are in the public domain.
+    A detector on histograms of oriented gradients runs at twice the image's size and finds frontal
+    faces of at least 40 pixels. Five landmarks align each face for a ResNet, trained so that
+    vectors of one person are less than 0.6 apart. Its weights are in the public domain.
 
-    `similarity` is 1 less the distance, so 0.4 and more is the same person to dlib. Reported as it
-    is, smaller for the same person, the `distance` is called ``dlib_distance``.
+    `similarity` is 1 minus the `distance`, so dlib's threshold for the same person is 0.4. The
+    distance itself, smaller for the same person, is reported as ``dlib_distance``.
     """
 
     metric = "dlib_similarity"
@@ -282,7 +288,7 @@ class DlibFaces:
 
         Raises:
           ImportError: dlib is not installed.
-          FileNotFoundError: the package of its weights is not.
+          FileNotFoundError: the package with its weights is not installed.
         """
         try:
             import dlib
@@ -290,7 +296,7 @@ class DlibFaces:
             raise ImportError(
                 f"Comparing faces needs dlib-bin ({error}): pip install -e '.[faces]'"
             ) from error
-        # Found, and not imported: importing it takes pkg_resources, which new setuptools lack.
+        # Located without an import, which needs pkg_resources, and recent setuptools lack that.
         package = importlib.util.find_spec(MODELS_PACKAGE)
         if package is None:
             raise FileNotFoundError(
@@ -303,7 +309,7 @@ class DlibFaces:
         self._network = dlib.face_recognition_model_v1(str(folder / RESNET))
 
     def embed(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "128"] | None:
-        """The vector of the largest face, float64; None where no face is found."""
+        """Returns the vector of the largest face, float64; None if no face is found."""
         image = np.ascontiguousarray(image)
         boxes = self._detect(image, 1)
         if not boxes:
@@ -313,9 +319,9 @@ class DlibFaces:
         return np.array(self._network.compute_face_descriptor(image, points))
 
     def similarity(self, a: Float[np.ndarray, " D"], b: Float[np.ndarray, " D"]) -> float:
-        """1 less the `distance`."""
+        """Returns 1 minus the `distance`."""
         return 1 - self.distance(a, b)
 
     def distance(self, a: Float[np.ndarray, " D"], b: Float[np.ndarray, " D"]) -> float:
-        """Euclidean; 0 for equal vectors, below 0.6 for the same person."""
+        """Returns the Euclidean distance: 0 if equal, below 0.6 for the same person."""
         return float(np.linalg.norm(a - b))

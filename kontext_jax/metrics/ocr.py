@@ -1,13 +1,13 @@
-"""What a picture says: its words read back, and how near they are to the ones asked for.
+"""Text in images: OCR, and scores of the recognised text against the expected text.
 
-`Reader` is PP-OCRv4, which finds lines of text and reads Latin letters and Chinese, as the package
-rapidocr-onnxruntime 1.4.4 has it (Apache-2.0), with its weights. Numbers of other readers do not
-compare. It misreads some words that are drawn well: report the true pictures' mean next to a
+`Reader` is PP-OCRv4, which detects lines of text and reads Latin letters and Chinese, from the
+package rapidocr-onnxruntime 1.4.4 (Apache-2.0) with its weights. Scores from other readers are not
+comparable. It misreads some well-drawn words, so report the reference images' mean next to a
 model's.
 
-The headline is `accuracy`, the normalised edit similarity: it is graded, and it counts both what is
-missing and what was written besides. `contains` is stricter with the words and blind to all others;
-it is for pictures that rightly show more text than the task tells.
+The main score is `accuracy`, the normalised edit similarity: it is graded, and penalises both
+missing and additional text. `contains` is stricter about the expected words and ignores all others;
+it is for images that may correctly show more text than the task mentions.
 """
 
 import unicodedata
@@ -17,24 +17,24 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 MIN_SIDE = 256
-"""Of the picture that is read, in pixels; letters of smaller ones are often mistaken."""
+"""Least shorter side in pixels: smaller images, whose letters are often misread, are enlarged."""
 
 BORDER = 64
-"""Pixels of white around it. Of 168 words that touch their picture's edge, 162 are read exactly
-with it, and 154 without."""
+"""White pixels added on each side. Of 168 words that touch the edge of their image, 162 are read
+exactly with the border and 154 without."""
 
 LOOK_ALIKES = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u2212\u3002", "''\"\"---.")
-"""Curly quotes, dashes and the Chinese full stop, which the reader mixes with the plain signs."""
+"""Curly quotes, dashes and the Chinese full stop, which the reader confuses with ASCII ones."""
 
 
 class Reader:
-    """Reads the text of pictures, on the CPU: 0.1 to 1 s each."""
+    """Reads the text in images, on CPU: 0.1 to 1 s per image."""
 
     def __init__(self):
         """Loads the networks.
 
         Raises:
-          ImportError: the package is not installed.
+          ImportError: rapidocr-onnxruntime is not installed.
         """
         try:
             from rapidocr_onnxruntime import RapidOCR
@@ -45,48 +45,48 @@ class Reader:
         self._read = RapidOCR()
 
     def read(self, image: UInt8[np.ndarray, "h w 3"]) -> str:
-        """All text of a picture of RGB, line by line from the top, each from the left.
+        """Returns all text of an RGB image, from top to bottom and left to right.
 
-        Pictures whose shorter side is under `MIN_SIDE` are enlarged to it; all get a `BORDER`.
+        Images whose shorter side is below `MIN_SIDE` are enlarged to it; all get a `BORDER`.
 
         Returns:
-          Lines, which "\\n" parts; what stands apart on a line has a space between. Empty where no
+          The lines, joined by "\\n"; separate boxes on a line are joined by a space. Empty if no
           text is found.
         """
-        found, _ = self._read(_prepared(image)[..., ::-1])  # it takes BGR
-        if not found:
+        boxes, _ = self._read(_prepare(image)[..., ::-1])  # RapidOCR expects BGR
+        if not boxes:
             return ""
-        texts = [text for _, text, _ in found]
-        lines = in_lines(np.array([corners for corners, *_ in found], np.float64))
+        texts = [text for _, text, _ in boxes]
+        lines = reading_order(np.array([corners for corners, *_ in boxes], np.float64))
         return "\n".join(" ".join(texts[i] for i in line) for line in lines)
 
 
-def _prepared(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
+def _prepare(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "_ _ 3"]:
     height, width = image.shape[:2]
     scale = max(1, MIN_SIDE / min(height, width))
     size = (round(scale * width), round(scale * height))
-    large = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    return np.pad(np.asarray(large), [(BORDER, BORDER)] * 2 + [(0, 0)], constant_values=255)
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    return np.pad(np.asarray(resized), [(BORDER, BORDER)] * 2 + [(0, 0)], constant_values=255)
 
 
-def in_lines(corners: Float[np.ndarray, "n 4 2"]) -> list[list[int]]:
-    """The order to read boxes in: their indices, line by line.
+def reading_order(corners: Float[np.ndarray, "n 4 2"]) -> list[list[int]]:
+    """Groups boxes into lines and returns their indices, top to bottom and left to right.
 
-    The box with the highest middle starts a line. Another is on it if the middle of either of the
-    two lies within the height of the other.
+    The topmost remaining box, by its middle, starts a line. Another box belongs to the line if the
+    middle of either of the two lies within the height of the other.
 
     Args:
-      corners: (x, y) of each box's corners, in pixels, y downwards.
+      corners: (x, y) of each box's corners in pixels; y points down.
     """
     top, bottom = corners[..., 1].min(axis=1), corners[..., 1].max(axis=1)
     left, middle = corners[..., 0].min(axis=1), (top + bottom) / 2
     lines: list[list[int]] = []
 
-    def level(i: int, j: int) -> bool:
+    def on_one_line(i: int, j: int) -> bool:
         return bool(middle[i] < bottom[j] or middle[j] > top[i])
 
     for i in np.argsort(middle, kind="stable").tolist():
-        if lines and level(i, lines[-1][0]):
+        if lines and on_one_line(i, lines[-1][0]):
             lines[-1].append(i)
         else:
             lines.append([i])
@@ -94,47 +94,47 @@ def in_lines(corners: Float[np.ndarray, "n 4 2"]) -> list[list[int]]:
 
 
 def normalise(text: str) -> str:
-    """Text as it is compared: without case, white space, or widths and shapes of the same sign.
+    """Normalises text for comparison: case, white space, and width and shape variants of signs.
 
-    Readers lose spaces ("SALE50%"), take O for o, and write full-width signs. Punctuation stays:
-    50 % is not 50.
+    Readers drop spaces ("SALE50%"), confuse O and o, and return full-width signs. Punctuation is
+    kept: 50 % is not 50.
     """
     plain = unicodedata.normalize("NFKC", text).translate(LOOK_ALIKES)
     return "".join(plain.casefold().split())
 
 
-def accuracy(read: str, wanted: str) -> float:
-    """One less the edit distance over the length of the longer text; 1 at best, 0 at worst.
+def accuracy(read: str, expected: str) -> float:
+    """Returns 1 minus the edit distance over the length of the longer text; 1 is best, 0 worst.
 
     This is the 1-N.E.D. of ICDAR 2019's competitions (arXiv 1909.07145) and of AnyText
-    (arXiv 2311.03054), of `normalise`d texts. The distance is Levenshtein's: the fewest characters
-    to insert, drop or replace.
+    (arXiv 2311.03054), for `normalise`d texts. The distance is Levenshtein's: the minimum number of
+    characters to insert, delete or replace.
 
     Raises:
-      ValueError: no words are wanted.
+      ValueError: the expected text is empty.
     """
-    read, wanted = normalise(read), _some(wanted)
-    return 1 - _edit_distance(read, wanted) / max(len(read), len(wanted))
+    read, expected = normalise(read), _normalise_expected(expected)
+    return 1 - _edit_distance(read, expected) / max(len(read), len(expected))
 
 
-def contains(read: str, wanted: str) -> bool:
-    """Whether the wanted words are among those that were read, without an error; `normalise`d.
+def contains(read: str, expected: str) -> bool:
+    """Returns whether the text that was read contains the expected text, both `normalise`d.
 
     Raises:
-      ValueError: no words are wanted.
+      ValueError: the expected text is empty.
     """
-    return _some(wanted) in normalise(read)
+    return _normalise_expected(expected) in normalise(read)
 
 
-def _some(wanted: str) -> str:
-    plain = normalise(wanted)
+def _normalise_expected(expected: str) -> str:
+    plain = normalise(expected)
     if not plain:
-        raise ValueError("There are no words that the picture should have: give some.")
+        raise ValueError("The expected text is empty: give the words that the image should show.")
     return plain
 
 
 def _edit_distance(a: str, b: str) -> int:
-    row = list(range(len(b) + 1))  # distances of the part of `a` seen so far to each start of `b`
+    row = list(range(len(b) + 1))  # distances from a prefix of `a` to every prefix of `b`
     for i, x in enumerate(a, 1):
         above, row = row, [i]
         for j, y in enumerate(b, 1):

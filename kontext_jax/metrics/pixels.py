@@ -1,61 +1,60 @@
-"""How far a picture is from the true one, pixel by pixel: errors, PSNR, SSIM.
+"""Pixel metrics against a reference image: L1, L2, PSNR, SSIM.
 
-Pictures are 8-bit RGB of one size; all is computed in float64.
+Images are 8-bit RGB of the same size; everything is computed in float64.
 """
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-Image = UInt8[np.ndarray, "_ _ 3"]
+RGBImage = UInt8[np.ndarray, "_ _ 3"]
 
 WINDOW = 11
 SIGMA = 1.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 BAND = 64
-"""Rows of a channel that SSIM looks at together: what it computes of them stays in a core's cache,
-so that neither memory nor other threads hold it up."""
+"""Rows per channel that SSIM processes at once. A band's intermediates fit into a core's cache, so
+that neither memory nor other threads slow it down."""
 
 
-def l1(image: Image, truth: Image) -> float:
-    """The mean absolute error, as a share of the range: 0 to 1."""
-    return float(np.abs(_difference(image, truth)).mean()) / 255
+def l1(image: RGBImage, reference: RGBImage) -> float:
+    """Returns the mean absolute error as a fraction of the range, 0 to 1."""
+    return float(np.abs(_difference(image, reference)).mean()) / 255
 
 
-def l2(image: Image, truth: Image) -> float:
-    """The mean square error, of pixels of 0 to 1."""
-    return float(np.square(_difference(image, truth) / 255).mean())
+def l2(image: RGBImage, reference: RGBImage) -> float:
+    """Returns the mean squared error of pixels scaled to [0, 1]."""
+    return float(np.square(_difference(image, reference) / 255).mean())
 
 
-def psnr(image: Image, truth: Image) -> float:
-    """The peak signal to noise ratio in dB; infinite for equal pictures."""
-    error = l2(image, truth)
+def psnr(image: RGBImage, reference: RGBImage) -> float:
+    """Returns the peak signal-to-noise ratio in dB; infinite for equal images."""
+    error = l2(image, reference)
     return float("inf") if error == 0 else -10 * float(np.log10(error))
 
 
-def ssim(image: Image, truth: Image) -> float:
-    """Structural similarity (Wang et al. 2004), the mean over channels and places; 1 at best.
+def ssim(image: RGBImage, reference: RGBImage) -> float:
+    """Returns the structural similarity (Wang et al. 2004), averaged over channels and positions.
 
-    The paper's own window, a Gaussian of 1.5 pixels cut off at 11 x 11, its constants, and only
-    places where the whole window lies in the picture.
+    1 is best. Window and constants are the paper's: a Gaussian with a sigma of 1.5 pixels, cropped
+    to 11 x 11. Only positions with the entire window inside the image count.
 
     Raises:
-      ValueError: a side is shorter than the window.
+      ValueError: sizes differ, or a side is shorter than the window.
     """
     if min(image.shape[:2]) < WINDOW:
-        raise ValueError(f"SSIM needs sides of {WINDOW} pixels, not {image.shape[:2]}.")
-    if image.shape != truth.shape:
-        raise ValueError(f"pictures of {image.shape} and {truth.shape} do not compare.")
-    total, places = 0.0, image.shape[0] - WINDOW + 1
+        raise ValueError(f"SSIM needs at least {WINDOW} pixels a side, not {image.shape[:2]}.")
+    _check_shapes(image, reference)
+    total, rows = 0.0, image.shape[0] - WINDOW + 1
     for channel in range(3):
-        for top in range(0, places, BAND):
-            rows = np.s_[top : top + BAND + WINDOW - 1, :, channel]
-            total += _similarity(image[rows].astype(np.float64), truth[rows].astype(np.float64))
-    return total / (3 * places * (image.shape[1] - WINDOW + 1))
+        for top in range(0, rows, BAND):
+            band = np.s_[top : top + BAND + WINDOW - 1, :, channel]
+            total += _ssim_sum(image[band].astype(np.float64), reference[band].astype(np.float64))
+    return total / (3 * rows * (image.shape[1] - WINDOW + 1))
 
 
-def _similarity(x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"]) -> float:
-    """The sum over places of what SSIM is the mean of."""
+def _ssim_sum(x: Float[np.ndarray, "h w"], y: Float[np.ndarray, "h w"]) -> float:
+    """Returns the sum of SSIM over all positions."""
     mean_x, mean_y = _local_mean(x), _local_mean(y)
     product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
     covariance = _local_mean(x * y) - product
@@ -80,7 +79,14 @@ def _local_mean(x: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "_ _"]:
     return x
 
 
-def _difference(image: Image, truth: Image) -> Float[np.ndarray, "_ _ 3"]:
-    if image.shape != truth.shape:
-        raise ValueError(f"pictures of {image.shape} and {truth.shape} do not compare.")
-    return image.astype(np.float64) - truth
+def _difference(image: RGBImage, reference: RGBImage) -> Float[np.ndarray, "_ _ 3"]:
+    _check_shapes(image, reference)
+    return image.astype(np.float64) - reference
+
+
+def _check_shapes(image: RGBImage, reference: RGBImage) -> None:
+    if image.shape != reference.shape:
+        raise ValueError(
+            f"images must have the same shape to be compared, not {image.shape} and "
+            f"{reference.shape}."
+        )

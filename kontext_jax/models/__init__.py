@@ -1,1 +1,1 @@
-"""The networks, one file each: the whole model, its config and its presets."""
+"""The networks, one file each: model, config and presets."""

@@ -1,9 +1,9 @@
-"""Attention within segments: a token attends to the tokens of its own example and to no other.
+"""Attention within segments: a token attends only to the tokens of its own example.
 
-One function, several implementations: plain XLA, which is the reference, and one fused kernel for
+One function, several implementations: plain XLA, which is the reference, and a fused kernel for
 each kind of accelerator, which never writes the logits to memory. All are exact on any mesh: heads
-are split over its `tensor` axis and queries over its `context` axis, where keys and values are
-gathered first (which costs little: in [dev] those of 8,704 tokens are 107 MB a layer).
+are split over the `tensor` axis and queries over the `context` axis. Keys and values are gathered
+over `context` first, which is cheap: in [dev], 8,704 tokens have 107 MB of them per layer.
 """
 
 import functools
@@ -33,31 +33,33 @@ def attention(
     causal: bool = False,
     kernel: str = "auto",
 ) -> Float[Array, "B S H K"]:
-    """Full attention between tokens of equal segment, softmax in float32.
+    """Full attention between tokens of the same segment, with the softmax in float32.
 
-    Padding (segment 0) attends to padding, so that no row of the softmax is empty; what it
-    computes reaches no example.
+    Padding (segment 0) attends to padding, so that no row of the softmax is empty; its result does
+    not reach any example.
 
     Args:
       q, k, v: queries, keys, values.
-      segments: example of each token, 0 = padding.
+      segments: example of each token; 0 = padding.
       bias: added to the logits (T5's relative positions).
-      scale: of the logits; ``K ** -0.5`` where left out.
-      causal: a token attends to itself and those before it only.
-      kernel: "xla", "splash" (TPU; interpreted elsewhere, slowly), "cudnn" (NVIDIA GPUs from
-        Ampere on), or "auto": the fused one of the platform where it can do this, else "xla".
-        None but "xla" knows bias and causal.
+      scale: factor of the logits; default ``K ** -0.5``.
+      causal: whether a token attends only to itself and the tokens before it.
+      kernel: "xla", "splash" (TPU; interpreted elsewhere, slowly), "cudnn" (NVIDIA GPUs, Ampere
+        or newer), or "auto": the platform's fused kernel if it supports the arguments, else "xla".
+        Only "xla" supports ``bias`` and ``causal``.
 
     Raises:
-      ValueError: the kernel is not known or cannot do this.
+      ValueError: the kernel is unknown or does not support the arguments.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_choice("attention", kernel, KERNELS)
-    plain = bias is None and not causal
+    is_fusible = bias is None and not causal
     if kernel == "auto":
-        kernel = choose(q) if plain else "xla"
-    elif kernel != "xla" and not plain:
-        raise ValueError(f"attention {kernel!r} knows no bias and no causal mask; take 'xla'.")
+        kernel = choose_kernel(q) if is_fusible else "xla"
+    elif kernel != "xla" and not is_fusible:
+        raise ValueError(
+            f"attention {kernel!r} supports neither a bias nor a causal mask; use 'xla'."
+        )
     q = sharding.constrain(q, _QUERIES)
     k, v = (sharding.constrain(x, _KEYS) for x in (k, v))
     if kernel == "xla":
@@ -67,13 +69,13 @@ def attention(
     return sharding.on_shards(attend, names)(q, k, v, segments, segments)
 
 
-def choose(q: Float[Array, "B S H K"]) -> str:
-    """The platform's kernel, if it takes so many tokens and heads of this size in this dtype."""
+def choose_kernel(q: Float[Array, "B S H K"]) -> str:
+    """The platform's fused kernel if it supports queries of this shape and dtype, else "xla"."""
     platform, num_tokens, head_dim = sharding.platform(), q.shape[1], q.shape[-1]
     if platform == "tpu" and head_dim % LANES == 0:
         return "splash"
-    takes = num_tokens % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128 and q.dtype.itemsize == 2
-    return "cudnn" if platform == "gpu" and takes else "xla"
+    fits = num_tokens % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128 and q.dtype.itemsize == 2
+    return "cudnn" if platform == "gpu" and fits else "xla"
 
 
 def _xla(q, k, v, segments, bias, scale, causal):
@@ -85,8 +87,8 @@ def _xla(q, k, v, segments, bias, scale, causal):
     if causal:
         visible &= jnp.tri(segments.shape[1], dtype=bool)[None, None]
     logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
-    # Softmax whose sum divides after the product with the values: the backward pass then reads the
-    # S x S weights less often. It needs the product undivided, so that is what gets the name.
+    # The softmax is normalised after the product with the values, so that the backward pass reads
+    # the S x S weights less often. It needs the unnormalised product, so this one gets the name.
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     product = jnp.einsum(
@@ -105,7 +107,7 @@ def _visible(
 def _splash(q, k, v, q_segments, kv_segments, scale):
     if q.shape[-1] % LANES:
         raise ValueError(
-            f"attention 'splash' needs heads of a multiple of {LANES} channels, not {q.shape[-1]}."
+            f"attention 'splash' needs a multiple of {LANES} channels per head, not {q.shape[-1]}."
         )
     interpret = sharding.platform() != "tpu"
     return splash_attention(
@@ -114,12 +116,13 @@ def _splash(q, k, v, q_segments, kv_segments, scale):
 
 
 def _cudnn(q, k, v, q_segments, kv_segments, scale):
-    """cuDNN's kernel. It skips no blocks, but where a batch has one segment it reads no mask.
+    """cuDNN's kernel. It skips no blocks, but reads no mask if the batch has a single segment.
 
-    What its backward pass needs has no name in here: `layers.remat` knows it by the operation's.
+    The residuals of its backward pass have no checkpoint name; `layers.remat` recognises them by
+    the name of the operation.
     """
     if sharding.platform() != "gpu":
-        raise ValueError("attention 'cudnn' runs on GPUs only; take 'auto'.")
+        raise ValueError("attention 'cudnn' runs only on GPUs; use 'auto'.")
     attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
     return jax.lax.cond(
         jnp.all(q_segments == q_segments[0, 0]) & jnp.all(kv_segments == q_segments[0, 0]),

@@ -1,8 +1,9 @@
-"""The autoencoder of FLUX.1: images to latents an eighth of their size, and back.
+"""FLUX.1's autoencoder: images to latents at an eighth of their resolution, and back.
 
-Follows Black Forest Labs' ``flux/modules/autoencoder.py`` name by name; ``diffusers`` calls it
-``AutoencoderKL``. The encoder gives mean and log-variance of each latent cell; latents are shifted
-and scaled to about unit variance. One token of the transformer is 2 x 2 cells: `pack_latents`.
+Follows Black Forest Labs' ``flux/modules/autoencoder.py``, with the same names; ``diffusers`` calls
+it ``AutoencoderKL``. The encoder predicts mean and log-variance of each latent cell; latents are
+shifted and scaled to about unit variance. A token of the transformer is 2 x 2 latent cells
+(`pack_latents`).
 
 Images and latents are NHWC; pixels lie in [-1, 1]. Levels differ in shape, so nothing is stacked.
 """
@@ -23,8 +24,8 @@ from kontext_jax.settings import Settings, check_choices
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
 
-# Keeps the unit variance that a GroupNorm hands over, so that all blocks start out alike. torch's
-# default, which BFL trained from, has a third of that variance; the next norm undoes either.
+# Preserves the unit variance of a GroupNorm's output, so that all blocks start alike. PyTorch's
+# default, which BFL trained from, has a third of that variance; the next norm removes the factor.
 lecun = initializers.lecun_normal()
 
 
@@ -33,14 +34,15 @@ class AutoencoderConfig(Settings):
     """Sizes of the autoencoder; the defaults are FLUX.1's.
 
     Attributes:
-      channels, channel_multipliers: width of each level, the finest first; each halves the size.
-      num_res_blocks: of each level of the encoder; the decoder has one more.
-      latent_channels: of a latent cell.
-      num_groups: of every GroupNorm.
+      channels, channel_multipliers: their product is the width of each level, finest first; each
+        level has half the resolution of the one before.
+      num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+      latent_channels: channels of a latent cell.
+      num_groups: groups of every GroupNorm.
       scale_factor, shift_factor: ``latents = scale_factor * (z - shift_factor)``.
       dtype: compute dtype; parameters are float32.
-      remat: what the backward pass recomputes: "full" keeps only the input of each level's
-        residual blocks, "none" all.
+      remat: what the backward pass recomputes: "full" saves only the inputs of the levels' residual
+        blocks, "none" saves everything.
     """
 
     channels: int = 128
@@ -56,11 +58,11 @@ class AutoencoderConfig(Settings):
     def __post_init__(self):
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(
-                f"channel_multipliers {self.channel_multipliers} must be numbers from 1 up."
+                f"channel_multipliers {self.channel_multipliers} must be one or more numbers >= 1."
             )
         if self.channels % self.num_groups:
             raise ValueError(
-                f"channels {self.channels} does not divide into num_groups {self.num_groups}."
+                f"channels {self.channels} must be a multiple of num_groups {self.num_groups}."
             )
         check_choices(self, remat=("full", "none"))
 
@@ -70,7 +72,7 @@ class AutoencoderConfig(Settings):
 
     @property
     def downsample(self) -> int:
-        """Pixels a latent cell, along one side."""
+        """Pixels per latent cell, along one side."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -79,17 +81,17 @@ class AutoencoderConfig(Settings):
 
     @property
     def pixels_per_token(self) -> int:
-        """Along one side."""
+        """Pixels per token, along one side."""
         return PATCH * self.downsample
 
     @classmethod
     def flux(cls, **kwargs) -> "AutoencoderConfig":
-        """FLUX.1 [dev], [schnell] and Kontext: 83,819,683 parameters, 16 pixels a token."""
+        """FLUX.1 [dev], [schnell] and Kontext: 83,819,683 parameters, 16 pixels per token."""
         return cls(**kwargs)
 
     @classmethod
     def tiny(cls, **kwargs) -> "AutoencoderConfig":
-        """For laptops: 24 channels and 8 pixels a token; trains on two CPU cores in minutes."""
+        """For laptops: 24 channels and 8 pixels per token; trains on two CPU cores in minutes."""
         sizes = dict(
             channels=16,
             channel_multipliers=(1, 2, 4),
@@ -102,14 +104,14 @@ class AutoencoderConfig(Settings):
 
 
 class GroupNorm(nnx.Module):
-    """GroupNorm, eps 1e-6; statistics, scale and bias in float32, rounded once.
+    """GroupNorm, eps 1e-6, in float32 and rounded once.
 
-    The variance is the mean square of centred values, not a difference of large numbers. Sums
-    run over space first and then over a group's channels, which leaves the channels innermost.
+    The variance is the mean square of centred values, not a difference of large numbers. Means are
+    taken over space, then over a group's channels, so that channels stay the innermost axis.
     """
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
-        del rngs  # starts as the plain norm
+        del rngs  # the initial values are constants
         self.num_groups = config.num_groups
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("embed",))
@@ -124,7 +126,7 @@ class GroupNorm(nnx.Module):
         return (y * scale + bias).astype(x.dtype)
 
     def _mean(self, x: Float[Array, "B h w c"]) -> Float[Array, "B 1 1 c"]:
-        """The mean of each group, given to each of its channels."""
+        """The mean of each group, repeated for each of its channels."""
         per_channel = jnp.mean(x, axis=(1, 2)).reshape(x.shape[0], self.num_groups, -1)
         per_group = jnp.mean(per_channel, axis=-1, keepdims=True)
         return jnp.broadcast_to(per_group, per_channel.shape).reshape(x.shape[0], 1, 1, -1)
@@ -133,7 +135,7 @@ class GroupNorm(nnx.Module):
 def conv(
     config: AutoencoderConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs, size=3, **kwargs
 ) -> nnx.Conv:
-    """A square convolution; unless ``padding`` says otherwise it keeps the image's size."""
+    """A square convolution; with the default ``padding`` and stride it preserves the size."""
     return nnx.Conv(
         inputs,
         outputs,
@@ -149,15 +151,18 @@ def conv(
 
 
 class ResnetBlock(nnx.Module):
-    """Twice GroupNorm, swish, 3 x 3 convolution; added to the input, or to a 1 x 1 map of it."""
+    """Residual block: (GroupNorm, swish, 3 x 3 convolution) twice, and a 1 x 1 shortcut if needed.
+
+    The shortcut is the identity if the number of channels does not change.
+    """
 
     def __init__(self, config: AutoencoderConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(config, inputs, rngs=rngs)
         self.conv1 = conv(config, inputs, outputs, rngs=rngs)
         self.norm2 = GroupNorm(config, outputs, rngs=rngs)
         self.conv2 = conv(config, outputs, outputs, rngs=rngs)
-        same = inputs == outputs
-        self.nin_shortcut = None if same else conv(config, inputs, outputs, size=1, rngs=rngs)
+        needs_conv = inputs != outputs
+        self.nin_shortcut = conv(config, inputs, outputs, size=1, rngs=rngs) if needs_conv else None
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
         h = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -166,7 +171,7 @@ class ResnetBlock(nnx.Module):
 
 
 class AttnBlock(nnx.Module):
-    """Attention of all cells of an image to one another, with one head of the full width."""
+    """Self-attention over all cells of an image, with one head of the full width."""
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         axes, dtype = ("channels", "embed"), jnp.dtype(config.dtype)
@@ -176,13 +181,13 @@ class AttnBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
         cells = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
-        image = jnp.ones(cells.shape[:2], jnp.int32)
-        out = attention(self.q(cells), self.k(cells), self.v(cells), image)
+        segments = jnp.ones(cells.shape[:2], jnp.int32)
+        out = attention(self.q(cells), self.k(cells), self.v(cells), segments)
         return x + self.proj_out(out.reshape(x.shape))
 
 
 class Downsample(nnx.Module):
-    """Halves the size. Zeros are added below and to the right only, unlike "SAME"."""
+    """Halves the resolution. Pads only below and to the right, unlike "SAME"."""
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         self.conv = conv(config, width, width, strides=2, padding=((0, 1), (0, 1)), rngs=rngs)
@@ -192,7 +197,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Doubles the size by repeating pixels, then smooths by a convolution."""
+    """Doubles the resolution by repeating pixels, then applies a convolution."""
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         self.conv = conv(config, width, width, rngs=rngs)
@@ -202,9 +207,10 @@ class Upsample(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The residual blocks of one resolution, ``widths`` before and after each, and a last step."""
+    """Residual blocks of one resolution, then optionally `Downsample` or `Upsample`."""
 
     def __init__(self, config: AutoencoderConfig, widths: list[int], step=None, *, rngs: nnx.Rngs):
+        """``widths``: channels before the first block and after each block."""
         pairs = itertools.pairwise(widths)
         self.block = nnx.List(ResnetBlock(config, i, o, rngs=rngs) for i, o in pairs)
         self.downsample = step(config, widths[-1], rngs=rngs) if step is Downsample else None
@@ -220,7 +226,7 @@ class Level(nnx.Module):
 
 
 class Mid(nnx.Module):
-    """The coarsest resolution, where every cell sees the whole image."""
+    """The coarsest resolution, with attention over the whole image."""
 
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         self.block_1 = ResnetBlock(config, width, width, rngs=rngs)
@@ -232,7 +238,7 @@ class Mid(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels to the mean and log-variance of each latent cell, side by side."""
+    """Pixels to mean and log-variance of each latent cell, concatenated along the channels."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, last = config.widths, len(config.widths) - 1
@@ -253,7 +259,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels. ``up[0]`` is the finest level and the last to be applied, as in BFL."""
+    """Latents to pixels. As in BFL's code, ``up[0]`` is the finest level and is applied last."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs):
         widths, last = config.widths, len(config.widths) - 1
@@ -284,10 +290,12 @@ class Autoencoder(nnx.Module):
     def moments(
         self, images: Float[Array, "B _ _ 3"]
     ) -> tuple[Float[Array, "B h w z"], Float[Array, "B h w z"]]:
-        """Mean and log-variance (in [-30, 20], as in diffusers) of unscaled latents, float32.
+        """Mean and log-variance of unscaled latents, float32.
+
+        The log-variance is clipped to [-30, 20], as in diffusers.
 
         Raises:
-          ValueError: the images' sides are not multiples of a latent cell's.
+          ValueError: the sides of the images are not multiples of `downsample`.
         """
         (_, height, width, _), cell = images.shape, self.config.downsample
         if height % cell or width % cell:
@@ -298,14 +306,14 @@ class Autoencoder(nnx.Module):
     def encode(
         self, images: Float[Array, "B _ _ 3"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "B h w z"]:
-        """Scaled latents, float32: the mean, as FLUX has it, or a sample if ``key`` is given."""
+        """Scaled latents, float32: the mean, as in FLUX, or a sample if ``key`` is given."""
         z, logvar = self.moments(images)
         if key is not None:
             z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape, z.dtype)
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def decode(self, latents: Float[Array, "B h w z"]) -> Float[Array, "B _ _ 3"]:
-        """Images of scaled latents, float32; pixels may lie a little outside [-1, 1]."""
+        """Decodes scaled latents to float32 images; pixels may lie slightly outside [-1, 1]."""
         z = latents.astype(jnp.float32) / self.config.scale_factor + self.config.shift_factor
         return self.decoder(z.astype(self.config.dtype)).astype(jnp.float32)
 
@@ -320,7 +328,7 @@ def pack_latents(latents: Float[Array, "B h w z"]) -> Float[Array, "B S C"]:
 
 
 def unpack_latents(tokens: Float[Array, "B S C"], size: tuple[int, int]) -> Float[Array, "B h w z"]:
-    """Tokens to latents of ``size`` = (height, width) in latent cells: undoes `pack_latents`."""
+    """Inverse of `pack_latents`; ``size`` is (height, width) in latent cells."""
     (batch, _, features), (height, width) = tokens.shape, size
     x = tokens.reshape(batch, height // PATCH, width // PATCH, features // PATCH**2, PATCH, PATCH)
     return jnp.transpose(x, (0, 1, 4, 2, 5, 3)).reshape(batch, height, width, -1)
@@ -332,6 +340,6 @@ def to_pixels(images: UInt8[Array, "*b h w 3"]) -> Float[Array, "*b h w 3"]:
 
 
 def to_uint8(pixels: Float[Array, "*b h w 3"]) -> UInt8[Array, "*b h w 3"]:
-    """Pixels to bytes, clipped and rounded, as diffusers' image processor does."""
+    """Pixels to bytes, clipped and rounded as in diffusers' image processor."""
     clipped = jnp.clip(pixels.astype(jnp.float32), -1.0, 1.0)
     return jnp.round(127.5 * (clipped + 1.0)).astype(jnp.uint8)

@@ -1,10 +1,10 @@
-"""CLIP's text encoder: the vector of the whole prompt that FLUX's modulation reads.
+"""CLIP's text encoder, which computes the pooled prompt vector for FLUX's modulation.
 
-Follows ``transformers``' ``CLIPTextModel`` (and so OpenAI's ``clip/model.py``, arXiv 2103.00020):
-pre-norm blocks with biases, causal attention, learned positions, and the GELU that OpenAI
-approximated as ``x * sigmoid(1.702 x)``. FLUX takes the vector of the end-of-text token after the
-last norm; CLIP's projection into the space of its images is no part of it. The blocks are one
-stacked module, scanned, and rematerialised in the backward pass.
+Follows ``transformers``' ``CLIPTextModel`` (OpenAI's ``clip/model.py``, arXiv 2103.00020): pre-norm
+blocks with biases, causal attention, learned positions, and OpenAI's approximate GELU,
+``x * sigmoid(1.702 x)``. FLUX uses the vector of the end-of-text token after the last norm, without
+CLIP's projection. The blocks are one stacked module, scanned, and rematerialised in the backward
+pass.
 """
 
 import functools
@@ -22,22 +22,21 @@ from kontext_jax.settings import Settings, check_choices
 from kontext_jax.sharding import constrain
 
 EPSILON = 1e-5
-"""Of the norms."""
+"""Of the LayerNorms."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class ClipConfig(Settings):
-    """Sizes of the encoder; the defaults are those of CLIP ViT-L/14's text model, FLUX's.
+    """Sizes of the encoder; the defaults are those of CLIP ViT-L/14's text model, as in FLUX.
 
     Attributes:
       hidden_size: width, and channels of the pooled vector.
       intermediate_size: width of the MLP.
-      max_positions: the most tokens of a prompt, both its ends included.
-      eos_id: the end-of-text token, which is also what the tokenizer pads with. Files of the time
-        before transformers' pull request 24773 say 2 and mean the vocabulary's last id.
+      max_positions: maximal number of tokens of a prompt, including the start and end tokens.
+      eos_id: end-of-text token, which is also the padding token. Config files from before
+        transformers' pull request 24773 say 2 and mean the last id of the vocabulary.
       dtype: compute dtype; parameters are float32.
-      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all;
-        see `layers.remat` for what lies between.
+      remat: what the backward pass recomputes, see `layers.remat`.
     """
 
     vocab_size: int = 49408
@@ -53,20 +52,20 @@ class ClipConfig(Settings):
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}."
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}."
             )
         if not 0 <= self.eos_id < self.vocab_size:
-            raise ValueError(f"eos_id {self.eos_id} is not below vocab_size {self.vocab_size}.")
+            raise ValueError(f"eos_id {self.eos_id} must be below vocab_size {self.vocab_size}.")
         check_choices(self, remat=REMAT_POLICIES)
 
     @classmethod
     def large(cls, **kwargs) -> "ClipConfig":
-        """openai/clip-vit-large-patch14, the text model alone: 123,060,480 parameters."""
+        """openai/clip-vit-large-patch14, only the text model: 123,060,480 parameters."""
         return cls(**kwargs)
 
     @classmethod
     def tiny(cls, **kwargs) -> "ClipConfig":
-        """For laptops: a vocabulary of bytes, six merges of them, and the two ends."""
+        """For laptops: a vocabulary of bytes, six merges, and the start and end tokens."""
         sizes = dict(
             vocab_size=520,
             hidden_size=32,
@@ -81,37 +80,37 @@ class ClipConfig(Settings):
 
 
 class ClipAttention(nnx.Module):
-    """Self-attention, causal in text. Initialised as OpenAI's ``initialize_parameters`` does."""
+    """Self-attention, causal for text. Initialised as in OpenAI's ``initialize_parameters``."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, causal: bool = True):
         size = config.hidden_size
         self.num_heads, self.causal = config.num_heads, causal
         make = functools.partial(Linear, size, size, rngs=rngs, dtype=jnp.dtype(config.dtype))
-        read = initializers.normal(size**-0.5)
-        self.q = make(("embed", "heads"), init=read)
-        self.k = make(("embed", "heads"), init=read)
-        self.v = make(("embed", "heads"), init=read)
-        self.out_proj = make(("heads", "embed"), init=_write(config))
+        init = initializers.normal(size**-0.5)
+        self.q = make(("embed", "heads"), init=init)
+        self.k = make(("embed", "heads"), init=init)
+        self.v = make(("embed", "heads"), init=init)
+        self.out_proj = make(("heads", "embed"), init=_output_init(config))
 
     def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
         q, k, v = (
             project(x).reshape(*x.shape[:-1], self.num_heads, -1)
             for project in (self.q, self.k, self.v)
         )
-        # Pads come after the end-of-text token that is read, so that they need no mask.
+        # Padding comes after the end-of-text token, so that the causal mask hides it.
         out = attention(q, k, v, jnp.ones(x.shape[:2], jnp.int32), causal=self.causal)
         return self.out_proj(out.reshape(*x.shape[:-1], -1))
 
 
 class ClipMLP(nnx.Module):
-    """``fc2(quick_gelu(fc1 x))``. Initialised as OpenAI's ``initialize_parameters`` does."""
+    """``fc2(quick_gelu(fc1 x))``. Initialised as in OpenAI's ``initialize_parameters``."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         size, mlp_dim = config.hidden_size, config.intermediate_size
         make = functools.partial(Linear, rngs=rngs, dtype=jnp.dtype(config.dtype))
-        read = initializers.normal((2 * size) ** -0.5)
-        self.fc1 = make(size, mlp_dim, ("embed", "mlp"), init=read)
-        self.fc2 = make(mlp_dim, size, ("mlp", "embed"), init=_write(config))
+        init = initializers.normal((2 * size) ** -0.5)
+        self.fc1 = make(size, mlp_dim, ("embed", "mlp"), init=init)
+        self.fc2 = make(mlp_dim, size, ("mlp", "embed"), init=_output_init(config))
 
     def __call__(self, x: Float[Array, "B Q D"]) -> Float[Array, "B Q D"]:
         hidden = self.fc1(x)
@@ -119,7 +118,7 @@ class ClipMLP(nnx.Module):
 
 
 class ClipBlock(nnx.Module):
-    """Attention and MLP, each behind a LayerNorm and added to its input."""
+    """Pre-norm residual block: attention, then MLP."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs, causal: bool = True):
         self.norm1 = LayerNorm(config.hidden_size, ("embed",), rngs=rngs, epsilon=EPSILON)
@@ -134,7 +133,7 @@ class ClipBlock(nnx.Module):
 
 
 class ClipText(nnx.Module):
-    """Prompts' ids to one vector a prompt. See the module's docstring."""
+    """Token ids to one vector per prompt. See the module's docstring."""
 
     def __init__(self, config: ClipConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -157,16 +156,16 @@ class ClipText(nnx.Module):
         """The vector of each prompt's first end-of-text token, in the compute dtype.
 
         Args:
-          ids: one prompt each, padded with anything behind its end-of-text token. Without that
-            token the vector is the first token's and means nothing.
+          ids: one prompt per row, with any padding after its end-of-text token. Without an
+            end-of-text token the result is the first token's vector and meaningless.
 
         Raises:
-          ValueError: there are no tokens, or more than there are positions.
+          ValueError: the rows have no tokens, or more than ``max_positions``.
         """
         length = ids.shape[1]
         if not 0 < length <= self.config.max_positions:
             raise ValueError(
-                f"CLIP reads 1 to {self.config.max_positions} tokens a prompt, not {length}: see "
+                f"CLIP needs 1 to {self.config.max_positions} tokens per prompt, not {length}: set "
                 "text.clip_tokenizer and text.clip_max_tokens."
             )
 
@@ -180,6 +179,6 @@ class ClipText(nnx.Module):
         return self.final_norm(jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
 
 
-def _write(config: ClipConfig) -> initializers.Initializer:
-    """For what is added to the residual stream, twice a layer."""
+def _output_init(config: ClipConfig) -> initializers.Initializer:
+    """Initialiser of the maps into the residual stream, two per layer."""
     return initializers.normal((2 * config.num_layers * config.hidden_size) ** -0.5)

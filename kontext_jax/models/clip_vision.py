@@ -1,10 +1,9 @@
-"""CLIP's image encoder, and both encoders side by side: pictures and texts in one space.
+"""CLIP's image encoder, and a pair of image and text encoders with a shared embedding space.
 
-Follows ``transformers``' ``CLIPVisionModelWithProjection`` (and so OpenAI's ``clip/model.py``,
-arXiv 2103.00020): patches without bias and a class token, learned positions, a norm before the
-first block, the text encoder's blocks with attention of all to all, and the class token's vector
-behind a last norm and a projection. The vector is not normalised; cosines (`metrics/similarity.py`)
-do that.
+Follows ``transformers``' ``CLIPVisionModelWithProjection`` (OpenAI's ``clip/model.py``, arXiv
+2103.00020): a patch embedding without bias, a class token, learned positions, a norm before the
+first block, the text encoder's blocks without the causal mask, and a norm and projection of the
+class token's vector. The vector is not normalised; `metrics/similarity.py` does that.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from kontext_jax.settings import Settings
 from kontext_jax.sharding import constrain
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the images that OpenAI trained on, of colours in [0, 1]."""
+"""Statistics of OpenAI's training images, for colours in [0, 1]."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -32,11 +31,12 @@ class ClipVisionConfig(Settings):
 
     Attributes:
       intermediate_size: width of the MLP.
-      image_size: to which images are brought, in pixels: a multiple of ``patch_size``.
-      patch_size: pixels of a patch, along one side.
-      projection_dim: channels of the space that pictures and texts share.
-      crop: what is seen of an image is its middle square, as in OpenAI's own code and in the
-        numbers published of it; else all of it, its proportions lost (`features.standardise`).
+      image_size: side of the network's input in pixels, a multiple of ``patch_size``.
+      patch_size: side of a patch in pixels.
+      projection_dim: channels of the embedding space that images and texts share.
+      crop: whether to crop images to their central square, as in OpenAI's code and published
+        results; else images are resized without preserving the aspect ratio
+        (`features.standardise`).
       dtype: compute dtype; parameters are float32.
       remat: what the backward pass recomputes, see `layers.remat`.
     """
@@ -57,10 +57,10 @@ class ClipVisionConfig(Settings):
             raise ValueError(
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}."
             )
-        self.block()  # which checks the other sizes
+        self.block()  # checks the other sizes
 
     def block(self) -> ClipConfig:
-        """What the blocks read of it, in the words of the text encoder, whose they are."""
+        """The sizes of a block as a config of the text encoder, which has the same blocks."""
         return ClipConfig(
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -72,12 +72,12 @@ class ClipVisionConfig(Settings):
 
     @classmethod
     def vit_b32(cls, **kwargs) -> "ClipVisionConfig":
-        """openai/clip-vit-base-patch32, the image encoder alone: 87,849,216 parameters."""
+        """openai/clip-vit-base-patch32, only the image encoder: 87,849,216 parameters."""
         return cls(**kwargs)
 
     @classmethod
     def vit_l14(cls, **kwargs) -> "ClipVisionConfig":
-        """openai/clip-vit-large-patch14, the image encoder alone: 303,966,208 parameters."""
+        """openai/clip-vit-large-patch14, only the image encoder: 303,966,208 parameters."""
         sizes = dict(
             hidden_size=1024,
             intermediate_size=4096,
@@ -106,14 +106,14 @@ class ClipVisionConfig(Settings):
 
 
 class ClipVision(nnx.Module):
-    """Images to one vector an image. See the module's docstring."""
+    """Images to one vector per image. See the module's docstring."""
 
     def __init__(self, config: ClipVisionConfig, *, rngs: nnx.Rngs):
         self.config = config
         size, patch, dtype = config.hidden_size, config.patch_size, jnp.dtype(config.dtype)
         init, cells = initializers.normal(size**-0.5), (config.image_size // patch) ** 2
-        first = init(rngs.params(), (size,), jnp.float32)
-        self.class_embedding = nnx.Param(first, axes=("embed",))
+        class_token = init(rngs.params(), (size,), jnp.float32)
+        self.class_embedding = nnx.Param(class_token, axes=("embed",))
         positions = init(rngs.params(), (1 + cells, size), jnp.float32)
         self.position_embedding = nnx.Param(positions, axes=(None, "embed"))
         self.patch_embedding = nnx.Conv(
@@ -137,19 +137,19 @@ class ClipVision(nnx.Module):
         self.projection = _projection(size, config, rngs)
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Features:
-        """The vectors of images of any size, and no maps; pixels lie in [-1, 1].
+        """Vectors of images of any size, without maps; pixels lie in [-1, 1].
 
-        They have the compute dtype, and are not normalised.
+        The vectors have the compute dtype and are not normalised.
         """
         config = self.config
         if config.crop:
-            images = middle_square(images, config.image_size)
+            images = resize_and_crop(images, config.image_size)
         x = self.patch_embedding(standardise(images, config.image_size, MEAN, STD))
         x = x.reshape(len(x), -1, config.hidden_size)
-        first = self.class_embedding[...].astype(x.dtype).reshape(1, 1, -1)
-        first = jnp.broadcast_to(first, (len(x), 1, x.shape[-1]))
+        class_token = self.class_embedding[...].astype(x.dtype).reshape(1, 1, -1)
+        class_token = jnp.broadcast_to(class_token, (len(x), 1, x.shape[-1]))
         positions = self.position_embedding[...].astype(x.dtype)[None]
-        x = self.first_norm(jnp.concatenate([first, x], axis=1) + positions)
+        x = self.first_norm(jnp.concatenate([class_token, x], axis=1) + positions)
 
         def step(x, block):
             return block(x), None
@@ -159,20 +159,20 @@ class ClipVision(nnx.Module):
         return Features((), self.projection(self.final_norm(x[:, 0])))
 
 
-def middle_square(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B s s 3"]:
-    """The middle of images, as OpenAI's code cuts it out after resizing the shorter side to it.
+def resize_and_crop(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B s s 3"]:
+    """Resizes the shorter side to ``size`` and crops to the central square, as in OpenAI's code.
 
-    The longer side then has a whole number of pixels, rounded down; of an odd number too many, the
-    cut takes half to even, as torchvision does (transformers: half down, which may be a pixel off).
-    Resizing is bicubic and smooths before it shrinks, as Pillow does: the width, then the height.
-    What overshoots is cut off after each, as by Pillow's 8 bits, but not rounded to them.
+    The resized longer side is rounded down to a whole number of pixels. If the margin is odd, its
+    half is rounded to even, as in torchvision (transformers rounds down, which may be one pixel
+    off). Resizing is bicubic with antialiasing, like Pillow's: the width, then the height. Values
+    are clipped after each, as by Pillow's 8 bits, but not rounded to 8 bits.
 
     Args:
       images: pixels in [-1, 1].
-      size: of the square, in pixels.
+      size: height and width of the result, in pixels.
 
     Returns:
-      float32, in [-1, 1].
+      float32 images in [-1, 1].
     """
     before = np.array(images.shape[1:3])
     after = size * before // before.min()
@@ -180,22 +180,22 @@ def middle_square(images: Float[Array, "B h w 3"], size: int) -> Float[Array, "B
     scale, shift = (x.astype(np.float32) for x in (after / before, -start))
     x = images.astype(jnp.float32)
     for axis in (2, 1):
-        shape, at = (*x.shape[:axis], size, *x.shape[axis + 1 :]), np.s_[axis - 1 : axis]
-        x = jax.image.scale_and_translate(x, shape, (axis,), scale[at], shift[at], "cubic")
+        shape, side = (*x.shape[:axis], size, *x.shape[axis + 1 :]), np.s_[axis - 1 : axis]
+        x = jax.image.scale_and_translate(x, shape, (axis,), scale[side], shift[side], "cubic")
         x = jnp.clip(x, -1.0, 1.0)
     return x
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class ClipPairConfig(Settings):
-    """Sizes of a whole CLIP; the projections of both encoders are as wide as ``vision`` says."""
+    """Sizes of both encoders; ``vision.projection_dim`` is for both projections."""
 
     text: ClipConfig
     vision: ClipVisionConfig
 
 
 class ClipPair(nnx.Module):
-    """Both encoders, trained such that a picture and its caption have vectors of one direction."""
+    """Image and text encoders whose vectors of an image and its caption have similar directions."""
 
     def __init__(self, config: ClipPairConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -203,13 +203,13 @@ class ClipPair(nnx.Module):
         self.text_projection = _projection(config.text.hidden_size, config.vision, rngs)
         self.vision = ClipVision(config.vision, rngs=rngs)
 
-    def read(self, ids: Int[Array, "B Q"]) -> Float[Array, "B D"]:
+    def encode_text(self, ids: Int[Array, "B Q"]) -> Float[Array, "B D"]:
         """The projected vector of each prompt, not normalised; see `ClipText` for ``ids``."""
         return self.text_projection(self.text(ids))
 
 
 def _projection(size: int, config: ClipVisionConfig, rngs: nnx.Rngs) -> Linear:
-    """From an encoder's width to the space that both share."""
+    """Linear map from an encoder's width to the shared embedding space."""
     return Linear(
         size,
         config.projection_dim,

@@ -1,11 +1,10 @@
-"""DINOv2: a vision transformer that was taught without labels, for its features.
+"""DINOv2: a self-supervised vision transformer, used for its features.
 
-Follows ``transformers``' ``Dinov2Model`` (and so arXiv 2304.07193): patches of 14 pixels and a
-class token, learned positions, and pre-norm blocks with biases whose branches are scaled channel by
-channel before they are added (LayerScale, arXiv 2103.17239). ADD (arXiv 2311.17042) looks at real
-and generated images through it: its discriminator's heads read the patches of some blocks, and the
-class token conditions them. The variants with register tokens and with a gated MLP (giant) are not
-known here.
+Follows ``transformers``' ``Dinov2Model`` (arXiv 2304.07193): patches of 14 pixels, class token,
+learned positions, and pre-norm blocks with biases and per-channel scales of the residual branches
+(LayerScale, arXiv 2103.17239). It is the feature network of ADD (arXiv 2311.17042), where the
+discriminator's heads see the patches of some blocks and are conditioned on the class token. The
+variants with register tokens and with a gated MLP (giant) are not supported.
 
 The blocks are one stacked module, scanned from tap to tap, and rematerialised in the backward pass:
 the network is frozen, but gradients flow through it to the images.
@@ -28,13 +27,13 @@ from kontext_jax.settings import Settings, check_choices
 from kontext_jax.sharding import constrain
 
 PATCH = 14
-"""Pixels of a patch, along one side."""
+"""Side of a patch in pixels."""
 
 EPSILON = 1e-6
-"""Of the norms."""
+"""Of the LayerNorms."""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, of colours in [0, 1]."""
+"""Statistics of ImageNet, for colours in [0, 1]."""
 
 init = initializers.truncated_normal(0.02)
 
@@ -45,14 +44,13 @@ class DinoConfig(Settings):
 
     Attributes:
       hidden_size: width, and channels of the maps and of the pooled vector.
-      mlp_ratio: how many times wider the MLP is.
-      trained_size: pixels a side of the images that the positions were learned on.
-      input_size: to which images are brought, in pixels: a multiple of 14. ADD and StyleGAN-T
-        (arXiv 2301.09515) take 224.
-      taps: the blocks whose outputs are the maps, in rising order.
+      mlp_ratio: width of the MLP divided by ``hidden_size``.
+      trained_size: side in pixels of the images for which the positions were learned.
+      input_size: side of the network's input in pixels, a multiple of 14. ADD and StyleGAN-T
+        (arXiv 2301.09515) use 224.
+      taps: ascending indices of the blocks whose outputs are the maps.
       dtype: compute dtype; parameters are float32.
-      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all;
-        see `layers.remat` for what lies between.
+      remat: what the backward pass recomputes, see `layers.remat`.
     """
 
     hidden_size: int = 384
@@ -68,12 +66,12 @@ class DinoConfig(Settings):
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide by num_heads {self.num_heads}."
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}."
             )
         for name in ("trained_size", "input_size"):
             size = getattr(self, name)
             if size < PATCH or size % PATCH:
-                raise ValueError(f"{name} {size} must be a multiple of a patch's {PATCH} pixels.")
+                raise ValueError(f"{name} {size} must be a multiple of {PATCH}, the patch size.")
         check_taps(self.taps, self.num_layers)
         check_choices(self, remat=REMAT_POLICIES)
 
@@ -89,13 +87,13 @@ class DinoConfig(Settings):
 
     @classmethod
     def vitl14(cls, **kwargs) -> "DinoConfig":
-        """facebook/dinov2-large: 304,367,616 parameters; a map after each quarter of its blocks."""
+        """facebook/dinov2-large: 304,367,616 parameters; a map after each quarter of the blocks."""
         sizes = dict(hidden_size=1024, num_layers=24, num_heads=16, taps=(5, 11, 17, 23))
         return cls(**(sizes | kwargs))
 
     @classmethod
     def tiny(cls, **kwargs) -> "DinoConfig":
-        """For tests: 2 x 2 patches, with positions of 3 x 3."""
+        """For tests: 2 x 2 patches, with learned positions for 3 x 3."""
         sizes = dict(
             hidden_size=32,
             num_layers=4,
@@ -111,7 +109,7 @@ class DinoConfig(Settings):
 
 
 class DinoAttention(nnx.Module):
-    """Attention of all patches and the class token to one another."""
+    """Self-attention over the patches and the class token."""
 
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
@@ -130,7 +128,7 @@ class DinoAttention(nnx.Module):
 
 
 class DinoMLP(nnx.Module):
-    """``fc2(gelu(fc1 x))``, GELU by the error function."""
+    """``fc2(gelu(fc1 x))`` with the exact GELU."""
 
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
         size, mlp_dim = config.hidden_size, config.mlp_ratio * config.hidden_size
@@ -143,7 +141,7 @@ class DinoMLP(nnx.Module):
 
 
 class DinoBlock(nnx.Module):
-    """Attention and MLP, each behind a LayerNorm, scaled, and added to its input."""
+    """Pre-norm residual block with LayerScale: attention, then MLP."""
 
     def __init__(self, config: DinoConfig, *, rngs: nnx.Rngs):
         size = config.hidden_size
@@ -188,18 +186,18 @@ class Dino(nnx.Module):
         self.final_norm = LayerNorm(size, ("embed",), rngs=rngs, epsilon=EPSILON)
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Features:
-        """Features of images of any size; pixels lie in [-1, 1]. They have the compute dtype.
+        """Features of images of any size, in the compute dtype; pixels lie in [-1, 1].
 
         Returns:
-          The patches' vectors after each tap, with a cell for each patch of ``input_size``, and the
-          class token's after the last norm.
+          Vectors of the patches after each tap, one cell per patch, and the vector of the class
+          token after the last norm.
         """
         config = self.config
         cells = config.input_size // PATCH
         x = self.patch_embedding(standardise(images, config.input_size, MEAN, STD))
         x = x.reshape(len(images), cells**2, -1)
-        first = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], axis=1) + self._positions(cells).astype(x.dtype)
+        cls_token = jnp.broadcast_to(self.cls_token[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([cls_token, x], axis=1) + self._positions(cells).astype(x.dtype)
         x = constrain(x, "batch seq act_embed")
 
         def step(x, block):
@@ -217,7 +215,7 @@ class Dino(nnx.Module):
         return Features(tuple(maps), self.final_norm(x[:, 0]))
 
     def _positions(self, cells: int) -> Float[Array, "1 S D"]:
-        """The class token's position, and those of a grid of ``cells`` by ``cells`` patches."""
+        """Position embeddings of the class token and of a grid of ``cells`` x ``cells`` patches."""
         table = self.position_embeddings[...].astype(jnp.float32)
         trained = self.config.trained_size // PATCH
         if cells == trained:
@@ -229,10 +227,10 @@ class Dino(nnx.Module):
 
 
 def bicubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"]:
-    """How PyTorch's bicubic ``interpolate`` weighs the samples of a line, float32.
+    """Weights of PyTorch's bicubic ``interpolate`` along one axis, float32.
 
-    Cubic convolution with a = -0.75, at the ends with the outermost sample repeated; it does not
-    smooth where it shrinks. `jax.image.resize` has a = -0.5, and drops what lies outside.
+    Cubic convolution with a = -0.75, repeating the samples at the ends, without antialiasing.
+    `jax.image.resize` has a = -0.5, and drops samples beyond the ends.
     """
     a = -0.75
     centres = (np.arange(after) + 0.5) * before / after - 0.5
@@ -242,8 +240,8 @@ def bicubic_weights(before: int, after: int) -> Float[np.ndarray, "after before"
         x = np.abs(centres - sample)
         near = (a + 2) * x**3 - (a + 3) * x**2 + 1
         far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
-        at = np.clip(sample, 0, before - 1)
-        weights[np.arange(after), at] += np.where(x <= 1, near, far)
+        column = np.clip(sample, 0, before - 1)
+        weights[np.arange(after), column] += np.where(x <= 1, near, far)
     return weights.astype(np.float32)
 
 

@@ -1,12 +1,11 @@
-"""EfficientNet-Lite: a small network that tells the thousand classes of ImageNet apart.
+"""EfficientNet-Lite: a small ImageNet classifier, used for its features.
 
 Follows ``models/official/efficientnet/lite`` of tensorflow/tpu: EfficientNet (arXiv 1905.11946)
-without squeeze and excitation, and with ReLU6 for swish. It is here for its features, because its
-ImageNet weights can be installed like a program (`weights/efficientnet.py`). Maps are taken where
-Projected GAN (arXiv 2111.01007) takes them, the pooled vector where the classifier reads.
+without squeeze and excitation, and with ReLU6 instead of swish. Its ImageNet weights are available
+as a Python package (`weights/efficientnet.py`). The maps are those of Projected GAN (arXiv
+2111.01007); the pooled vector is the classifier's input.
 
-This is the network as it is used, not as it is trained: batch norms are folded into the
-convolutions before them, and nothing is dropped.
+Inference only: batch norms are folded into the convolutions before them, and there is no dropout.
 """
 
 import functools
@@ -24,18 +23,18 @@ from kontext_jax.models.layers import Linear
 from kontext_jax.settings import Settings
 
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
-"""Of colours in [0, 1], as the Lite networks were trained; the others of the family differ."""
+"""Normalisation of the Lite networks, for colours in [0, 1]; other EfficientNets differ."""
 
 
 class Stage(NamedTuple):
-    """Blocks of one width, one after the other.
+    """A sequence of blocks of one width.
 
     Attributes:
-      kernel_size: of the depthwise convolutions, in pixels.
-      stride: of the first block; the others keep the size.
-      expansion: how many times wider than their inputs the blocks are inside.
-      channels: of their outputs.
-      num_blocks: how many there are.
+      kernel_size: size of the depthwise convolutions, in pixels.
+      stride: stride of the first block; the others have stride 1.
+      expansion: inner width of a block divided by the width of its input.
+      channels: output channels.
+      num_blocks: number of blocks.
     """
 
     kernel_size: int
@@ -50,13 +49,13 @@ class EfficientNetConfig(Settings):
     """Sizes of the network; the defaults are EfficientNet-Lite0's.
 
     Attributes:
-      stem_channels: of the first convolution, which halves the size.
-      stages: of the blocks behind it.
-      head_channels: of the last convolution, and of the pooled vector.
-      num_classes: that the classifier knows.
-      input_size: to which images are brought, in pixels; 224 is what Lite0 was trained with.
-      taps: the blocks whose outputs are the maps, in rising order; Lite0's are the last ones of a
-        quarter, an eighth, a sixteenth and a thirty-second of the size.
+      stem_channels: channels of the first convolution, which halves the resolution.
+      stages: the stages of blocks after it.
+      head_channels: channels of the last convolution and of the pooled vector.
+      num_classes: number of classes of the classifier.
+      input_size: side of the network's input in pixels; Lite0 was trained with 224.
+      taps: ascending indices of the blocks whose outputs are the maps; for Lite0 the last blocks at
+        1/4, 1/8, 1/16 and 1/32 of the resolution.
       dtype: compute dtype; parameters are float32.
     """
 
@@ -81,12 +80,12 @@ class EfficientNetConfig(Settings):
 
     @classmethod
     def lite0(cls, **kwargs) -> "EfficientNetConfig":
-        """EfficientNet-Lite0: 4,631,000 parameters once its norms are folded."""
+        """EfficientNet-Lite0: 4,631,000 parameters with folded norms."""
         return cls(**kwargs)
 
     @classmethod
     def tiny(cls, **kwargs) -> "EfficientNetConfig":
-        """For tests: every kind of block there is, in 16 pixels."""
+        """For tests: every kind of block, on 16 pixels."""
         sizes = dict(
             stem_channels=8,
             stages=(Stage(3, 1, 1, 8, 1), Stage(5, 2, 3, 12, 2), Stage(3, 2, 2, 16, 1)),
@@ -99,10 +98,9 @@ class EfficientNetConfig(Settings):
 
 
 class Block(nnx.Module):
-    """Inverted bottleneck (arXiv 1801.04381): widens, filters each channel, and narrows again.
+    """Inverted bottleneck (arXiv 1801.04381): expansion, depthwise convolution, projection.
 
-    Where the block changes neither size nor width, its input is added. Nothing is cut off at the
-    narrow end.
+    The input is added if the block preserves its shape. There is no ReLU after the projection.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class Block(nnx.Module):
 
 
 class EfficientNet(nnx.Module):
-    """Images to features, or to the logits of classes. See the module's docstring."""
+    """Images to features or class logits. See the module's docstring."""
 
     def __init__(self, config: EfficientNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -145,9 +143,9 @@ class EfficientNet(nnx.Module):
         """Features of images of any size; pixels lie in [-1, 1].
 
         Returns:
-          The taps' outputs, and the mean of the last convolution's over the image. For Lite0's 224
-          pixels these are maps of 56, 28, 14 and 7 cells a side with 24, 40, 112 and 320 channels,
-          and 1,280 numbers.
+          Outputs of the taps, and the last convolution's output averaged over the image. For Lite0
+          at 224 pixels these are maps of 56, 28, 14 and 7 cells per side with 24, 40, 112 and 320
+          channels, and vectors of 1,280 channels.
         """
         x = standardise(images, self.config.input_size, MEAN, STD)
         x = jax.nn.relu6(self.stem(x))
@@ -159,28 +157,27 @@ class EfficientNet(nnx.Module):
         return Features(tuple(maps), jnp.mean(jax.nn.relu6(self.head(x)), axis=(1, 2)))
 
     def logits(self, images: Float[Array, "B h w 3"]) -> Float[Array, "B N"]:
-        """Of each class of ImageNet, in the usual order, for images as in a call."""
+        """Logits of the ImageNet classes in the usual order; ``images`` as in `__call__`."""
         return self.classifier(self(images).pooled)
 
 
 def _depthwise(conv: nnx.Conv, x: Float[Array, "B _ _ c"]) -> Float[Array, "B _ _ c"]:
-    """``conv(x)``, each channel filtered by itself, as a sum of shifted and weighted images.
+    """``conv(x)`` for a depthwise ``conv``, as a sum of shifted and weighted images.
 
-    XLA fuses it into one loop. With its convolutions of as many groups as channels the whole
-    network takes five times as long on two CPU cores (Lite0 at 128 pixels, 64 at once: 23.7 ms an
-    image, and so 4.6).
+    XLA fuses it into one loop. With XLA's grouped convolutions the network takes five times as long
+    on two CPU cores: 23.7 instead of 4.6 ms per image (Lite0 at 128 pixels, batches of 64).
     """
     x, kernel = x.astype(conv.dtype), conv.kernel[...].astype(conv.dtype)
     (size, _), stride = conv.kernel_size, conv.strides
     cells = [-(-side // stride) for side in x.shape[1:3]]
-    reach = [(n - 1) * stride + 1 for n in cells]
-    gaps = [max(r + size - 1 - side, 0) for r, side in zip(reach, x.shape[1:3], strict=True)]
+    extent = [(n - 1) * stride + 1 for n in cells]
+    padding = [max(e + size - 1 - side, 0) for e, side in zip(extent, x.shape[1:3], strict=True)]
     # TensorFlow's padding, as in `_conv`.
-    x = jnp.pad(x, ((0, 0), *((gap // 2, gap - gap // 2) for gap in gaps), (0, 0)))
+    x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in padding), (0, 0)))
     total = jnp.broadcast_to(conv.bias[...].astype(conv.dtype), (len(x), *cells, x.shape[-1]))
     for row in range(size):
         for column in range(size):
-            part = x[:, row : row + reach[0] : stride, column : column + reach[1] : stride]
+            part = x[:, row : row + extent[0] : stride, column : column + extent[1] : stride]
             total = total + part * kernel[row, column].reshape(1, 1, 1, -1)
     return total
 
@@ -195,7 +192,7 @@ def _conv(
     *,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution with TensorFlow's padding: if it is uneven, more below and right."""
+    """A square convolution with TensorFlow's padding: odd padding has more below and right."""
     return nnx.Conv(
         inputs,
         outputs,

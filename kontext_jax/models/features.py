@@ -1,8 +1,8 @@
-"""What frozen networks see in images: maps for discriminators, and a vector for statistics.
+"""Features of images from frozen networks: maps for discriminators, and a vector for metrics.
 
-A feature network (`models/dino.py`, `models/efficientnet.py`) is called with images of any size and
-gives `Features`. It brings them to its own size and scale itself, differentiably, so that whoever
-trains through it or measures with it has nothing to prepare.
+A feature network (`models/dino.py`, `models/efficientnet.py`) maps images of any size to
+`Features`. It resizes and standardises them itself, differentiably, so that training through it or
+measuring with it needs no preprocessing.
 """
 
 from collections import Counter
@@ -20,11 +20,11 @@ from kontext_jax.sharding import over_batches
 
 
 class Features(NamedTuple):
-    """What a feature network gives for a batch of images.
+    """Features of a batch of images.
 
     Attributes:
-      maps: feature maps, from the first layers to the last, each of its own size and width.
-      pooled: one vector an image.
+      maps: feature maps from the first layers to the last; sizes and channels may differ.
+      pooled: one vector per image.
     """
 
     maps: tuple[Float[Array, "B _ _ _"], ...]
@@ -32,32 +32,32 @@ class Features(NamedTuple):
 
 
 def check_taps(taps: Sequence[int], num_blocks: int) -> None:
-    """Refuses maps of blocks that there are not.
+    """Checks the indices of the blocks whose outputs are feature maps.
 
     Raises:
-      ValueError: they are none, or not in rising order.
+      ValueError: an index is out of range, or they do not ascend.
     """
     if list(taps) != sorted(set(taps) & set(range(num_blocks))):
         raise ValueError(
-            f"taps {tuple(taps)} must be numbers of blocks, 0 to {num_blocks - 1}, in rising order."
+            f"taps {tuple(taps)} must be ascending indices of blocks, from 0 to {num_blocks - 1}."
         )
 
 
 def standardise(
     images: Float[Array, "B h w 3"], size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Float[Array, "B s s 3"]:
-    """Images as a network was trained on them: ``size`` pixels square, of this mean and deviation.
+    """Resizes images to ``size`` x ``size`` pixels and standardises their colours.
 
-    The proportions of images that are not square are lost, as usual in Frechet distances. Resizing
-    is bicubic and smooths before it shrinks, as Pillow does (arXiv 2104.11222 tells why).
+    The aspect ratio is not preserved, as usual for Frechet distances. Resizing is bicubic with
+    antialiasing, like Pillow's (arXiv 2104.11222 explains why).
 
     Args:
       images: pixels in [-1, 1].
-      size: in pixels.
-      mean, std: of the colours of the images that it was trained on, in [0, 1].
+      size: height and width of the result, in pixels.
+      mean, std: statistics of the network's training images, for colours in [0, 1].
 
     Returns:
-      float32.
+      float32 images.
     """
     square = (images.shape[0], size, size, 3)
     x = jax.image.resize(images.astype(jnp.float32), square, "cubic")
@@ -71,13 +71,13 @@ def pooled_features(
     mesh: Mesh,
     batch_size: int = 64,
 ) -> Float32[np.ndarray, "N D"]:
-    """The pooled vector of each image, in their order; products of matrices are exact.
+    """The pooled vector of each image, in order, with matmuls in full float32 precision.
 
     Args:
       network: a feature network on the mesh.
-      images: of any sizes; each size compiles once.
-      mesh: over which batches are split.
-      batch_size: images computed at once; more, if the mesh has more parts.
+      images: images of any sizes; each size compiles once.
+      mesh: mesh over which batches are split.
+      batch_size: images per batch; more if the mesh has more shards.
 
     Raises:
       ValueError: there are no images.
@@ -85,9 +85,9 @@ def pooled_features(
     if not images:
         raise ValueError("There are no images to compute features of.")
     shapes = [image.shape for image in images]
-    sizes = {shape: min(batch_size, number) for shape, number in Counter(shapes).items()}
-    found = over_batches(lambda _, batch: _pooled(network, batch), images, shapes, sizes, mesh)
-    return np.stack(found)
+    sizes = {shape: min(batch_size, count) for shape, count in Counter(shapes).items()}
+    vectors = over_batches(lambda _, batch: _pooled(network, batch), images, shapes, sizes, mesh)
+    return np.stack(vectors)
 
 
 @jax.jit

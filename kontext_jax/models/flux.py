@@ -1,8 +1,8 @@
-"""FLUX.1: the rectified-flow transformer of text-to-image and, with context tokens, of Kontext.
+"""FLUX.1: the rectified-flow transformer for text-to-image and, with context tokens, for Kontext.
 
-Follows Black Forest Labs' ``flux/model.py`` name by name. A row's sequence is
+Follows Black Forest Labs' ``flux/model.py``, with the same names. A row's sequence is
 ``[text | image tokens]``; image tokens are the noisy target and its clean contexts, in any order,
-told apart by their position ids alone. 19 double-stream blocks keep separate weights for text and
+distinguished only by their position ids. 19 double-stream blocks have separate weights for text and
 image and attend jointly; 38 single-stream blocks run attention and MLP in parallel on the joint
 sequence. Each kind is one stacked module, scanned, and rematerialised in the backward pass.
 """
@@ -39,20 +39,20 @@ from kontext_jax.sharding import constrain, platform
 TIME_EMBED_DIM = 256
 
 MAX_UNROLLED = 12
-"""So many blocks are written out one by one on CPUs if their backward pass repeats nothing; it
-compiles as fast."""
+"""Models with at most this many blocks are unrolled on CPUs if their backward pass recomputes
+nothing; they compile as fast as a loop."""
 
 
 class Taps(NamedTuple):
-    """Small networks that look at the image tokens after the blocks.
+    """Small networks (heads) that see the image tokens after the blocks.
 
     Attributes:
-      double, single: heads, stacked along a leading axis as the blocks are: one for every
-        ``every``-th block of the kind, the last one included; None for none.
-      read: ``(head, image tokens [B S D]) -> pytree``.
-      every: blocks from one tap to the next.
-      remat: what the backward pass recomputes of blocks and heads; the transformer's own policy
-        where empty.
+      double, single: heads of each kind of block, stacked along a leading axis like the blocks: one
+        for every ``every``-th block, counted back from the last; None if the kind has no heads.
+      read: ``(head, image tokens [B S D]) -> pytree``, applies a head.
+      every: number of blocks from one head to the next.
+      remat: what the backward pass recomputes of blocks and heads; empty for the transformer's own
+        policy.
     """
 
     double: Any
@@ -73,15 +73,15 @@ class FluxConfig(Settings):
       in_channels: channels of an image token: latent channels times the 2 x 2 patch.
       vec_in_dim: channels of the pooled text vector.
       context_in_dim: channels of a text token.
-      axes_dim: channels of a head given to the position axes (image index, row, column).
+      axes_dim: channels of a head for each position axis (image index, row, column).
       guidance_embed: whether the distilled guidance scale is an input ([dev], not [schnell]).
       dtype: compute dtype; parameters are float32.
-      timestep_dtype: time and guidance are rounded to it first. PyTorch pipelines in bfloat16
-        round so, which moves the output by more than all other rounding together.
+      timestep_dtype: dtype to which time and guidance are rounded. PyTorch pipelines in bfloat16
+        round them too, which changes the output more than all other rounding together.
       attention: implementation of attention, see `attention.attention`.
       remat: what the backward pass recomputes, see `layers.remat`. For each block,
 
-          policy          keeps a token                   repeats of the forward's products
+          policy          saved per token                 recomputed matmuls of the forward pass
           full            1 h                             all
           save_attention  2 h                             all but weights times values
           save_named      11 h (double), 10 h (single)    queries times keys
@@ -90,10 +90,10 @@ class FluxConfig(Settings):
 
         with h = hidden_size values of the compute dtype. In [dev], for a row of 8,704 tokens
         (1024 pixels, one context, text), 1 h of all blocks is 3.0 GB, and each of attention's two
-        products 16 % of the forward pass. The last column is that of plain attention, which in
-        bfloat16 keeps its result in float32, 2 h and not 1. A fused kernel keeps no weights and
-        always repeats queries times keys; its forward pass is repeated by "full" alone, and
-        cuDNN's by "offload" too.
+        matmuls is 16 % of the forward pass. The last column is for plain attention, which in
+        bfloat16 saves its result in float32: 2 h instead of 1. A fused kernel saves no weights and
+        always recomputes queries times keys; only "full" repeats its forward pass, and for cuDNN
+        also "offload".
     """
 
     in_channels: int = 64
@@ -115,7 +115,7 @@ class FluxConfig(Settings):
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads."
+                f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}."
             )
         if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
             raise ValueError(
@@ -144,7 +144,7 @@ class FluxConfig(Settings):
 
     @classmethod
     def tiny(cls, **kwargs) -> "FluxConfig":
-        """For laptops: learns the 32-pixel world on two CPU cores in minutes."""
+        """For laptops: learns the 32-pixel toy data on two CPU cores in minutes."""
         sizes = dict(
             in_channels=24,
             hidden_size=128,
@@ -162,7 +162,7 @@ class FluxConfig(Settings):
 
 
 class SelfAttention(nnx.Module):
-    """One stream's projections around the joint attention of a double block."""
+    """Projections of one stream before and after a double block's joint attention."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
@@ -172,13 +172,13 @@ class SelfAttention(nnx.Module):
         self.proj = Linear(size, size, ("heads", "embed"), rngs=rngs, dtype=dtype)
 
     def project(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S H K"], ...]:
-        """Normalised queries and keys, and values."""
+        """Queries, keys and values; queries and keys are normalised."""
         q, k, v = (_split_heads(part, self.num_heads) for part in jnp.split(self.qkv(x), 3, -1))
         return *self.norm(q, k), v
 
 
 class MLP(nnx.Module):
-    """Linear, GELU (tanh), Linear. BFL names the layers by their place: 0 and 2."""
+    """Linear, GELU (tanh), Linear. BFL names the layers by their index: 0 and 2."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, mlp_dim, dtype = config.hidden_size, config.mlp_dim, jnp.dtype(config.dtype)
@@ -190,7 +190,7 @@ class MLP(nnx.Module):
 
 
 class DoubleStreamBlock(nnx.Module):
-    """Text and image with weights of their own, attending to one another."""
+    """Joint attention of text and image, then an MLP each; the streams share no weights."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -227,7 +227,7 @@ class DoubleStreamBlock(nnx.Module):
 
 
 class SingleStreamBlock(nnx.Module):
-    """Attention and MLP in parallel on the joint sequence, sharing one input and output map."""
+    """Attention and MLP in parallel on the joint sequence; input and output maps are fused."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
@@ -257,7 +257,7 @@ class SingleStreamBlock(nnx.Module):
 
 
 class LastLayer(nnx.Module):
-    """adaLN (shift, scale: BFL's order; diffusers stores scale, shift) and the map to channels."""
+    """adaLN (shift, scale: BFL's order; diffusers stores scale, shift), then Linear to channels."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
@@ -273,7 +273,7 @@ class LastLayer(nnx.Module):
 
 
 class Flux(nnx.Module):
-    """The velocity of image tokens, given text, its pooled vector, and time."""
+    """Predicts the velocity of image tokens from text, its pooled vector, and time."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs):
         size, dtype = config.hidden_size, jnp.dtype(config.dtype)
@@ -310,14 +310,14 @@ class Flux(nnx.Module):
 
         Args:
           latents: noisy target tokens and clean context tokens.
-          text, pooled: the encoders' sequence, and one vector an example.
-          t: time of each example in [0, 1], 1 = noise.
-          positions: (image index, row, column) of the image tokens; text sits at (0, 0, 0).
+          text, pooled: text tokens, and one pooled text vector per example.
+          t: time of each example in [0, 1]; 1 is pure noise.
+          positions: (image index, row, column) of each image token; text is at (0, 0, 0).
           segments, text_segments: example of each token, counted from 1; 0 = padding.
-          guidance: the distilled guidance scale; given if and only if the model has the input.
+          guidance: distilled guidance scale of each example, if the model has the input.
 
         Raises:
-          ValueError: guidance is missing or not wanted.
+          ValueError: guidance is missing, or the model has no guidance input.
         """
         x, vec, _ = self._run(
             latents, text, pooled, t, positions, segments, text_segments, guidance
@@ -337,10 +337,10 @@ class Flux(nnx.Module):
         guidance: Float[Array, "B N"] | None = None,
         taps: Taps,
     ) -> tuple[Float[Array, "B S C"], Any]:
-        """(velocity, what the heads read off the image tokens after each tapped block, in order).
+        """The velocity, and the outputs of the heads ``taps`` in the order of their blocks.
 
-        Heads run within the loops over the blocks, so that no block's tokens outlive it. Arguments
-        are those of a call, and ``taps``.
+        Heads run inside the loops over the blocks, so that no block's tokens have to be kept. The
+        other arguments are those of `__call__`.
         """
         x, vec, readings = self._run(
             latents, text, pooled, t, positions, segments, text_segments, guidance, taps
@@ -350,7 +350,7 @@ class Flux(nnx.Module):
     def _run(
         self, latents, text, pooled, t, positions, segments, text_segments, guidance, taps=NO_TAPS
     ):
-        """(image tokens after the last block, conditioning vector, readings of the taps)."""
+        """Image tokens after the last block, conditioning vector, and outputs of the heads."""
         txt_len = text.shape[1]
         img = constrain(self.img_in(latents), "batch seq act_embed")
         txt = constrain(self.txt_in(text), "batch seq act_embed")
@@ -365,39 +365,39 @@ class Flux(nnx.Module):
             return block(x, vec, rotation, joint_segments)
 
         policy = taps.remat or self.config.remat
-        # What a loop keeps for its backward pass is copied once more, which is a tenth of a step on
-        # CPUs. One that keeps next to nothing is the faster.
-        few = self.config.depth + self.config.depth_single <= MAX_UNROLLED
-        unroll = few and policy == "none" and platform() == "cpu"
+        # A loop copies once more what it saves for its backward pass: a tenth of a step on CPUs.
+        # If it saves next to nothing, the loop is faster than unrolled blocks.
+        is_small = self.config.depth + self.config.depth_single <= MAX_UNROLLED
+        unroll = is_small and policy == "none" and platform() == "cpu"
         run = functools.partial(_run_blocks, every=taps.every, policy=policy, unroll=unroll)
         read = taps.read
-        (img, txt), first = run(
+        (img, txt), double_readings = run(
             double, (img, txt), self.double_blocks, taps.double, lambda head, x: read(head, x[0])
         )
-        x, second = run(
+        x, single_readings = run(
             single,
             jnp.concatenate([txt, img], axis=1),
             self.single_blocks,
             taps.single,
             lambda head, x: read(head, x[:, txt_len:]),
         )
-        readings = [reading for reading in (first, second) if reading is not None]
+        readings = [r for r in (double_readings, single_readings) if r is not None]
         if readings:
             readings = jax.tree.map(lambda *parts: jnp.concatenate(parts), *readings)
         return x[:, txt_len:], vec, readings
 
     def _conditioning(self, t, guidance, pooled) -> Float[Array, "B N D"]:
         if (guidance is not None) != self.config.guidance_embed:
-            wants = "needs" if self.config.guidance_embed else "has no"
-            raise ValueError(f"This FLUX {wants} guidance input (guidance_embed in its config).")
+            verb = "needs a" if self.config.guidance_embed else "has no"
+            raise ValueError(f"This FLUX {verb} guidance input (guidance_embed in its config).")
         rounded = jnp.finfo(self.config.timestep_dtype)
         dtype = jnp.dtype(self.config.dtype)
 
-        def round_off(x):  # XLA would drop a cast there and back
+        def round_off(x):  # not a cast and back, which XLA would remove
             return jax.lax.reduce_precision(x, rounded.nexp, rounded.nmant)
 
         def embed(x):
-            # As PyTorch pipelines do, the factor 1000 is applied after the rounding.
+            # As in PyTorch pipelines, the factor 1000 is applied after rounding.
             scaled = round_off(round_off(x.astype(jnp.float32)) * 1000.0)
             return timestep_embedding(scaled).astype(dtype)
 
@@ -413,13 +413,14 @@ class Flux(nnx.Module):
 
 
 def _run_blocks(step, carry, blocks, heads, read, *, every, policy, unroll):
-    """(carry after all blocks, readings): a head reads the carry after every ``every``-th block.
+    """Carry after all blocks, and the outputs of the heads, or None without heads.
 
-    Counted from the last block on; those in front that fill no group are not read.
+    A head reads the carry after every ``every``-th block, counted back from the last one. Blocks at
+    the front that do not fill a group have no head.
     """
     scan = functools.partial(jax.lax.scan, unroll=unroll)
 
-    def alone(carry, block):
+    def untapped(carry, block):
         return step(carry, block), None
 
     def tapped(carry, block_and_head):
@@ -431,30 +432,30 @@ def _run_blocks(step, carry, blocks, heads, read, *, every, policy, unroll):
         members, head = blocks_and_head
         *before, last = (jax.tree.map(lambda x, i=i: x[i], members) for i in range(every))
         for block in before:
-            carry, _ = remat(alone, policy)(carry, block)
+            carry, _ = remat(untapped, policy)(carry, block)
         return remat(tapped, policy)(carry, (last, head))
 
     if heads is None:
-        return scan(remat(alone, policy), carry, blocks)
+        return scan(remat(untapped, policy), carry, blocks)
     num_blocks = len(jax.tree.leaves(blocks)[0])
     groups = num_taps(num_blocks, every)
-    before = num_blocks - groups * every
-    if before:
-        carry, _ = scan(remat(alone, policy), carry, jax.tree.map(lambda x: x[:before], blocks))
-    grouped = jax.tree.map(lambda x: x[before:].reshape(groups, every, *x.shape[1:]), blocks)
+    rest = num_blocks - groups * every
+    if rest:
+        carry, _ = scan(remat(untapped, policy), carry, jax.tree.map(lambda x: x[:rest], blocks))
+    grouped = jax.tree.map(lambda x: x[rest:].reshape(groups, every, *x.shape[1:]), blocks)
     return scan(group, carry, (grouped, heads))
 
 
 def num_taps(num_blocks: int, every: int) -> int:
-    """How many of a kind's blocks have a head, if every ``every``-th has one."""
+    """Number of heads on ``num_blocks`` blocks if every ``every``-th block has one."""
     return num_blocks // every
 
 
 def _split_heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S H K"]:
     heads = x.reshape(*x.shape[:-1], num_heads, -1)
     if platform() == "tpu":
-        # The kernel wants heads before tokens. Left to itself XLA transposes later, in float32,
-        # amid norm and rotation, at twice the traffic.
+        # The kernel needs the head axis before the token axis. Without the barrier XLA transposes
+        # later, in float32 between norm and rotation, which doubles the memory traffic.
         heads = jax.lax.optimization_barrier(heads.swapaxes(1, 2)).swapaxes(1, 2)
     return heads
 
@@ -467,7 +468,7 @@ def _attend(
     segments: Int[Array, "B LS"],
     kernel: str,
 ) -> Float[Array, "B LS D"]:
-    """Attention of rotated queries and keys; the logits' scale is rounded with the rotation."""
+    """Attention with RoPE; the logits' scale is part of the queries' rotation, rounded with it."""
     q, k = apply_rope(q, rotation * q.shape[-1] ** -0.5), apply_rope(k, rotation)
     out = attention(q, k, v, segments, scale=1.0, kernel=kernel)
     return out.reshape(*out.shape[:-2], -1)

@@ -1,14 +1,13 @@
-"""InceptionV3 as FID has it: the network whose pooled features are compared wherever FID is said.
+"""FID's InceptionV3, whose pooled features FID compares.
 
-Follows ``pytorch_fid/inception.py`` of mseitzer/pytorch-fid, and so the graph of 2015-12-05 that
-FID's authors took from TensorFlow (arXiv 1706.08500; the network is arXiv 1512.00567's). Its
-differences from torchvision's InceptionV3: average pooling counts no padding, and the pooling of
-the last block is a maximum. Images are resized as there too, without smoothing; what is shrunk far
-gets aliased by that (arXiv 2104.11222), but the numbers to compare with were made so.
+Follows ``pytorch_fid/inception.py`` of mseitzer/pytorch-fid, which reproduces the TensorFlow graph
+of 2015-12-05 that FID's authors used (arXiv 1706.08500; the network is from arXiv 1512.00567). It
+differs from torchvision's InceptionV3 in that average pooling excludes padding, and the last block
+has max pooling. Images are resized as in pytorch-fid, without antialiasing. This aliases images
+that shrink a lot (arXiv 2104.11222), but published values have the same defect.
 
-This is the network as it is used, not as it is trained: batch norms are folded into the
-convolutions before them, and there is neither a classifier nor the auxiliary one. Modules have
-PyTorch's names, in small letters.
+Inference only: batch norms are folded into the convolutions before them, and there are no
+classifiers. Modules have PyTorch's names in lower case.
 """
 
 import functools
@@ -24,16 +23,16 @@ from kontext_jax.models.features import Features
 from kontext_jax.settings import Settings
 
 MIN_SIZE = 75
-"""Pixels a side; of fewer the last block's inputs would be empty."""
+"""Minimal side of the input in pixels; with fewer, the last block's input would be empty."""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class InceptionConfig(Settings):
-    """Sizes of the network; the defaults are FID's: 21,768,352 parameters with the norms folded.
+    """Sizes of the network; the defaults are FID's: 21,768,352 parameters with folded norms.
 
     Attributes:
-      input_size: to which images are brought, in pixels; 75 or more.
-      thinning: by which all widths are divided, the pooled vector's 2,048 too: 1, 2, 4, 8 or 16.
+      input_size: side of the network's input in pixels, 75 or more.
+      thinning: divisor of all widths, including the pooled vector's 2,048: 1, 2, 4, 8 or 16.
       dtype: compute dtype; parameters are float32.
     """
 
@@ -43,7 +42,7 @@ class InceptionConfig(Settings):
 
     @property
     def num_features(self) -> int:
-        """Numbers of the pooled vector."""
+        """Channels of the pooled vector."""
         return 2048 // self.thinning
 
     def __post_init__(self):
@@ -54,15 +53,15 @@ class InceptionConfig(Settings):
 
     @classmethod
     def tiny(cls, **kwargs) -> "InceptionConfig":
-        """For tests: every layer there is, with 2 to 28 channels; 2 x 2 cells at its end."""
+        """For tests: all layers, with 2 to 28 channels; the last map has 2 x 2 cells."""
         return cls(**(dict(input_size=107, thinning=16) | kwargs))
 
 
 class BlockA(nnx.Module):
-    """At an eighth of the size: 1 x 1, 5 x 5, twice 3 x 3, and pooling, side by side."""
+    """At 1/8 of the resolution: branches of 1 x 1, 5 x 5, twice 3 x 3, and pooling."""
 
     def __init__(self, config: InceptionConfig, inputs: int, pooled: int, *, rngs: nnx.Rngs):
-        """``pooled``: channels of the branch that pools."""
+        """``pooled``: channels of the pooling branch."""
         make = functools.partial(_conv, config, rngs=rngs)
         self.branch1x1 = make(inputs, 64)
         self.branch5x5_1 = make(inputs, 48)
@@ -83,7 +82,7 @@ class BlockA(nnx.Module):
 
 
 class BlockB(nnx.Module):
-    """From an eighth of the size to a sixteenth."""
+    """From 1/8 to 1/16 of the resolution."""
 
     def __init__(self, config: InceptionConfig, inputs: int, *, rngs: nnx.Rngs):
         make = functools.partial(_conv, config, rngs=rngs)
@@ -102,10 +101,10 @@ class BlockB(nnx.Module):
 
 
 class BlockC(nnx.Module):
-    """At a sixteenth of the size: 7 x 7, once and twice, each as a line and a column."""
+    """At 1/16 of the resolution: 7 x 7, once and twice, each factored into 1 x 7 and 7 x 1."""
 
     def __init__(self, config: InceptionConfig, inputs: int, inner: int, *, rngs: nnx.Rngs):
-        """``inner``: channels between the lines and columns."""
+        """``inner``: channels between the factored convolutions."""
         make = functools.partial(_conv, config, rngs=rngs)
         self.branch1x1 = make(inputs, 192)
         self.branch7x7_1 = make(inputs, inner)
@@ -130,7 +129,7 @@ class BlockC(nnx.Module):
 
 
 class BlockD(nnx.Module):
-    """From a sixteenth of the size to a thirty-second."""
+    """From 1/16 to 1/32 of the resolution."""
 
     def __init__(self, config: InceptionConfig, inputs: int, *, rngs: nnx.Rngs):
         make = functools.partial(_conv, config, rngs=rngs)
@@ -152,12 +151,10 @@ class BlockD(nnx.Module):
 
 
 class BlockE(nnx.Module):
-    """At a thirty-second of the size: branches whose ends are a line and a column side by side."""
+    """At 1/32 of the resolution: branches that end in parallel 1 x 3 and 3 x 1 convolutions."""
 
-    def __init__(
-        self, config: InceptionConfig, inputs: int, takes_maximum: bool, *, rngs: nnx.Rngs
-    ):
-        """``takes_maximum``: of the cells that are pooled, instead of their mean."""
+    def __init__(self, config: InceptionConfig, inputs: int, max_pool: bool, *, rngs: nnx.Rngs):
+        """``max_pool``: whether the pooling branch uses the maximum instead of the mean."""
         make = functools.partial(_conv, config, rngs=rngs)
         self.branch1x1 = make(inputs, 320)
         self.branch3x3_1 = make(inputs, 384)
@@ -168,12 +165,12 @@ class BlockE(nnx.Module):
         self.branch3x3dbl_3a = make(384, 384, (1, 3))
         self.branch3x3dbl_3b = make(384, 384, (3, 1))
         self.branch_pool = make(inputs, 192)
-        self.takes_maximum = takes_maximum
+        self.max_pool = max_pool
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
         once = _chain(x, self.branch3x3_1)
         twice = _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2)
-        pooled = _max_pool(x) if self.takes_maximum else _mean_pool(x)
+        pooled = _max_pool(x) if self.max_pool else _mean_pool(x)
         branches = [
             _chain(x, self.branch1x1),
             _chain(once, self.branch3x3_2a),
@@ -186,7 +183,7 @@ class BlockE(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """Images to the vector that FID compares. See the module's docstring."""
+    """Images to the vectors that FID compares. See the module's docstring."""
 
     def __init__(self, config: InceptionConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -205,14 +202,15 @@ class Inception(nnx.Module):
         self.mixed_6d = BlockC(config, 768, 160, rngs=rngs)
         self.mixed_6e = BlockC(config, 768, 192, rngs=rngs)
         self.mixed_7a = BlockD(config, 768, rngs=rngs)
-        self.mixed_7b = BlockE(config, 1280, takes_maximum=False, rngs=rngs)
-        self.mixed_7c = BlockE(config, 2048, takes_maximum=True, rngs=rngs)
+        self.mixed_7b = BlockE(config, 1280, max_pool=False, rngs=rngs)
+        self.mixed_7c = BlockE(config, 2048, max_pool=True, rngs=rngs)
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> Features:
-        """The pooled features of images of any size; pixels lie in [-1, 1].
+        """Pooled features of images of any size; pixels lie in [-1, 1].
 
         Returns:
-          No maps, and the mean of the last block over the image: 2,048 numbers in FID's network.
+          No maps, and the last block's output averaged over the image: 2,048 channels in FID's
+          network.
         """
         size = self.config.input_size
         square = (images.shape[0], size, size, 3)
@@ -236,12 +234,12 @@ def _conv(
     *,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A convolution between widths of FID's network; ``config`` thins all but the colours.
+    """A convolution whose widths are those of FID's network before ``thinning``.
 
-    Unless told otherwise it keeps the size, or takes no padding where it has a stride.
+    The default padding preserves the size with stride 1, and is none with a larger stride.
     """
     return nnx.Conv(
-        inputs if inputs == 3 else inputs // config.thinning,
+        inputs if inputs == 3 else inputs // config.thinning,  # colours are not thinned
         outputs // config.thinning,
         size,
         strides=stride,
@@ -256,14 +254,14 @@ def _conv(
 
 
 def _chain(x: Float[Array, "B _ _ i"], *convolutions: nnx.Conv) -> Float[Array, "B _ _ o"]:
-    """Through one convolution after the other, each with its ReLU."""
+    """Applies convolutions, each followed by a ReLU."""
     for convolution in convolutions:
         x = jax.nn.relu(convolution(x))
     return x
 
 
 def _mean_pool(x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-    """Of each cell and those around it, as many as there are; in float32, rounded once."""
+    """3 x 3 average pooling that excludes padding, in float32 and rounded once."""
     mean = functools.partial(nnx.avg_pool, padding="SAME", count_include_pad=False)
     return mean(x.astype(jnp.float32), (3, 3), strides=(1, 1)).astype(x.dtype)
 
@@ -273,5 +271,5 @@ def _max_pool(x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
 
 
 def _halve(x: Float[Array, "B _ _ C"]) -> Float[Array, "B _ _ C"]:
-    """The maxima of every other 3 x 3 cells."""
+    """3 x 3 max pooling with stride 2."""
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")

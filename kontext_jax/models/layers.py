@@ -1,11 +1,11 @@
-"""The parts FLUX is built of: linear maps with named axes, norms, modulation, RoPE, time embedding.
+"""Layers of FLUX: linear maps with named axes, norms, modulation, RoPE, time embedding.
 
 Parameters carry the names of their axes as metadata (``axes=("embed", "mlp")``); ``sharding.py``
-turns the names into mesh axes. Blocks that repeat are stacked along a leading axis, which has no
-name and is never sharded.
+maps the names to mesh axes. Repeated blocks are stacked along a leading axis, which has no name and
+is never sharded.
 
-Everything that is sensitive to rounding is done in float32 whatever the compute dtype: norms,
-rotary angles (on the host, in float64), time embeddings.
+Operations that are sensitive to rounding run in float32 whatever the compute dtype: norms, time
+embeddings, and rotary angles (on the host, in float64).
 """
 
 import functools
@@ -24,13 +24,13 @@ from kontext_jax.geometry import MAX_POSITION
 from kontext_jax.sharding import platform
 
 ATTENTION, LINEAR = "attention", "linear"
-"""Names of activations that `remat` can keep: what attention gives, and what each `Linear` does."""
+"""Names of activations that `remat` can save: outputs of attention and of each `Linear`."""
 
 REMAT_POLICIES = ("full", "none", "save_attention", "save_named", "offload")
 
 
-def _keep(*names: str):
-    """Keeps activations of these names, and what cuDNN's attention gives, which has none."""
+def _save(*names: str):
+    """Policy that saves activations with these names, and cuDNN's attention, which has no name."""
     named = checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive, *args, **params):
@@ -42,8 +42,8 @@ def _keep(*names: str):
 
 _SAVED = {
     "full": None,
-    "save_attention": _keep(ATTENTION),
-    "save_named": _keep(ATTENTION, LINEAR),
+    "save_attention": _save(ATTENTION),
+    "save_named": _save(ATTENTION, LINEAR),
     "offload": checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=(),
         names_which_can_be_offloaded=(ATTENTION, LINEAR),
@@ -58,10 +58,10 @@ normal = initializers.normal(0.02)
 
 
 class LowRank(nnx.Module):
-    """``scale * (x @ a) @ b``: what a low-rank adapter adds to a linear map (arXiv 2106.09685).
+    """Low-rank adapter of a linear map, ``scale * (x @ a) @ b`` (arXiv 2106.09685).
 
-    ``a`` [in, rank] is drawn normal with standard deviation 1 / rank, ``b`` [rank, out] is zero, as
-    peft's ``LoraLayer`` does for ``init_lora_weights="gaussian"``: a new adapter adds nothing.
+    ``a`` [in, rank] starts normal with standard deviation 1 / rank and ``b`` [rank, out] at zero,
+    as in peft's ``LoraLayer`` with ``init_lora_weights="gaussian"``: a new adapter adds nothing.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LowRank(nnx.Module):
         rngs: nnx.Rngs,
         scale: float,
     ):
-        """``axes`` names the axes of the kernel that is adapted (in, out); the rank has no name."""
+        """``axes`` names the axes of the adapted kernel (in, out); the rank axis has no name."""
         a = initializers.normal(1 / rank)(rngs.params(), (in_features, rank), jnp.float32)
         self.a = nnx.Param(a, axes=(axes[0], None))
         self.b = nnx.Param(jnp.zeros((rank, out_features), jnp.float32), axes=(None, axes[1]))
@@ -86,9 +86,9 @@ class LowRank(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """``x @ kernel + bias`` over the last axis: float32 parameters, computed in ``dtype``.
+    """``x @ kernel + bias`` over the last axis, in ``dtype``; parameters are float32.
 
-    ``lora`` is empty, or an adapter whose result is added (``models/lora.py`` puts it there).
+    ``lora`` is None, or an adapter whose result is added (set by ``models/lora.py``).
     """
 
     def __init__(
@@ -121,29 +121,31 @@ class Linear(nnx.Module):
 
         def as_matrix(x):
             # XLA's CPU backend sums gradients over one leading axis several times faster than
-            # over two. Elsewhere the axes stay apart, for they are sharded apart.
+            # over two. Elsewhere the axes are not merged, because they are sharded separately.
             return affine(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
-        # Not platform_dependent: its gradient keeps both branches, with collectives inside.
+        # Not platform_dependent: its gradient keeps both branches, with their collectives.
         apply = as_matrix if platform() == "cpu" else affine
         return checkpoint_name(apply(x.astype(self.dtype)), LINEAR)
 
 
 def stack(make_block, num_blocks: int, rngs: nnx.Rngs):
-    """Makes ``num_blocks`` blocks as one module whose arrays have a leading layer axis."""
+    """``num_blocks`` new blocks as one module whose arrays have a leading layer axis."""
     keys = jax.random.split(rngs.params(), num_blocks)
     return jax.vmap(lambda key: make_block(nnx.Rngs(key)))(keys)
 
 
 def remat(block, policy: str):
-    """``block``, whose backward pass recomputes what ``policy`` does not keep of its insides.
+    """``block`` with gradient checkpointing: its backward pass recomputes what is not saved.
 
-    "none" keeps everything, "full" nothing but the block's input. Between the two, and besides
-    the input, "save_attention" keeps the result of attention, which spares the backward pass its
-    product with the values, but not the softmax, whose weights the gradient needs; "save_named"
-    keeps the result of every linear map too, so that of all products of matrices only that of
-    queries and keys is repeated; "offload" keeps the same in the host's memory, from where it
-    comes back block by block. XLA's CPU backend has one memory: there "offload" is "save_named".
+    "none" saves everything, "full" only the block's input. The others also save the input:
+
+    - "save_attention" saves the result of attention. The backward pass then skips the product with
+      the values, but not the softmax, whose weights the gradient needs.
+    - "save_named" also saves the result of every linear map. The only matmul that is recomputed is
+      queries times keys.
+    - "offload" saves the same as "save_named" in the host's memory and fetches it block by block.
+      XLA's CPU backend has one memory, so there it is "save_named".
     """
     return block if policy == "none" else jax.checkpoint(block, policy=_SAVED[policy])
 
@@ -157,10 +159,10 @@ def layer_norm(x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, with scale and bias: computed in float32, rounded once."""
+    """LayerNorm over the last axis with scale and bias, in float32 and rounded once."""
 
     def __init__(self, features: int, axes: tuple[str], *, rngs: nnx.Rngs, epsilon: float):
-        del rngs  # starts at one and zero
+        del rngs  # the initial values are constants
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros((features,), jnp.float32), axes=axes)
         self.epsilon = epsilon
@@ -177,13 +179,13 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over the last axis, eps 1e-6; scaled in float32, rounded once.
+    """Root-mean-square norm over the last axis, eps 1e-6, scaled in float32 and rounded once.
 
-    This is torch.nn.RMSNorm's rounding, and so that of diffusers.
+    torch.nn.RMSNorm, and thus diffusers, rounds in the same way.
     """
 
     def __init__(self, features: int, axes: tuple[str], *, rngs: nnx.Rngs):
-        del rngs  # starts at one
+        del rngs  # the initial values are constants
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32), axes=axes)
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
@@ -193,23 +195,23 @@ class RMSNorm(nnx.Module):
 
 
 def _scale(x: Float[Array, "*b D"], scale: Float[Array, " D"]) -> Float[Array, "*b D"]:
-    """``x * scale``; on CPUs such that the scale's gradient is a product of matrices.
+    """``x * scale``; on CPUs in a form whose gradient with respect to ``scale`` is a matmul.
 
-    As a plain sum over all leading axes it takes XLA's CPU backend a quarter of a training step.
+    A plain sum over all leading axes takes XLA's CPU backend a quarter of a training step.
     """
 
     def multiply(x, scale):
         return x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
 
-    def by_product(x, scale):
+    def multiply_on_cpu(x, scale):
         ones = jnp.ones((x.size // x.shape[-1], 1), scale.dtype)
         return x * (ones @ scale[None]).reshape(x.shape)
 
-    return (by_product if platform() == "cpu" else multiply)(x, scale)
+    return (multiply_on_cpu if platform() == "cpu" else multiply)(x, scale)
 
 
 class QKNorm(nnx.Module):
-    """RMSNorm of queries and keys over the head's channels, before RoPE."""
+    """RMSNorm of queries and keys over the channels of a head, before RoPE."""
 
     def __init__(self, head_dim: int, *, rngs: nnx.Rngs):
         self.query_norm = RMSNorm(head_dim, ("head_dim",), rngs=rngs)
@@ -224,10 +226,10 @@ class QKNorm(nnx.Module):
 def per_token(
     per_example: Float[Array, "B N D"], segments: Int[Array, "B S"]
 ) -> Float[Array, "B _ D"]:
-    """Gives each token its example's vector; padding gets zeros, to no effect.
+    """The vector of each token's example; zero for padding, where it has no effect.
 
-    With one example a row the vector is left to broadcast: [B 1 D]. Otherwise a product with
-    one-hot rows, which is exact, and whose gradient is a product too and not a scatter.
+    With one example per row the result is [B 1 D], for broadcasting. Otherwise it is a product with
+    one-hot rows, which is exact and whose gradient is a matmul instead of a scatter.
     """
     if per_example.shape[1] == 1:
         return per_example
@@ -236,9 +238,9 @@ def per_token(
 
 
 class Modulation(nnx.Module):
-    """adaLN: (shift, scale, gate), ``num_triples`` times, from each example's conditioning vector.
+    """adaLN: ``num_triples`` (shift, scale, gate) per token from its example's conditioning vector.
 
-    Starts at zero, so that every block starts as the identity (adaLN-Zero, arXiv 2212.09748).
+    Initialised to zero, so that every block starts as the identity (adaLN-Zero, arXiv 2212.09748).
     """
 
     def __init__(self, hidden_size: int, num_triples: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
@@ -267,7 +269,7 @@ def modulate(
 
 
 class MLPEmbedder(nnx.Module):
-    """``out_layer(silu(in_layer(x)))``: brings time, guidance and pooled text to width D."""
+    """``out_layer(silu(in_layer(x)))``: embeds time, guidance or pooled text in D channels."""
 
     def __init__(self, in_dim: int, hidden_size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype):
         make = functools.partial(Linear, rngs=rngs, dtype=dtype, init=normal)
@@ -283,8 +285,8 @@ def timestep_embedding(t: Float[Array, "B N"], dim: int = 256) -> Float[Array, "
 
     FLUX passes 1000 times its time or guidance.
     """
-    # Exponents rounded to float32, as PyTorch's are: times of up to 1000, and guidance of some
-    # thousands, make their rounding visible.
+    # Exponents are rounded to float32 as in PyTorch: the difference shows at times of up to 1000,
+    # and at guidance of some thousands.
     exponents = np.float32(-math.log(10000.0)) * np.arange(dim // 2, dtype=np.float32) / (dim // 2)
     freqs = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[..., None] * freqs[None, None]
@@ -292,9 +294,10 @@ def timestep_embedding(t: Float[Array, "B N"], dim: int = 256) -> Float[Array, "
 
 
 def rope_tables(axes_dim: tuple[int, ...], theta: float) -> list[np.ndarray]:
-    """cos and sin of every (position, channel) of each axis, in float64 rounded to float32.
+    """cos and sin for every position and channel of each axis, computed in float64, as float32.
 
-    Returns one array [2, MAX_POSITION, axes_dim[i]] an axis; channels 2k and 2k + 1 are equal.
+    Returns:
+      One array [2, MAX_POSITION, axes_dim[i]] per axis; channels 2k and 2k + 1 are equal.
     """
     tables = []
     for dim in axes_dim:
@@ -307,9 +310,9 @@ def rope_tables(axes_dim: tuple[int, ...], theta: float) -> list[np.ndarray]:
 def rope(
     positions: Int[Array, "B S A"], axes_dim: tuple[int, ...], theta: float
 ) -> Float[Array, "2 B S 1 K"]:
-    """Rotation (cos, sin) of each token and channel, K = sum(axes_dim).
+    """Rotation (cos, sin) of each token and channel; K = sum(axes_dim).
 
-    ``positions`` must lie in [0, MAX_POSITION); ``geometry`` refuses others on the host.
+    ``positions`` must lie in [0, MAX_POSITION); ``geometry`` checks this on the host.
     """
     tables = rope_tables(axes_dim, theta)
     parts = [jnp.asarray(table)[:, positions[..., i]] for i, table in enumerate(tables)]
@@ -319,15 +322,15 @@ def rope(
 def apply_rope(
     x: Float[Array, "B S H K"], rotation: Float[Array, "2 B S 1 K"]
 ) -> Float[Array, "B S H K"]:
-    """Rotates neighbouring channels (2k, 2k + 1) in float32, then rounds to ``x``'s dtype."""
+    """Rotates pairs of channels (2k, 2k + 1) in float32, then rounds to ``x``'s dtype."""
     cos, sin = rotation
-    # (-x[2k + 1], x[2k]) by a product, which is exact. Pairs as an axis of their own do not fit a
-    # TPU's tiles: they are copied many times, in float32.
-    turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+    # (-x[2k + 1], x[2k]) as a matmul, which is exact. A separate axis of pairs would not fit the
+    # tiles of a TPU, and would be copied many times in float32.
+    quarter_turn = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
     turned = jnp.einsum(
         "bshk,kj->bshj",
         x,
-        jnp.asarray(turn, x.dtype),
+        jnp.asarray(quarter_turn, x.dtype),
         precision="highest",
         preferred_element_type=jnp.float32,
     )

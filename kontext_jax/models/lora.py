@@ -1,13 +1,13 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a mask over the same model, not a second model.
 
-Adapters are a plain dict from the path of a `Linear` to its `LowRank`, of their own and small::
+Adapters are a plain dict from the path of a `Linear` to its `LowRank`, separate from the model::
 
-    adapters = init(network, config, key)   # what is trained, saved and sharded
-    attach(network, adapters)               # the model to call, within jit and grad too
-    merge(network, adapters)                # a plain model of the same function
+    adapters = init(network, config, key)   # trained, saved and sharded
+    attach(network, adapters)               # the model with adapters, also within jit and grad
+    merge(network, adapters)                # a model without adapters and with the same outputs
 
-A path names a module as checkpoints name its arrays: ``double_blocks/img_attn/qkv``. The blocks of
-a stack share a path, and their adapters are stacked like their kernels.
+Paths follow the names of arrays in checkpoints: ``double_blocks/img_attn/qkv``. The blocks of a
+stack share a path, and their adapters are stacked like their kernels.
 """
 
 import fnmatch
@@ -29,17 +29,17 @@ Adapters = dict[str, LowRank]
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class LoraConfig(Settings):
-    """Which linear maps are adapted, and how much.
+    """Which linear maps have adapters, and their rank and scale.
 
-    The default targets are those of diffusers' ``train_dreambooth_lora_flux_kontext.py``:
-    attention and MLP of both streams and, of single blocks, q, k, v and the MLP's input. Here
-    these maps are fused: where diffusers has three adapters for q, k and v (four with the MLP's
-    input), there is one, of one rank.
+    The default targets are those of diffusers' ``train_dreambooth_lora_flux_kontext.py``: attention
+    and MLP of both streams of double blocks; q, k, v and the MLP's input of single blocks. Here
+    these maps are fused, so one adapter stands for diffusers' three of q, k and v (four with the
+    MLP's input).
 
     Attributes:
-      rank: of each adapter's product of matrices; 0 = no adapters.
-      alpha: adapters are scaled by alpha / rank; 0 = the rank, which is a scale of 1.
-      targets: glob patterns of paths; ``*`` matches "/" too.
+      rank: rank of each adapter; 0 = no adapters.
+      alpha: adapters are scaled by alpha / rank; 0 = alpha equals the rank, a scale of 1.
+      targets: glob patterns of paths; ``*`` also matches "/".
     """
 
     rank: int = 0
@@ -56,26 +56,26 @@ class LoraConfig(Settings):
         if self.rank < 0:
             raise ValueError(f"rank {self.rank} must be 0 (no adapters) or more.")
         if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha {self.alpha} must be 0 (the rank) or a finite number above.")
+            raise ValueError(f"alpha {self.alpha} must be 0 (the rank) or positive and finite.")
         if self.rank and not self.targets:
-            raise ValueError(f"targets must name what adapters of rank {self.rank} are for.")
+            raise ValueError(f"targets is empty; adapters of rank {self.rank} need linear maps.")
 
     @property
     def scale(self) -> float:
-        """The factor of the adapters' product."""
+        """Factor of the adapters' outputs."""
         return self.alpha / self.rank if self.rank and self.alpha else 1.0
 
 
 def init(network: Any, config: LoraConfig, key: Key[Array, ""]) -> Adapters:
-    """New adapters for every linear map that a target matches; they change nothing yet.
+    """New adapters for every linear map that matches a target; their outputs are zero.
 
     Args:
-      network: a module or a dict of them; shapes suffice (`jax.eval_shape`).
-      config: without a rank there are no adapters: the dict is empty.
-      key: of the random numbers.
+      network: a module or a dict of modules; abstract arrays suffice (`jax.eval_shape`).
+      config: targets, rank and scale; with rank 0 the result is empty.
+      key: random key.
 
     Raises:
-      ValueError: a target matches nothing, or the network has adapters.
+      ValueError: a target matches nothing, or the network already has adapters.
     """
     if not config.rank:
         return {}
@@ -85,7 +85,7 @@ def init(network: Any, config: LoraConfig, key: Key[Array, ""]) -> Adapters:
         matches = [path for path in linears if fnmatch.fnmatchcase(path, target)]
         if not matches:
             raise ValueError(
-                f"Target {target!r} matches no linear map; there are {_some(linears)}."
+                f"Target {target!r} matches no linear map; choose from {_abbreviate(linears)}."
             )
         chosen.update(matches)
     rngs = nnx.Rngs(key)
@@ -105,10 +105,10 @@ def init(network: Any, config: LoraConfig, key: Key[Array, ""]) -> Adapters:
 
 
 def attach(network: Any, adapters: Adapters) -> Any:
-    """A copy of ``network`` in which ``adapters`` are at work.
+    """A copy of ``network`` with ``adapters`` applied.
 
     Raises:
-      ValueError: an adapter's path or shape is not the network's, or the network has adapters.
+      ValueError: an adapter does not fit the network, or the network already has adapters.
     """
     network, adapters = _copy(network), _copy(adapters)
     for linear, adapter in _pairs(network, adapters):
@@ -117,10 +117,10 @@ def attach(network: Any, adapters: Adapters) -> Any:
 
 
 def merge(network: Any, adapters: Adapters) -> Any:
-    """A copy of ``network`` with ``adapters`` added to its kernels in float32: a plain model.
+    """A copy of ``network`` with ``adapters`` merged into its kernels, computed in float32.
 
     Raises:
-      ValueError: an adapter's path or shape is not the network's, or the network has adapters.
+      ValueError: an adapter does not fit the network, or the network already has adapters.
     """
     network = _copy(network)
     for linear, adapter in _pairs(network, adapters):
@@ -132,36 +132,40 @@ def merge(network: Any, adapters: Adapters) -> Any:
 
 
 def _copy(tree):
-    """The same arrays in new modules, which belong to the caller's trace and can be changed."""
+    """New modules with the same arrays; they belong to the caller's trace and can be modified."""
     return jax.tree.map(lambda x: x, tree)
 
 
 def _linears(network) -> dict[str, Linear]:
-    """The linear maps by their paths."""
+    """The linear maps by path.
+
+    Raises:
+      ValueError: the network already has adapters.
+    """
     nodes = jax.tree_util.tree_leaves_with_path(network, is_leaf=lambda x: isinstance(x, Linear))
     linears = {
         jax.tree_util.keystr(path, simple=True, separator="/"): node
         for path, node in nodes
         if isinstance(node, Linear)
     }
-    taken = [path for path, linear in linears.items() if linear.lora is not None]
-    if taken:
-        raise ValueError(f"The network has adapters already: {_some(taken)}.")
+    adapted = [path for path, linear in linears.items() if linear.lora is not None]
+    if adapted:
+        raise ValueError(f"The network already has adapters: {_abbreviate(adapted)}.")
     return linears
 
 
 def _pairs(network, adapters: Adapters) -> list[tuple[Linear, LowRank]]:
-    """The linear maps of ``network`` that have an adapter, each with it."""
+    """The linear maps of ``network`` that ``adapters`` adapt, each with its adapter."""
     linears = _linears(network)
     for path, adapter in adapters.items():
         if path not in linears:
             raise ValueError(
-                f"The network has no linear map {path!r} to adapt; there are {_some(linears)}."
+                f"The network has no linear map {path!r}; choose from {_abbreviate(linears)}."
             )
         *layers, in_features, out_features = linears[path].kernel.shape
         rank = adapter.a.shape[-1]
-        fitting = (*layers, in_features, rank), (*layers, rank, out_features)
-        if (adapter.a.shape, adapter.b.shape) != fitting:
+        shapes = (*layers, in_features, rank), (*layers, rank, out_features)
+        if (adapter.a.shape, adapter.b.shape) != shapes:
             raise ValueError(
                 f"The adapter of {path!r}, a {adapter.a.shape} and b {adapter.b.shape}, does not "
                 f"fit its kernel {linears[path].kernel.shape}."
@@ -169,6 +173,6 @@ def _pairs(network, adapters: Adapters) -> list[tuple[Linear, LowRank]]:
     return [(linears[path], adapter) for path, adapter in adapters.items()]
 
 
-def _some(paths) -> str:
+def _abbreviate(paths) -> str:
     names = sorted(paths)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

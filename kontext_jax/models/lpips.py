@@ -1,14 +1,13 @@
-"""LPIPS: how different two images look, by the features of a classifier (arXiv 1801.03924).
+"""LPIPS: perceptual distance of two images by the features of a classifier (arXiv 1801.03924).
 
 Version 0.1 of the package ``lpips`` (richzhang/PerceptualSimilarity) with its linear heads. With
-``f`` and ``g`` the features of the two images after a layer, each pixel's vector of length one, and
-``w`` that layer's head,
+``f`` and ``g`` the features of the two images after a layer, normalised to unit length at each
+pixel, and ``w`` the layer's head,
 
     distance = sum over layers of the mean over pixels of  w . (f - g)^2
 
-The layers are those of AlexNet or of VGG16 as torchvision has them, after their ReLUs. Means are
-over whole images: distances of images of one size compare. AlexNet's is the usual measure, VGG's
-the usual loss.
+The layers are those of torchvision's AlexNet or VGG16, after the ReLUs. Distances are comparable
+only between images of the same size. AlexNet is the usual choice for a metric, VGG for a loss.
 """
 
 import itertools
@@ -25,21 +24,21 @@ from jaxtyping import Array, Float
 from kontext_jax.settings import Settings, check_choices
 
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""ImageNet's, rounded, of colours in [-1, 1]."""
+"""Rounded statistics of ImageNet, for colours in [-1, 1]."""
 
 EPSILON = 1e-10
-"""Added to the length of a vector that is divided by it."""
+"""Added to the length of a vector before dividing by it."""
 
 
 class Stage(NamedTuple):
-    """Convolutions of one width, one after the other; the last one's output is compared.
+    """A sequence of convolutions of one width; the output of the last one is compared.
 
     Attributes:
-      pool: pixels a side of what is pooled before them, every second pixel; 0, nothing is.
-      channels: of their outputs.
-      kernel_size: in pixels.
-      num_convs: how many there are.
-      stride, padding: in pixels.
+      pool: window of the max pooling with stride 2 before the convolutions; 0 = no pooling.
+      channels: output channels.
+      kernel_size: size of the convolutions, in pixels.
+      num_convs: number of convolutions.
+      stride, padding: stride and padding of the convolutions, in pixels.
     """
 
     pool: int
@@ -51,7 +50,7 @@ class Stage(NamedTuple):
 
 
 class Trunk(NamedTuple):
-    """The stages of a classifier, and the fewest pixels a side that leave any of the last."""
+    """The stages of a classifier, and the smallest side of an image that it supports."""
 
     stages: tuple[Stage, ...]
     smallest: int
@@ -86,7 +85,7 @@ class LpipsConfig(Settings):
     """The network.
 
     Attributes:
-      net: "alex" (2,469,696 parameters and 1,152 of heads) or "vgg" (14,714,688 and 1,472).
+      net: "alex" (2,469,696 parameters and 1,152 in heads) or "vgg" (14,714,688 and 1,472).
       dtype: compute dtype of the convolutions; parameters and distances are float32.
     """
 
@@ -98,9 +97,9 @@ class LpipsConfig(Settings):
 
 
 class Lpips(nnx.Module):
-    """Two images to their distance. See the module's docstring.
+    """Distance of two images. See the module's docstring.
 
-    New heads give every channel the same weight.
+    New heads weigh all channels equally.
     """
 
     def __init__(self, config: LpipsConfig, *, rngs: nnx.Rngs):
@@ -133,29 +132,29 @@ class Lpips(nnx.Module):
     def __call__(
         self, first: Float[Array, "B h w 3"], second: Float[Array, "B h w 3"]
     ) -> Float[Array, " B"]:
-        """The distance of each image from its pair: 0 for equal ones, and rarely above 1.
+        """The distance of each pair of images: 0 for equal images, and rarely above 1.
 
-        It is as exact as products of matrices are (`jax.default_matmul_precision`).
+        Its precision is that of matmuls (`jax.default_matmul_precision`).
 
         Args:
           first, second: pixels in [-1, 1]; gradients flow to both.
 
         Returns:
-          float32.
+          float32 distances.
 
         Raises:
           ValueError: the images are too small for the network.
         """
         total = jnp.zeros(len(first), jnp.float32)
         for f, g, head in zip(self.maps(first), self.maps(second), self.heads, strict=True):
-            apart = jnp.sum(jnp.square(f - g), axis=(1, 2)) / (f.shape[1] * f.shape[2])
-            total += jnp.sum(apart * head[...][None], axis=-1)
+            difference = jnp.sum(jnp.square(f - g), axis=(1, 2)) / (f.shape[1] * f.shape[2])
+            total += jnp.sum(difference * head[...][None], axis=-1)
         return total
 
     def maps(self, images: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B _ _ _"], ...]:
-        """What is compared: of each layer, a vector of length one for each pixel, float32.
+        """The features to compare: for each layer, a vector of unit length per pixel, float32.
 
-        A vector of zeros stays one.
+        Zero vectors remain zero.
 
         Args:
           images: pixels in [-1, 1].
@@ -167,7 +166,7 @@ class Lpips(nnx.Module):
         if min(height, width) < trunk.smallest:
             raise ValueError(
                 f"Images of {height} x {width} pixels are too small for LPIPS on "
-                f"{self.config.net}: enlarge them to {trunk.smallest} a side or more."
+                f"{self.config.net}; enlarge both sides to {trunk.smallest} or more."
             )
         mean, std = (np.asarray(colour, np.float32).reshape(1, 1, 1, 3) for colour in (MEAN, STD))
         x, maps = (images.astype(jnp.float32) - mean) / std, []
@@ -181,7 +180,7 @@ class Lpips(nnx.Module):
 
 
 def _unit(x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-    """Vectors of length one, or zero."""
+    """Normalises vectors to unit length; zero vectors remain zero."""
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # The root's slope at zero is infinite, and makes gradients NaN. One divides zeros just as well.
+    # The square root has an infinite slope at zero, which makes gradients NaN. Use 1 instead.
     return x / (jnp.sqrt(jnp.where(squares > 0, squares, 1.0)) + EPSILON)

@@ -1,13 +1,13 @@
-"""The encoder of T5 v1.1: what FLUX reads its prompts with.
+"""T5 v1.1's encoder, FLUX's text encoder.
 
-Follows ``transformers``' ``modeling_t5.py`` (and so arXiv 1910.10683 with the gated GELU of
-arXiv 2002.05202): pre-norm blocks without biases, no mean in the norms, logits without the usual
-``1 / sqrt(d)``, and one table of relative-position biases, owned by the encoder and added in
-every layer. The blocks are one stacked module, scanned, and rematerialised in the backward pass.
+Follows ``transformers``' ``modeling_t5.py`` (arXiv 1910.10683 with the gated GELU of arXiv
+2002.05202): pre-norm blocks without biases, norms without a mean, logits without the usual
+``1 / sqrt(d)``, and one table of relative-position biases that all layers share. The blocks are one
+stacked module, scanned, and rematerialised in the backward pass.
 
-A row holds several prompts one after the other, told apart by segments; each is encoded as if it
-were alone. FLUX itself encodes one prompt a row, padded to 512 tokens *and attending to its
-pads*: for that, pass segments of all ones.
+A row holds several prompts, distinguished by segments; each is encoded as if it were alone. FLUX
+itself encodes one prompt per row, padded to 512 tokens *and attending to the padding*: for that,
+pass segments of all ones.
 """
 
 import functools
@@ -32,13 +32,12 @@ class T5Config(Settings):
 
     Attributes:
       d_model: width, and channels of a text token.
-      d_kv: channels of a head; heads times d_kv need not be d_model.
+      d_kv: channels of a head; num_heads * d_kv may differ from d_model.
       d_ff: width of the gated MLP.
-      relative_attention_num_buckets: half of them for keys ahead of the query, half behind.
-      relative_attention_max_distance: from here on all distances share the last bucket.
+      relative_attention_num_buckets: number of buckets, half of them for keys after the query.
+      relative_attention_max_distance: distance from which all keys share the last bucket.
       dtype: compute dtype; parameters are float32.
-      remat: what the backward pass recomputes: "full" keeps only each block's input, "none" all;
-        see `layers.remat` for what lies between.
+      remat: what the backward pass recomputes, see `layers.remat`.
     """
 
     vocab_size: int = 32128
@@ -66,7 +65,7 @@ class T5Config(Settings):
 
     @classmethod
     def xxl(cls, **kwargs) -> "T5Config":
-        """google/t5-v1_1-xxl, the encoder alone: 4,762,310,656 parameters."""
+        """google/t5-v1_1-xxl, only the encoder: 4,762,310,656 parameters."""
         return cls(**kwargs)
 
     @classmethod
@@ -86,7 +85,7 @@ class T5Config(Settings):
 
 
 class T5Attention(nnx.Module):
-    """Self-attention with biased, unscaled logits. Initialised so that these have unit variance."""
+    """Self-attention with biased, unscaled logits; these start with unit variance."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         size, inner = config.d_model, config.num_heads * config.d_kv
@@ -107,14 +106,14 @@ class T5Attention(nnx.Module):
             project(x).reshape(*x.shape[:-1], self.num_heads, -1)
             for project in (self.q, self.k, self.v)
         )
-        # Broadcast here, not outside the scan, so that the rows' copies are never stored.
+        # Broadcast inside the scan, so that no copies of the bias per row are stored.
         bias = jnp.broadcast_to(bias, (x.shape[0], *bias.shape[1:]))
         out = attention(q, k, v, segments, bias=bias, scale=1.0)
         return self.o(out.reshape(*x.shape[:-1], -1))
 
 
 class T5GatedMLP(nnx.Module):
-    """``wo(gelu(wi_0 x) * wi_1 x)``, GELU by its tanh approximation."""
+    """``wo(gelu(wi_0 x) * wi_1 x)``, with the tanh approximation of GELU."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         size, mlp_dim = config.d_model, config.d_ff
@@ -128,7 +127,7 @@ class T5GatedMLP(nnx.Module):
 
 
 class T5Block(nnx.Module):
-    """Attention and MLP, each behind an RMSNorm and added to its input."""
+    """Pre-norm residual block: attention, then MLP."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.d_model, ("embed",), rngs=rngs)
@@ -148,7 +147,7 @@ class T5Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """Text ids to one vector a token. See the module's docstring."""
+    """Token ids to one vector per token. See the module's docstring."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -162,7 +161,7 @@ class T5Encoder(nnx.Module):
             rngs=rngs,
         )
         self.relative_attention_bias = nnx.Param(
-            _local_windows(config, rngs.params()), axes=("buckets", "heads")
+            _initial_position_bias(config, rngs.params()), axes=("buckets", "heads")
         )
         self.blocks = stack(lambda r: T5Block(config, rngs=r), config.num_layers, rngs)
         self.final_layer_norm = RMSNorm(config.d_model, ("embed",), rngs=rngs)
@@ -170,12 +169,12 @@ class T5Encoder(nnx.Module):
     def __call__(
         self, text_ids: Int[Array, "B L"], segments: Int[Array, "B L"]
     ) -> Float[Array, "B L T"]:
-        """Encodes the prompts of each row; the result has the compute dtype.
+        """Encodes the prompts of each row, in the compute dtype.
 
         Args:
-          text_ids: the prompts' token ids, one prompt after the other.
-          segments: prompt of each token, the tokens of a prompt side by side; 0 = padding, whose
-            vectors mean nothing. All ones where pads are part of the prompt, as FLUX has it.
+          text_ids: token ids of the prompts, one prompt after the other.
+          segments: prompt of each token; the tokens of a prompt are contiguous. 0 = padding, whose
+            outputs are meaningless. All ones if padding is part of the prompt, as in FLUX.
         """
         bias = self._position_bias(text_ids.shape[1])
 
@@ -187,7 +186,7 @@ class T5Encoder(nnx.Module):
         return self.final_layer_norm(x)
 
     def _position_bias(self, length: int) -> Float[Array, "1 H L L"]:
-        """Bias of each (head, query, key): differences of index are right within a segment."""
+        """Bias for each head, query and key. Distances of row indices hold within a segment."""
         index = np.arange(length)
         buckets = relative_position_buckets(
             index[None, :] - index[:, None],
@@ -198,34 +197,35 @@ class T5Encoder(nnx.Module):
         return jnp.transpose(bias, (2, 0, 1))[None]
 
 
-def _local_windows(config: T5Config, key: Key[Array, ""]) -> Float[Array, "buckets H"]:
-    """Initial position biases: head h falls off by 2^(-4 h / H) a token, as in ALiBi.
+def _initial_position_bias(config: T5Config, key: Key[Array, ""]) -> Float[Array, "buckets H"]:
+    """Initial position biases: in head h they decrease by 2^(-4 h / H) per token, as in ALiBi.
 
-    T5 starts from noise alone (arXiv 1910.10683), and its heads from means over the whole prompt;
-    bytes are read as words much sooner by heads that start out looking at their neighbours
-    (arXiv 2108.12409 for the slopes' form). Imported weights overwrite both.
+    T5 initialises them with noise only (arXiv 1910.10683), so that its heads start as means over
+    the whole prompt. An encoder of bytes learns words much sooner if its heads start out local.
+    The form of the slopes is from arXiv 2108.12409. Imported weights overwrite these biases.
     """
     num_buckets, num_heads = config.relative_attention_num_buckets, config.num_heads
     distances = np.arange(-config.relative_attention_max_distance + 1, 1)
     buckets = relative_position_buckets(
         distances, num_buckets, config.relative_attention_max_distance
     )
-    nearest = np.zeros(num_buckets // 2)  # of each bucket of one half; the halves are alike
-    nearest[buckets] = -distances  # ordered from far to near, so that the nearest is kept
+    nearest = np.zeros(num_buckets // 2)  # smallest distance of each bucket; both halves agree
+    nearest[buckets] = -distances  # ordered from far to near, so that the nearest remains
     slopes = 2.0 ** (-4.0 * np.arange(num_heads) / num_heads)
-    windows = -np.outer(np.tile(nearest, 2), slopes).astype(np.float32)
-    noise = jax.random.normal(key, windows.shape) * config.d_model**-0.5
-    return jnp.maximum(windows, -8.0) + noise
+    bias = -np.outer(np.tile(nearest, 2), slopes).astype(np.float32)
+    noise = jax.random.normal(key, bias.shape) * config.d_model**-0.5
+    return jnp.maximum(bias, -8.0) + noise
 
 
 def relative_position_buckets(
     distance: Int[np.ndarray, "*d"], num_buckets: int, max_distance: int
 ) -> Int[np.ndarray, "*d"]:
-    """The bucket of ``distance`` = key index - query index, on the host.
+    """The bucket of each ``distance`` = key index - query index, computed on the host.
 
-    Keys at or before the query take the first half of the buckets, keys after it the second. Of
-    a half, the first half holds one distance a bucket; the rest grow in steps of equal ratio up
-    to ``max_distance`` and beyond. In float32, as PyTorch does: the steps' edges depend on it.
+    Keys at or before the query use the first half of the buckets, keys after it the second half.
+    Within a half, the first half of the buckets have one distance each; the sizes of the others
+    grow geometrically up to ``max_distance``, and the last one includes all that is beyond.
+    Computed in float32 as in PyTorch, because the edges of buckets depend on it.
     """
     half = num_buckets // 2
     exact = half // 2
@@ -241,7 +241,7 @@ def pool(
 ) -> Float[Array, "B N T"]:
     """The mean vector of each example's tokens, float32; zeros for an example without tokens.
 
-    Stands in for CLIP's pooled vector in runs that have no CLIP.
+    Replaces CLIP's pooled vector in runs without CLIP.
     """
     examples = jnp.arange(1, num_examples + 1)
     member = (text_segments[:, None, :] == examples[None, :, None]).astype(jnp.float32)

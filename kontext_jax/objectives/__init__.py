@@ -1,7 +1,7 @@
-"""What is trained, and by which loss: one seam for every recipe.
+"""Objectives: what is trained, and by which loss.
 
-An `Objective` names its players, the networks it trains, in the order in which a step updates
-them. One train step (``train_state.py``) serves all objectives and asks none of them what it is.
+An `Objective` lists its players, the networks that it trains, in the order in which a step updates
+them. One train step (``training/train_state.py``) serves all objectives.
 """
 
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from kontext_jax.optim import OptimConfig
 from kontext_jax.types import Batch, Metrics
 
 Network = Any
-"""An NNX module, or a dict of them: a pytree of parameters."""
+"""An NNX module, or a dict of modules: a pytree of parameters."""
 
 
 class Sums(NamedTuple):
-    """What a loss says beside its value.
+    """What a loss returns beside its value.
 
     Attributes:
-      weight: the step divides all sums by it; where it is 0 the step is skipped.
-      metrics: to log, sums as the loss is.
-      forwarded: entries added to the inputs of the players after this one, which need not compute
-        again what it has at hand; without gradient.
+      weight: divisor of all sums; a step whose weight is 0 is skipped.
+      metrics: values to log, as sums like the loss.
+      forwarded: entries added to the inputs of later players, without gradient, so that they need
+        not recompute them.
     """
 
     weight: Float[Array, ""]
@@ -36,10 +36,10 @@ class Objective(Protocol):
     """One recipe. Losses and metrics are *sums*, so that microbatches of any weight add up.
 
     Attributes:
-      players: what is trained, in the order of a step's updates.
-      generator: the player whose networks make the pictures.
-      optim: settings of the players that have an optimizer of their own, and not the run's.
-      every: steps from one update of a player to its next, where these are not 1.
+      players: names of the trained networks, in the order of a step's updates.
+      generator: the player whose networks generate images.
+      optim: optimizer settings of the players that do not use the run's.
+      every: steps per update, for players that are not updated in every step.
     """
 
     players: tuple[str, ...]
@@ -52,15 +52,15 @@ class Objective(Protocol):
         ...
 
     def frozen(self) -> tuple[str, ...]:
-        """Names of networks that are used but not trained; ``init_from`` says where they are."""
+        """Names of networks that are used but not trained; ``init_from`` has their locations."""
         ...
 
     def prepare(self, frozen: dict[str, Network], batch: Batch) -> dict[str, Any]:
-        """What all losses need of a batch, without gradient."""
+        """The inputs of all losses, computed from a batch without gradient."""
         ...
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
-        """Model FLOPs of a step on this batch, for MFU; 0 where nobody counts them."""
+        """Model FLOPs of a step on this batch, for MFU; 0 if not modelled."""
         ...
 
     def loss(
@@ -75,11 +75,11 @@ class Objective(Protocol):
         """The sum of a player's losses.
 
         Args:
-          player: whose loss.
-          models: the players' networks; those of players before this one are updated already.
-          frozen: see `frozen`.
-          inputs: what `prepare` made, and what the players before this one handed on.
-          key: of this player and step.
-          step: steps taken before this one.
+          player: the player.
+          models: all players' networks; earlier players are already updated.
+          frozen: the networks of `frozen`, by name.
+          inputs: the result of `prepare`, and what earlier players forwarded.
+          key: random key of this player and step.
+          step: number of steps before this one.
         """
         ...

@@ -1,23 +1,23 @@
-r"""Adversarial diffusion distillation, in pixels: what LADD replaced.
+r"""Adversarial diffusion distillation (ADD), in pixel space: the predecessor of LADD.
 
-Sauer et al., arXiv 2311.17042. As in ``objectives/ladd.py`` the student makes an image x' in one
-call. But here it is *decoded*, and a network that was trained to understand images looks at it;
-heads on its maps F_k tell it from the true image,
+Sauer et al., arXiv 2311.17042. As in ``objectives/ladd.py``, the student generates an image x' in
+one call. Here x' is *decoded* and passed through a pretrained image network; discriminator heads on
+its feature maps F_k tell x' from the real image x,
 
-    (1)  L_heads   = sum_k mean max(0, 1 - D_k(F_k(x))) + mean max(0, 1 + D_k(F_k(x')))
-                           + r1_weight mean |grad D_k(F_k(x))|^2,
+    (1)  L_discriminator = sum_k mean max(0, 1 - D_k(F_k(x))) + mean max(0, 1 + D_k(F_k(x')))
+                                 + r1_weight mean |grad D_k(F_k(x))|^2,
     (2)  L_student = - sum_k mean D_k(F_k(x')) + distillation_weight c(s) mean |x' - x'_teacher|^2.
 
-Means are over a map's places and over pixels, which are in [-1, 1]; the gradient in (1) is by what
-a head reads. x'_teacher is what the teacher makes in one call of x', noised anew to a level s;
-nothing flows back through it; c(s) = 1 - s, the share of the image at that level.
+Means are over the positions of a map, and over pixels in [-1, 1]. The gradient in (1) is by the
+features that the head reads. x'_teacher is the teacher's one-step denoising of x' noised to a level
+s, without gradient; c(s) = 1 - s, the share of the image at that level.
 
-Feature networks: DINOv2, as in the paper, or EfficientNet-Lite0, whose weights a package has.
-Ours: the heads (``models/discriminator.py``), where the paper has StyleGAN-T's, and that distances
-are means over pixels.
+The feature network is DINOv2, as in the paper, or EfficientNet-Lite0, whose weights a package has.
+Unlike the paper, we use our own heads (``models/discriminator.py``) and not StyleGAN-T's, and
+distances are means over pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,8 +36,18 @@ from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.models.features import Features
 from kontext_jax.models.flux import Flux
 from kontext_jax.objectives import Sums
-from kontext_jax.objectives.ladd import plain, with_slope
-from kontext_jax.objectives.student import StudentConfig, StudentTimes, make_images, noise_like
+from kontext_jax.objectives.adversarial import (
+    discriminator_loss,
+    generator_loss,
+    logits_and_r1,
+    logits_only,
+)
+from kontext_jax.objectives.student import (
+    StudentConfig,
+    StudentTimes,
+    generate_images,
+    noise_like,
+)
 from kontext_jax.objectives.transformer import (
     NetworksInit,
     inputs_at,
@@ -51,11 +61,11 @@ FEATURES = {"dino": Dino, "efficientnet": EfficientNet}
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class AddInit(NetworksInit):
-    """As `NetworksInit`, and the feature network's weights.
+    """`NetworksInit`, and the location of the feature network.
 
     Attributes:
-      dino: a folder of transformers' layout, such as a copy of facebook/dinov2-small. A package
-        brings EfficientNet's weights (the extra ``eval``).
+      dino: a folder in transformers' layout, such as a copy of facebook/dinov2-small. The weights
+        of EfficientNet come with the extra ``eval``.
     """
 
     dino: str = ""
@@ -63,15 +73,15 @@ class AddInit(NetworksInit):
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class AddConfig(StudentConfig):
-    """The student, its teacher, and what looks at its images. The data must be pixels.
+    """The student, its teacher and the feature network. The data must be pixels, not latents.
 
     Attributes:
-      init_from: where the networks come from; the teacher is ``init_from.transformer``.
-      student_times: see `StudentTimes`; the paper draws its four evenly.
-      teacher_levels: how the levels s are drawn.
+      init_from: locations of the networks; ``init_from.transformer`` is the teacher.
+      student_times: see `StudentTimes`; the paper draws its four times uniformly.
+      teacher_levels: distribution of the levels s.
       features: "dino" or "efficientnet".
-      reconstruct_real: whether the heads see the true images as the autoencoder gives them back.
-        Then what it loses, which no student can mend, tells no image from another.
+      reconstruct_real: whether the heads see the autoencoder's reconstructions of the real images.
+        Then reconstruction errors, which no student can avoid, do not give its images away.
       r1_weight, distillation_weight: see the module's docstring.
     """
 
@@ -96,12 +106,12 @@ class AddConfig(StudentConfig):
 
 
 class Targets(NamedTuple):
-    """The images to make of one size, one place for each example of each row.
+    """The target images of one size, with one entry for each example of each row.
 
     Attributes:
-      present: whether the example is there, and of this size.
-      tokens: places of its tokens in the row.
-      pixels: the true images.
+      present: whether the example exists and its target has this size.
+      tokens: indices of its tokens in the row.
+      pixels: the real images.
     """
 
     present: Bool[Array, "B N"]
@@ -122,10 +132,10 @@ class Add:
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         rngs, config = nnx.Rngs(key), self.config
-        seen = _abstract_features(config)
-        given = config.transformer.vec_in_dim + seen.pooled.shape[-1]
+        features = _abstract_features(config)
+        condition = config.transformer.vec_in_dim + features.pooled.shape[-1]
         student = {"transformer": Flux(config.transformer, rngs=rngs)}
-        heads = MapHeads(config.heads, [x.shape[-1] for x in seen.maps], given, rngs=rngs)
+        heads = MapHeads(config.heads, [x.shape[-1] for x in features.maps], condition, rngs=rngs)
         return {"student": student, "discriminator": heads}
 
     def frozen(self) -> tuple[str, ...]:
@@ -134,7 +144,7 @@ class Add:
 
     def prepare(self, frozen: dict, batch: Batch) -> dict[str, Any]:
         if batch.latents is not None:
-            raise ValueError("ADD looks at pixels: leave data.latents.path empty.")
+            raise ValueError("ADD needs pixels: leave data.latents.path empty.")
         latents = encode_images(frozen["autoencoder"], batch)
         tokens = self.config.tokens(frozen, batch, latents)
         targets = targets_by_size(batch, frozen["autoencoder"].config.downsample)
@@ -142,17 +152,18 @@ class Add:
             images = [decode(frozen["autoencoder"], t, latents) for t in targets]
         else:
             images = [t.pixels for t in targets]
-        real = self._look(frozen, images)
+        real = self._features(frozen, images)
         pooled = [tokens.pooled.astype(jnp.float32)] * len(targets)
         return {
             "tokens": tokens,
             "targets": targets,
             "real": real,
-            "given": jnp.concatenate([_together(pooled), real.pooled], axis=-1),
-            "present": _together([t.present for t in targets]).astype(jnp.float32),
+            "condition": jnp.concatenate([_flatten(pooled), real.pooled], axis=-1),
+            "present": _flatten([t.present for t in targets]).astype(jnp.float32),
         }
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
+        """Not modelled."""
         return jnp.zeros(())
 
     def loss(
@@ -164,12 +175,12 @@ class Add:
         key: Key[Array, ""],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Sums]:
-        """Sums over examples of equation (2) or (1); the student hands on its features."""
+        """Sums over examples of equation (2) or (1); the student forwards its images' features."""
         if player == "discriminator":
-            return self._heads_loss(models["discriminator"], inputs)
+            return self._discriminator_loss(models["discriminator"], inputs)
         config, tokens = self.config, inputs["tokens"]
         keys = flow.split_keys(flow.example_keys(key, tokens.example_ids), 3)
-        made, t = make_images(
+        generated, t = generate_images(
             models["student"]["transformer"],
             tokens,
             config.student_times,
@@ -177,101 +188,95 @@ class Add:
             keys[0],
             step,
         )
-        images = self._decode(frozen, inputs, made)
-        seen = self._look(frozen, images)
-        logits = models["discriminator"](seen.maps, inputs["given"], plain)
-        square = self._distance(frozen, inputs, images, made, keys[1:])
+        images = self._decode(frozen, inputs, generated)
+        fake = self._features(frozen, images)
+        logits = models["discriminator"](fake.maps, inputs["condition"], logits_only)
+        square = self._distance(frozen, inputs, images, generated, keys[1:])
         present = inputs["present"]
         terms = {
-            "adversarial": present * _over_maps([-values for values, _ in logits]),
+            "adversarial": present * _over_maps([generator_loss(x, "hinge") for x, _ in logits]),
             "distillation": present * square,
         }
         loss = terms["adversarial"] + config.distillation_weight * terms["distillation"]
         sums = jax.tree.map(jnp.sum, terms)
         sums["t"] = jnp.sum(jnp.where(tokens.example_ids >= 0, t, 0.0))
-        forwarded = {"made": jax.lax.stop_gradient(seen.maps)}
+        forwarded = {"fake": jax.lax.stop_gradient(fake.maps)}
         return jnp.sum(loss), Sums(jnp.sum(present), sums, forwarded)
 
-    def _look(self, frozen: dict, images: list[Float[Array, "B N _ _ 3"]]) -> Features:
-        """The features of images of all sizes, one after the other."""
+    def _features(self, frozen: dict, images: list[Float[Array, "B N _ _ 3"]]) -> Features:
+        """The features of images of all sizes, concatenated."""
         network = frozen[self.config.features]
-        seen = [network(x.reshape(-1, *x.shape[2:])) for x in images]
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
+        features = [network(x.reshape(-1, *x.shape[2:])) for x in images]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *features)
 
     def _decode(self, frozen: dict, inputs: dict, latents: Float[Array, "B S C"]) -> list[Array]:
         return [decode(frozen["autoencoder"], t, latents) for t in inputs["targets"]]
 
-    def _distance(self, frozen, inputs, images, made, keys) -> Float[Array, " B"]:
-        """c(s) times the mean square of each image's distance to the teacher's."""
+    def _distance(self, frozen, inputs, images, generated, keys) -> Float[Array, " B"]:
+        """c(s) times the mean squared distance of each image to the teacher's."""
         tokens, teacher = inputs["tokens"], frozen["teacher"]
         _, counts = target_membership(tokens)
         s = flow.sample_times(keys[0], counts.astype(jnp.int32), self.config.teacher_levels)
         token_s = flow.at_tokens(s, tokens.segments)
-        made = jax.lax.stop_gradient(made)
-        x_s = flow.interpolate(made, noise_like(tokens, keys[1]), token_s)
+        generated = jax.lax.stop_gradient(generated)
+        x_s = flow.interpolate(generated, noise_like(tokens, keys[1]), token_s)
         v = teacher(**inputs_at(teacher, tokens, x_s, s, self.config.guidance))
-        aims = self._decode(frozen, inputs, flow.denoise(x_s, v, token_s))
-        aims = jax.lax.stop_gradient(aims)
-        pairs = zip(images, aims, strict=True)
-        squares = [jnp.mean(jnp.square(x - aim), axis=(2, 3, 4)) for x, aim in pairs]
-        return _together([(1 - s) * square for square in squares])
+        denoised = self._decode(frozen, inputs, flow.denoise(x_s, v, token_s))
+        pairs = zip(images, jax.lax.stop_gradient(denoised), strict=True)
+        squares = [jnp.mean(jnp.square(x - y), axis=(2, 3, 4)) for x, y in pairs]
+        return _flatten([(1 - s) * square for square in squares])
 
-    def _heads_loss(self, heads: MapHeads, inputs: dict) -> tuple[Float[Array, ""], Sums]:
+    def _discriminator_loss(self, heads: MapHeads, inputs: dict) -> tuple[Float[Array, ""], Sums]:
         config, present = self.config, inputs["present"]
-        read: Callable = with_slope if config.r1_weight else plain
-        real = heads(inputs["real"].maps, inputs["given"], read)
-        made = [values for values, _ in heads(inputs["made"], inputs["given"], plain)]
-        slopes, real = [slope for _, slope in real], [values for values, _ in real]
+        condition, read = inputs["condition"], logits_and_r1 if config.r1_weight else logits_only
+        real, r1 = zip(*heads(inputs["real"].maps, condition, read), strict=True)
+        fake, _ = zip(*heads(inputs["fake"], condition, logits_only), strict=True)
         terms = {
             "real": _over_maps(real),
-            "made": _over_maps(made),
+            "made": _over_maps(fake),
             "accuracy_real": _over_maps([(x > 0).astype(jnp.float32) / len(real) for x in real]),
-            "accuracy_made": _over_maps([(x < 0).astype(jnp.float32) / len(made) for x in made]),
+            "accuracy_made": _over_maps([(x < 0).astype(jnp.float32) / len(fake) for x in fake]),
         }
-        loss = _over_maps([jax.nn.relu(1 - x) for x in real])
-        loss = loss + _over_maps([jax.nn.relu(1 + x) for x in made])
+        pairs = zip(real, fake, strict=True)
+        loss = _over_maps([discriminator_loss(x, y, "hinge") for x, y in pairs])
         if config.r1_weight:
-            terms["r1"] = _over_maps(slopes)
+            terms["r1"] = _over_maps(r1)
             loss = loss + config.r1_weight * terms["r1"]
         sums = {name: jnp.sum(present * values) for name, values in terms.items()}
         return jnp.sum(present * loss), Sums(jnp.sum(present), sums)
 
 
 def _abstract_features(config: AddConfig) -> Features:
-    """The shapes that the feature network gives for one image; computes nothing."""
+    """The shapes of the feature network's output for one image."""
     network, settings = FEATURES[config.features], getattr(config, config.features)
-
-    def look() -> Features:
-        return network(settings, rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))
-
-    return nnx.eval_shape(look)
+    return nnx.eval_shape(lambda: network(settings, rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3))))
 
 
 def targets_by_size(batch: Batch, cell: int) -> list[Targets]:
-    """The images to make, size by size; every example has a place in each.
+    """The target images of a batch, size by size; each size has an entry for every example.
 
     Args:
       batch: with pixels.
-      cell: pixels a side of a latent cell.
+      cell: side of a latent cell in pixels.
     """
     rows, row_length = batch.segments.shape
     num_examples = batch.example_ids.shape[1]
     tokens_of = {key: _num_tokens(batch.images[key].shape, cell) for key in sorted(batch.images)}
     slots = {key: batch.images[key].shape[1] for key in tokens_of}
     total = sum(slots[key] * tokens_of[key] for key in tokens_of)
-    # Where in the row each encoded token went, which `Batch.source` says the other way round.
-    here = jnp.broadcast_to(jnp.arange(row_length)[None], (rows, row_length))
+    # The position in the row of each encoded token: the inverse of `Batch.source`.
+    positions = jnp.broadcast_to(jnp.arange(row_length)[None], (rows, row_length))
     source = jnp.where(batch.segments > 0, batch.source, total)
-    place = jnp.zeros((rows, total), jnp.int32)
-    place = place.at[jnp.arange(rows)[:, None], source].set(here, mode="drop")
+    position = jnp.zeros((rows, total), jnp.int32)
+    position = position.at[jnp.arange(rows)[:, None], source].set(positions, mode="drop")
     targets, start = [], 0
     for key, count in tokens_of.items():
         segments = batch.image_segments[key]
         member = segments[:, None, :] == jnp.arange(1, num_examples + 1)[None, :, None]
-        slot = jnp.argmax(member, axis=2)  # an example's target comes before its contexts
+        slot = jnp.argmax(member, axis=2)  # an example's target precedes its contexts
         first = start + slot * count
         tokens = jnp.take_along_axis(
-            place[:, None], first[:, :, None] + jnp.arange(count)[None, None], axis=2
+            position[:, None], first[:, :, None] + jnp.arange(count)[None, None], axis=2
         )
         is_target = jnp.take_along_axis(batch.is_target, tokens[:, :, 0], axis=1)
         images = jnp.asarray(batch.images[key])
@@ -290,7 +295,7 @@ def targets_by_size(batch: Batch, cell: int) -> list[Targets]:
 def decode(
     autoencoder: Autoencoder, targets: Targets, latents: Float[Array, "B S C"]
 ) -> Float[Array, "B N h w 3"]:
-    """The images that a row's latents are, in [-1, 1]."""
+    """The target images that a row's latents decode to, in [-1, 1]."""
     rows, examples, count = targets.tokens.shape
     flat = targets.tokens.reshape(rows, examples * count, 1)
     tokens = jnp.take_along_axis(latents, flat, axis=1).reshape(rows * examples, count, -1)
@@ -300,16 +305,16 @@ def decode(
 
 
 def _num_tokens(shape: tuple[int, ...], cell: int) -> int:
-    """Of an image of [B M h w 3]: a token is 2 x 2 cells."""
+    """Tokens of one image, given the shape [B M h w 3]; a token is 2 x 2 cells."""
     return (shape[2] // (2 * cell)) * (shape[3] // (2 * cell))
 
 
-def _together(by_size: list[Array]) -> Array:
-    """[B N ...] of each size, one after the other and without rows."""
+def _flatten(by_size: list[Array]) -> Array:
+    """The [B N ...] arrays of all sizes as one [B*N*sizes ...] array."""
     flat = [x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in by_size]
     return jnp.concatenate(flat)
 
 
-def _over_maps(values: list[Float[Array, "B _"]]) -> Float[Array, " B"]:
-    """The sum over maps of the mean over each map's tokens."""
+def _over_maps(values: Sequence[Float[Array, "B _"]]) -> Float[Array, " B"]:
+    """The sum over maps of the mean over each map's positions."""
     return sum(jnp.mean(x, axis=1) for x in values)

@@ -1,8 +1,8 @@
-"""Training the latent autoencoder: reconstruction and a light pull towards a normal prior.
+"""Training the latent autoencoder: reconstruction, and a weak KL term towards a normal prior.
 
     L = mean |x - x'| + mean (x - x')^2 + kl_weight * KL(q(z | x) || N(0, 1)) / cells
 
-The absolute error keeps edges sharp, the square keeps large errors rare (Rombach et al.,
+The absolute error keeps edges sharp, and the squared error keeps large errors rare (Rombach et al.,
 arXiv 2112.10752, section G, without the perceptual and adversarial terms).
 """
 
@@ -22,11 +22,11 @@ from kontext_jax.types import Batch
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class AutoencoderInit(Settings):
-    """Where the initial weights come from; the places are those of ``FlowInit``.
+    """The location of the initial weights, as in `objectives.transformer.NetworksInit`.
 
     Attributes:
-      autoencoder: the place; new weights where empty.
-      except_for: patterns of tensors that may be missing, or are not to be read.
+      autoencoder: the location; random weights if empty.
+      except_for: patterns of tensors that may be missing, or are to be ignored.
     """
 
     autoencoder: str = ""
@@ -38,7 +38,7 @@ class AutoencoderObjectiveConfig(Settings):
     """The network and the weight of its regularisation.
 
     Attributes:
-      kl_weight: of the divergence from N(0, 1), a latent cell and channel.
+      kl_weight: weight of the KL divergence from N(0, 1), a mean over latent cells and channels.
     """
 
     kind: str = "autoencoder"
@@ -67,6 +67,7 @@ class AutoencoderObjective:
         return {"batch": batch}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
+        """Not modelled."""
         return jnp.zeros(())
 
     def loss(
@@ -78,7 +79,7 @@ class AutoencoderObjective:
         key: Key[Array, ""],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Sums]:
-        """Sums over images; the weight is the number of images."""
+        """Sum over images; the weight is the number of images."""
         batch = inputs["batch"]
         sums: dict[str, Float[Array, ""]] = {}
         for i, size in enumerate(sorted(batch.images)):
@@ -99,7 +100,7 @@ class AutoencoderObjective:
     def _terms(
         self, model: Autoencoder, images: Float[Array, "B h w 3"], keys: Key[Array, " B"]
     ) -> dict[str, Float[Array, " B"]]:
-        """Means over each image's pixels or latent cells."""
+        """Means over the pixels or the latent cells of each image."""
         mean, logvar = model.moments(images)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         z = mean + jnp.exp(0.5 * logvar) * noise
@@ -117,7 +118,7 @@ class AutoencoderObjective:
 
 
 def _slot_keys(key: Key[Array, ""], batch: Batch, size: str) -> Key[Array, "B M"]:
-    """A key for each image: of its example, and of its place among that example's images."""
+    """A key per image, from its example's id and its index among that example's images."""
     segments = batch.image_segments[size]
     examples = jnp.take_along_axis(batch.example_ids, jnp.maximum(segments - 1, 0), axis=1)
     same = segments[:, :, None] == segments[:, None, :]

@@ -1,8 +1,8 @@
 """Rectified flow matching on packed triples: text-to-image and editing in one loss.
 
-The target's tokens are moved along the line to noise, its contexts stay clean; the transformer
-sees both and predicts a velocity everywhere, and only the target's counts (``flow.py`` has the
-equations). Each example weighs the same, whatever its size.
+Target tokens are interpolated towards noise; context tokens stay clean. The transformer sees both
+and predicts a velocity for every token, and the loss is that of the target tokens (``flow.py`` has
+the equations). Every example has the same weight, whatever its size.
 """
 
 from dataclasses import dataclass, field
@@ -34,20 +34,19 @@ from kontext_jax.types import Batch, Tokens
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class FlowInit(NetworksInit):
-    """As `NetworksInit`; ``lora`` is a file of adapters in diffusers' layout, to start from."""
+    """`NetworksInit`, and ``lora``: initial adapters, a file in diffusers' layout."""
 
     lora: str = ""
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class FlowMatchingConfig(NetworksConfig):
-    """The networks and how times are drawn.
+    """The networks and the distribution of times.
 
     Attributes:
-      train_text_encoder: whether the text encoder learns together with the transformer, or is
-        frozen, as T5 is in FLUX.
-      lora: adapters to train in place of the whole transformer, if they have a rank.
-      time: how training times are drawn, and the shift of these and of the sampler's schedule.
+      train_text_encoder: whether to train the text encoder with the transformer; FLUX freezes T5.
+      lora: adapters to train instead of the transformer, if their rank is above 0.
+      time: distribution of training times, and the shift of both training and sampling times.
     """
 
     kind: str = "flow_matching"
@@ -58,11 +57,11 @@ class FlowMatchingConfig(NetworksConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.init_from.lora and not self.lora.rank:
-            raise ValueError("init_from.lora needs adapters to fill: set lora.rank.")
+            raise ValueError("init_from.lora needs adapters to initialise: set lora.rank.")
 
 
 def networks_of(model: dict[str, Any], frozen: dict[str, Network]) -> dict[str, Network]:
-    """All networks by name, trained and frozen, with the adapters at work in the transformer."""
+    """All networks by name, trained and frozen, with adapters attached to the transformer."""
     networks = frozen | model
     if "lora" in networks:
         networks["transformer"] = lora.attach(networks["transformer"], networks.pop("lora"))
@@ -70,7 +69,7 @@ def networks_of(model: dict[str, Any], frozen: dict[str, Network]) -> dict[str, 
 
 
 class FlowMatching:
-    """One player, ``model``: the transformer, or adapters of it; the text encoder if trained."""
+    """One player, ``model``: the transformer or its adapters, and the text encoder if trained."""
 
     players = ("model",)
     generator = "model"
@@ -104,7 +103,7 @@ class FlowMatching:
         return {"batch": batch, "latents": encode_images(frozen.get("autoencoder"), batch)}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
-        """Of the transformer, on the examples' own tokens (``flops.py`` says what counts)."""
+        """FLOPs of the transformer on the examples' tokens; ``flops.py`` says what is counted."""
         lengths = lengths_of(batch)
         flops = training_flops(self.config.transformer, **lengths, lora=self.config.lora)
         return jnp.sum(jnp.where(lengths["target"] > 0, flops, 0.0))
@@ -118,7 +117,7 @@ class FlowMatching:
         key: Key[Array, ""],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Sums]:
-        """Sums over examples of the mean square error of their target tokens' velocity."""
+        """Sum over examples of the mean squared error of the target tokens' velocity."""
         networks = networks_of(models["model"], frozen)
         tokens = self.config.tokens(networks, inputs["batch"], inputs["latents"])
         losses, t, present = per_example_loss(
@@ -134,9 +133,9 @@ def per_example_loss(
     guidance: float,
     key: Key[Array, ""],
 ) -> tuple[Float[Array, "B N"], Float[Array, "B N"], Float[Array, "B N"]]:
-    """(loss, time, 1 where there is an example) of every example; absent ones are 0.
+    """(loss, time, 1.0) of every example, and zeros for absent ones.
 
-    Times and noise depend on ``key`` and the example's id alone, not on how rows are packed.
+    Times and noise depend only on ``key`` and the example's id, not on how rows are packed.
     """
     member, counts = target_membership(tokens)
     keys = flow.example_keys(key, tokens.example_ids)
@@ -154,9 +153,9 @@ def square_error(
     noise_keys: Key[Array, "B N"],
     guidance: float,
 ) -> Float[Array, "B S"]:
-    """Of each token's velocity, a mean over channels, at given times and with given noise.
+    """Squared error of each token's velocity, a mean over channels, at given times and noise.
 
-    It means something for tokens of targets alone: `per_example` leaves the others out.
+    Only target tokens have a meaningful value; `per_example` ignores the others.
     """
     noise = flow.token_noise(noise_keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
     noisy = flow.interpolate(tokens.latents, noise, flow.at_tokens(t, tokens.segments))

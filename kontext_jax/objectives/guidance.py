@@ -1,12 +1,12 @@
 r"""Guidance distillation: one call where classifier-free guidance takes two.
 
-Meng et al., arXiv 2210.03142, stage one; so FLUX.1's open [dev] weights came about. The student
-has an input for the scale w, and learns the guided velocity of a teacher without one,
+Meng et al., arXiv 2210.03142, stage one; FLUX.1 [dev] was distilled this way. The student takes the
+scale w as an input, and learns the guided velocity of a teacher that does not,
 
     v_student(x_t, t, w)  ~  v(x_t, t, no prompt) + w (v(x_t, t, prompt) - v(x_t, t, no prompt)),
 
-at the times of flow matching. It starts from the teacher's parameters; the last layer of the new
-input starts at zero, so that the student starts as the teacher.
+at the times of flow matching. It starts from the teacher's parameters. The last layer of the new
+input's embedder starts at zero, so that the student initially equals the teacher.
 """
 
 import dataclasses
@@ -38,15 +38,15 @@ from kontext_jax.types import Batch, Tokens, unprompted
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class GuidanceConfig(NetworksConfig):
-    """The student, whose ``transformer.guidance_embed`` must be set; the teacher has no such input.
+    """The student, which needs ``transformer.guidance_embed``; the teacher lacks that input.
 
-    The data must have ``data.negatives``.
+    The data needs ``data.negatives``.
 
     Attributes:
-      init_from: where the networks come from; ``transformer`` is the teacher, and the student's
-        start.
-      time: how training times are drawn, and the shift of these and of the sampler's schedule.
-      scales: the scale w is drawn evenly between these two.
+      init_from: locations of the networks; ``transformer`` is the teacher and initialises the
+        student.
+      time: distribution of training times, and the shift of both training and sampling times.
+      scales: bounds of the uniform distribution of w.
     """
 
     kind: str = "guidance"
@@ -58,7 +58,7 @@ class GuidanceConfig(NetworksConfig):
         if not self.transformer.guidance_embed:
             raise ValueError("the student takes the scale as an input: set guidance_embed=True.")
         if not self.scales[0] < self.scales[1]:
-            raise ValueError(f"scales {self.scales} must rise.")
+            raise ValueError(f"scales {self.scales} must be increasing.")
 
     @property
     def teacher(self) -> FluxConfig:
@@ -92,7 +92,7 @@ class Guidance:
         }
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
-        """Of the student's training and the teacher's two passes."""
+        """FLOPs of the student's training and of the teacher's two forward passes."""
         lengths, config = lengths_of(batch), self.config
         flops = training_flops(config.transformer, **lengths)
         flops = flops + 2.0 * forward_flops(config.teacher, **lengths)
@@ -107,7 +107,7 @@ class Guidance:
         key: Key[Array, ""],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Sums]:
-        """Sums over examples of the mean square error of their target tokens' velocity."""
+        """Sum over examples of the mean squared error of the target tokens' velocity."""
         tokens, negative = inputs["tokens"], inputs["negative"]
         student, teacher = models["student"]["transformer"], frozen["teacher"]
         member, counts = target_membership(tokens)
@@ -120,10 +120,12 @@ class Guidance:
         noise = noise_like(tokens, noise_keys)
         x_t = flow.interpolate(tokens.latents, noise, flow.at_tokens(t, tokens.segments))
 
-        with_prompt, without = (
-            teacher(**inputs_at(teacher, given, x_t, t, 0.0)) for given in (tokens, negative)
+        positive, unconditional = (
+            teacher(**inputs_at(teacher, conditions, x_t, t, 0.0))
+            for conditions in (tokens, negative)
         )
-        guided = without + flow.at_tokens(scale, tokens.segments) * (with_prompt - without)
+        token_scale = flow.at_tokens(scale, tokens.segments)
+        guided = unconditional + token_scale * (positive - unconditional)
         velocity = student(**inputs_at(student, tokens, x_t, t, scale))
         square = jnp.mean(jnp.square(velocity - jax.lax.stop_gradient(guided)), axis=-1)
         present = (counts > 0).astype(jnp.float32)

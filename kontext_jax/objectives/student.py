@@ -1,7 +1,7 @@
-"""The student of a distillation: images made in one call, from a few times.
+"""The student of a distillation: it generates images in one call, from one of a few times.
 
-From a latent x, noised to time t by (1), and the student's velocity there, (3) of ``flow.py`` gives
-its image x' = x_t - t v(x_t, t).
+A latent x is noised to time t by equation (1) of ``flow.py``; the student's velocity there gives
+its image by equation (3), x' = x_t - t v(x_t, t).
 """
 
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ from kontext_jax.types import Tokens
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class StudentTimes(Settings):
-    """At which times a student learns to make an image in one call.
+    """The times from which a student learns to generate an image in one call.
 
     Attributes:
       values: the times; 1 is pure noise.
-      warmup: probability of each in the student's first ``warmup_steps`` updates.
-      probabilities: of each from then on.
+      warmup: probability of each time during the student's first ``warmup_steps`` updates.
+      probabilities: probability of each time after the warm-up.
     """
 
     values: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
@@ -39,30 +39,30 @@ class StudentTimes(Settings):
         if not all(0 < t <= 1 for t in self.values):
             raise ValueError(f"student times {self.values} must be above 0 and at most 1.")
         for name in ("warmup", "probabilities"):
-            given = getattr(self, name)
-            if len(given) != len(self.values) or min(given) < 0 or abs(sum(given) - 1) > 1e-6:
+            values = getattr(self, name)
+            if len(values) != len(self.values) or min(values) < 0 or abs(sum(values) - 1) > 1e-6:
                 raise ValueError(
-                    f"{name} {given} must be {len(self.values)} probabilities that add up to 1."
+                    f"{name} {values} must be {len(self.values)} probabilities that add up to 1."
                 )
 
     def sample(self, keys: Key[Array, "B N"], updates: Int[Array, ""]) -> Float[Array, "B N"]:
-        """A time for each example, after so many updates of the student."""
-        chances = jnp.where(
+        """A time for each example; ``updates`` counts the student's updates so far."""
+        probabilities = jnp.where(
             updates < self.warmup_steps, jnp.array(self.warmup), jnp.array(self.probabilities)
         )
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.categorical(key, jnp.log(chances))))
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.categorical(key, jnp.log(probabilities))))
         return jnp.array(self.values, jnp.float32)[draw(keys)]
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class StudentConfig(NetworksConfig):
-    """A student of few steps, and the heads that judge its images.
+    """A few-step student, and the discriminator heads.
 
     Attributes:
-      time: the shift of the student's schedule; none, for its times are as it was trained.
+      time: shift of the student's schedule: none, since it samples at the times it is trained at.
       student_times: see `StudentTimes`.
-      heads: the discriminator.
-      heads_optim: how it is trained.
+      heads: sizes of the discriminator.
+      heads_optim: optimizer of the discriminator.
     """
 
     time: flow.TimeConfig = field(default_factory=lambda: flow.TimeConfig(shift="none"))
@@ -82,7 +82,7 @@ class StudentConfig(NetworksConfig):
         return SamplerConfig(num_steps=4, method="consistency", guidance=self.guidance)
 
 
-def make_images(
+def generate_images(
     student: Flux,
     tokens: Tokens,
     times: StudentTimes,
@@ -90,7 +90,7 @@ def make_images(
     keys: Key[Array, "B N"],
     updates: Int[Array, ""],
 ) -> tuple[Float[Array, "B S C"], Float[Array, "B N"]]:
-    """(the student's images x' in the places of the targets, the times t that they come from)."""
+    """(the student's images x' at the target tokens, the times t that they start from)."""
     time_keys, noise_keys = flow.split_keys(keys, 2)
     t = times.sample(time_keys, updates)
     token_t = flow.at_tokens(t, tokens.segments)
@@ -100,5 +100,5 @@ def make_images(
 
 
 def noise_like(tokens: Tokens, keys: Key[Array, "B N"]) -> Float[Array, "B S C"]:
-    """Noise for every token, by its example's key."""
+    """Noise for every token, from its example's key."""
     return flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])

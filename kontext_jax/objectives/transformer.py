@@ -1,4 +1,4 @@
-"""What all objectives on the transformer share: its networks, its conditions, its velocity."""
+"""Shared by all objectives of the transformer: networks, conditioning, per-example means."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,16 +20,16 @@ from kontext_jax.types import Batch, Tokens
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class NetworksInit(Settings):
-    """Where each network's weights come from.
+    """The location of each network's weights.
 
-    A place is the workdir of a run, a diffusers pipeline or a network's folder in it, a single
-    file of Black Forest Labs' layout, or a folder that `kontext_jax.convert` made.
+    A location is a run's workdir, a diffusers pipeline or one network's folder in it, a single file
+    in Black Forest Labs' layout, or a folder written by `kontext_jax.convert`.
 
     Attributes:
-      transformer, text_encoder: initial weights; new ones where empty. Frozen networks need some.
-      clip, autoencoder: never trained here.
-      except_for: patterns of tensors that may be missing, or are not to be read; parameters that
-        are missing start anew.
+      transformer, text_encoder: initial weights; random if empty. Frozen networks need a location.
+      clip, autoencoder: always frozen.
+      except_for: patterns of tensors that may be missing, or are to be ignored; missing parameters
+        are initialised at random.
     """
 
     transformer: str = ""
@@ -41,13 +41,13 @@ class NetworksInit(Settings):
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class NetworksConfig(Settings):
-    """The networks, and how they are conditioned.
+    """The networks and their conditioning.
 
     Attributes:
-      pooled: the transformer's pooled text vector: "clip", "mean" of the text encoder's vectors,
-        or "zeros".
-      time: the shift of the sampler's schedule.
-      guidance: the value fed to the guidance input, where the transformer has one.
+      pooled: source of the transformer's pooled text vector: "clip", "mean" of the text encoder's
+        vectors, or "zeros".
+      time: shift of the sampler's schedule.
+      guidance: value of the guidance input, if the transformer has one.
     """
 
     transformer: FluxConfig = field(default_factory=FluxConfig)
@@ -74,18 +74,18 @@ class NetworksConfig(Settings):
 
     @property
     def sampler(self) -> SamplerConfig:
-        """How these networks are sampled unless one says otherwise."""
+        """The default sampler of these networks."""
         return SamplerConfig()
 
     @property
     def teacher(self) -> FluxConfig:
-        """What a frozen teacher of this transformer is."""
+        """The config of a frozen teacher of this transformer."""
         return self.transformer
 
     def encode_text(
         self, networks: dict[str, Network], batch: Batch
     ) -> tuple[Float[Array, "B L T"], Float[Array, "B N P"]]:
-        """The prompts' token vectors and pooled vectors, as the transformer takes them."""
+        """The prompts' token vectors and pooled vectors, as inputs of the transformer."""
         text = encode_text(networks["text_encoder"], batch)
         num_examples = batch.example_ids.shape[1]
         if self.pooled == "clip":
@@ -97,16 +97,16 @@ class NetworksConfig(Settings):
     def tokens(
         self, networks: dict[str, Network], batch: Batch, latents: Float[Array, "B S C"]
     ) -> Tokens:
-        """The batch as the transformer takes it: its prompts encoded, beside its clean latents."""
+        """The transformer's inputs: clean latents and encoded prompts."""
         return to_tokens(batch, latents, *self.encode_text(networks, batch))
 
     def frozen_encoders(self) -> tuple[str, ...]:
-        """The encoders of the prompts, where none is trained."""
+        """Names of the text encoders, if none of them is trained."""
         return ("text_encoder", "clip") if self.pooled == "clip" else ("text_encoder",)
 
 
 def target_membership(tokens: Tokens) -> tuple[Float[Array, "B S N"], Float[Array, "B N"]]:
-    """(1 where a token belongs to an example's target, number of these tokens)."""
+    """(1.0 where a token belongs to an example's target, number of target tokens)."""
     member = jax.nn.one_hot(tokens.segments - 1, tokens.example_ids.shape[1])  # padding: all zero
     member = jnp.where(tokens.is_target[:, :, None], member, 0.0)
     return member, jnp.sum(member, axis=1)
@@ -115,9 +115,9 @@ def target_membership(tokens: Tokens) -> tuple[Float[Array, "B S N"], Float[Arra
 def per_example(
     values: Float[Array, "B S"], member: Float[Array, "B S N"], counts: Float[Array, "B N"]
 ) -> Float[Array, "B N"]:
-    """Means over each example's target tokens; 0 where there is no example."""
-    # Left to themselves, accelerators round factors to fewer bits: a TPU to bfloat16, by which each
-    # value, and each token's weight in the gradient, would be off by up to 0.2 %.
+    """The mean over each example's target tokens; 0 for absent examples."""
+    # By default accelerators round the factors of a float32 product, TPUs to bfloat16: each value,
+    # and each token's weight in the gradient, would be off by up to 0.2 %.
     sums = jnp.einsum("bs,bsn->bn", values, member, precision="highest")
     return sums / jnp.maximum(counts, 1.0)
 
@@ -129,9 +129,9 @@ def inputs_at(
     t: Float[Array, "B N"],
     guidance: float | Float[Array, "B N"],
 ) -> dict[str, Any]:
-    """The transformer's arguments for targets ``x`` at time ``t`` beside their clean contexts.
+    """The transformer's arguments: targets ``x`` at time ``t``, with clean contexts.
 
-    ``guidance``, one value or one an example, goes to transformers that have the input.
+    ``guidance`` is one value, or one per example; it is ignored by transformers without the input.
     """
     has_guidance = transformer.config.guidance_embed
     return {
@@ -149,7 +149,7 @@ def inputs_at(
 
 
 def lengths_of(batch: Batch) -> dict[str, Float[Array, "B N"]]:
-    """Each example's tokens, ``target``, ``contexts`` and ``text``, as ``flops.py`` counts them."""
+    """Numbers of ``target``, ``contexts`` and ``text`` tokens of each example, for ``flops.py``."""
     numbers = 1 + jnp.arange(batch.example_ids.shape[1])
 
     def lengths(segments: Int[Array, "B S"]) -> Float[Array, "B N"]:

@@ -1,6 +1,6 @@
-"""Charts as SVG that stands inside a page: lines with bands in small multiples, and bars.
+"""Charts as inline SVG: line charts with confidence bands as small multiples, and bar charts.
 
-Words stay text, in the page's own font. Legends are the page's: it knows the colours.
+Text stays text, in the font of the page. The page draws the legends, since it assigns the colours.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kontext_jax.evaluation.summary import Estimate
-from kontext_jax.report.label_placement import Box, Name, Segments, lead_of, place_names
+from kontext_jax.report.label_placement import Box, Label, Segments, leader_end, place_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "kontext_jax",  # the same report has the same ids
+    "svg.hashsalt": "kontext_jax",  # reproducible ids
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -39,33 +39,33 @@ STYLE = {
 
 
 class Line(NamedTuple):
-    """Points of one colour.
+    """A line of a chart, or the bars of one colour.
 
     Attributes:
-      points: x -> value; bars have groups for x.
-      colour: of line, band or bars.
-      dashed: for what is only there to compare with.
-      names: x -> what is written at that point, and in which colour.
+      points: x -> value; for bars, x is the name of a group.
+      colour: colour of the line, band or bars.
+      dashed: whether the line is only a comparison, dashed and without a band.
+      labels: x -> (label of that point, its colour).
     """
 
     points: Mapping[Any, Estimate]
     colour: str
     dashed: bool = False
-    names: Mapping[Any, tuple[str, str]] = {}
+    labels: Mapping[Any, tuple[str, str]] = {}
 
 
 class Panel(NamedTuple):
-    """One of several charts side by side.
+    """A line chart.
 
     Attributes:
-      title: over it.
-      xlabel: under it.
-      lines: what is drawn.
-      percent: whether values are shares of 1.
+      title: title above the chart.
+      xlabel: label of the x axis.
+      lines: lines of the chart.
+      percent: whether values are fractions, shown as percentages.
       log_x, log_y: whether an axis is logarithmic.
-      ticks: the only places that the x axis names; its own choice if empty.
-      markers: whether points are marked.
-      level: a value that is marked all across, and always in sight.
+      ticks: ticks of the x axis; chosen automatically if empty.
+      markers: whether points have markers.
+      level: y of a dashed horizontal line, which is always in view; None for no line.
     """
 
     title: str
@@ -80,7 +80,7 @@ class Panel(NamedTuple):
 
 
 def panels(items: Sequence[Panel], size: tuple[float, float] = (3.85, 2.4)) -> str:
-    """An ``<svg>`` element of ``size`` inches for each panel; as many a row as have room."""
+    """Returns an ``<svg>`` element of ``size`` inches for each panel, in rows that wrap."""
     charts = (_svg(functools.partial(draw_panel, panel=panel), *size) for panel in items)
     return f"<div class=charts>{''.join(charts)}</div>"
 
@@ -88,13 +88,13 @@ def panels(items: Sequence[Panel], size: tuple[float, float] = (3.85, 2.4)) -> s
 def bars(
     groups: Mapping[str, str], lines: Sequence[Line], title: str, percent: bool = False
 ) -> str:
-    """Bars side by side in groups, with their intervals, as one ``<svg>`` element.
+    """Returns a grouped bar chart with confidence intervals, as an ``<svg>`` element.
 
     Args:
-      groups: what is written under each, by the name that points have for x.
-      lines: of each colour.
-      title: over it.
-      percent: whether values are shares of 1.
+      groups: label of each group, by the name that is its x in ``lines``.
+      lines: the bars of each colour.
+      title: title above the chart.
+      percent: whether values are fractions, shown as percentages.
     """
     width = 0.8 / len(lines)
 
@@ -102,13 +102,14 @@ def bars(
         axes = figure.subplots()
         axes.set_title(title, parse_math=False)
         for i, line in enumerate(lines):
-            here = [(k, line.points[name]) for k, name in enumerate(groups) if name in line.points]
-            middles = [k + (i - (len(lines) - 1) / 2) * width for k, _ in here]
-            axes.bar(middles, [v.mean for _, v in here], width * 0.88, color=line.colour)
-            _intervals(axes, middles, [v for _, v in here], color="#333", linewidth=0.9)
+            known = {k: line.points[name] for k, name in enumerate(groups) if name in line.points}
+            centres = [k + (i - (len(lines) - 1) / 2) * width for k in known]
+            values = list(known.values())
+            axes.bar(centres, [value.mean for value in values], width * 0.88, color=line.colour)
+            _intervals(axes, centres, values, color="#333", linewidth=0.9)
         axes.set_xticks(range(len(groups)), list(groups.values()), parse_math=False)
         axes.tick_params(axis="x", length=0)
-        _dress(axes, percent)
+        _style_axes(axes, percent)
         if percent:
             axes.set_ylim(0, 1.03)
 
@@ -117,38 +118,38 @@ def bars(
 
 
 def draw_panel(figure: "Figure", panel: Panel) -> None:
-    """Draws a panel in a figure of 72 dots an inch."""
+    """Draws a panel in a figure of 72 dpi."""
     axes = figure.subplots()
     _draw_lines(axes, panel)
-    figure.draw_without_rendering()  # places the axes, and names can keep clear of each other
-    _name_points(axes, panel)
+    figure.draw_without_rendering()  # lays out the axes; placing the labels depends on it
+    _label_points(axes, panel)
 
 
 def _draw_lines(axes: "Axes", panel: Panel) -> None:
     axes.set_title(panel.title, parse_math=False)
     axes.set_xlabel(panel.xlabel)
     for line in panel.lines:
-        places = sorted(line.points)
-        values = [line.points[x] for x in places]
+        xs = sorted(line.points)
+        values = [line.points[x] for x in xs]
         means, lows, highs = _columns(values)
         dashes, marker = "--" if line.dashed else "-", "o" if panel.markers else ""
-        axes.plot(places, means, color=line.colour, linestyle=dashes, marker=marker)
-        for x, (_, colour) in line.names.items():
+        axes.plot(xs, means, color=line.colour, linestyle=dashes, marker=marker)
+        for x, (_, colour) in line.labels.items():
             axes.plot(x, line.points[x].mean, color=colour, marker="o")
-        if len(places) > 1 and not line.dashed:
-            axes.fill_between(places, lows, highs, color=line.colour, alpha=0.13, linewidth=0)
+        if len(xs) > 1 and not line.dashed:
+            axes.fill_between(xs, lows, highs, color=line.colour, alpha=0.13, linewidth=0)
         elif not line.dashed:
-            _intervals(axes, places, values, color=line.colour, alpha=0.5)
+            _intervals(axes, xs, values, color=line.colour, alpha=0.5)
     if panel.level is not None:
         axes.axhline(panel.level, color="#888", linestyle="--", linewidth=1)
-    axes.margins(x=0.12 if any(line.names for line in panel.lines) else 0.05)
-    _dress(axes, panel.percent)
+    axes.margins(x=0.12 if any(line.labels for line in panel.lines) else 0.05)
+    _style_axes(axes, panel.percent)
     if panel.log_x:
-        _log(axes.set_xscale, axes.xaxis)
+        _set_log_scale(axes.set_xscale, axes.xaxis)
     if panel.log_y:
-        _log(axes.set_yscale, axes.yaxis)
+        _set_log_scale(axes.set_yscale, axes.yaxis)
     else:
-        axes.set_ylim(*_limits(panel))
+        axes.set_ylim(*_y_limits(panel))
     if panel.ticks:
         axes.set_xticks(panel.ticks, [f"{x:g}" for x in panel.ticks])
         axes.minorticks_off()
@@ -156,9 +157,12 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         axes.locator_params(axis="x", nbins=5)
 
 
-def _limits(panel: Panel) -> tuple[float, float]:
-    """Of the y axis: by what is not dashed, which could else be pressed into one line; and the
-    level."""
+def _y_limits(panel: Panel) -> tuple[float, float]:
+    """Returns limits of the y axis that contain the level and the lines that are not dashed.
+
+    Dashed lines do not count, because a distant baseline would flatten the others; they do count
+    for percentages.
+    """
     solid = [line for line in panel.lines if not line.dashed or panel.percent] or panel.lines
     values = [value for line in solid for value in line.points.values()]
     ends = [*_columns(values).flat, math.nan if panel.level is None else panel.level]
@@ -172,19 +176,19 @@ def _limits(panel: Panel) -> tuple[float, float]:
 
 
 def _columns(values: Sequence[Estimate]) -> Float[np.ndarray, "3 n"]:
-    """Means, low and high ends; NaN where there is no interval."""
+    """Returns means, lower and upper ends; NaN where there is no interval."""
     return np.array(values, np.float64).reshape(-1, 3).T
 
 
-def _intervals(axes: "Axes", places: Sequence[Any], values: Sequence[Estimate], **style) -> None:
-    """Upright lines from low to high ends."""
+def _intervals(axes: "Axes", xs: Sequence[Any], values: Sequence[Estimate], **style) -> None:
+    """Draws confidence intervals as vertical lines."""
     _, lows, highs = _columns(values)
     known = np.isfinite(lows + highs)
-    axes.vlines(np.asarray(places)[known], lows[known], highs[known], **style)
+    axes.vlines(np.asarray(xs)[known], lows[known], highs[known], **style)
 
 
-def _dress(axes: "Axes", percent: bool) -> None:
-    """Faint lines across, and numbers without powers of ten."""
+def _style_axes(axes: "Axes", percent: bool) -> None:
+    """Adds faint horizontal grid lines and formats y without powers of ten."""
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
     show = "{:.0%}" if percent else "{:g}"
@@ -193,7 +197,7 @@ def _dress(axes: "Axes", percent: bool) -> None:
     )
 
 
-def _log(set_scale: Callable, axis: Any) -> None:
+def _set_log_scale(set_scale: Callable, axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     set_scale("log")
@@ -202,58 +206,60 @@ def _log(set_scale: Callable, axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _name_points(axes: "Axes", panel: Panel) -> None:
-    """Writes names beside points or, where it is crowded, further away with a line to the point."""
-    named = [(line, x, *name) for line in panel.lines for x, name in line.names.items()]
-    texts, names = [], []
-    for line, x, name, colour in named:
-        text = _annotate(axes, name, (x, line.points[x].mean), (0, 0), color=colour, fontsize=8)
-        size, spot = text.get_window_extent(), axes.transData.transform(text.xy)
-        texts.append((text, size, colour))
-        names.append(Name(tuple(spot), size.width, size.height))
-    places = place_names(names, Box(*axes.bbox.extents), _drawn(axes))
-    for (text, size, colour), name, box in zip(texts, names, places, strict=True):
+def _label_points(axes: "Axes", panel: Panel) -> None:
+    """Writes labels beside their points or, in a crowd, further away with a leader line."""
+    texts, labels = [], []
+    for line in panel.lines:
+        for x, (name, colour) in line.labels.items():
+            text = _annotate(axes, name, (x, line.points[x].mean), (0, 0), color=colour, fontsize=8)
+            extent, anchor = text.get_window_extent(), axes.transData.transform(text.xy)
+            texts.append((text, extent, colour))
+            labels.append(Label(tuple(anchor), extent.width, extent.height))
+    boxes = place_labels(labels, Box(*axes.bbox.extents), _segments(axes))
+    for (text, extent, colour), label, box in zip(texts, labels, boxes, strict=True):
         if box is None:
             text.remove()
             continue
-        text.set_position((box.left - size.x0, box.low - size.y0))
-        end = lead_of(box, name.spot)
+        text.set_position((box.left - extent.x0, box.low - extent.y0))
+        end = leader_end(box, label.anchor)
         if end is not None:
             arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0}
-            _annotate(axes, "", text.xy, np.subtract(end, name.spot), arrowprops=arrow)
+            _annotate(axes, "", text.xy, np.subtract(end, label.anchor), arrowprops=arrow)
 
 
-def _annotate(axes: "Axes", name: str, at: tuple[Any, float], place: Any, **style) -> "Annotation":
-    """A name at a place, in points from what it is said of, which does not change the layout."""
-    text = axes.annotate(name, at, place, textcoords="offset points", parse_math=False, **style)
+def _annotate(
+    axes: "Axes", name: str, point: tuple[Any, float], offset: Any, **style
+) -> "Annotation":
+    """Writes text at an offset from a point, in points (1/72 inch), without changing the layout."""
+    text = axes.annotate(name, point, offset, textcoords="offset points", parse_math=False, **style)
     text.set_in_layout(False)
     return text
 
 
-def _drawn(axes: "Axes") -> Segments:
-    """All lines of a chart, and the lines of intervals of single points."""
+def _segments(axes: "Axes") -> Segments:
+    """Returns all drawn lines and points, including the intervals of single points."""
     from matplotlib.collections import LineCollection
 
     paths = [axes.transData.transform(line.get_xydata()) for line in axes.lines]
-    for bars in axes.collections:
-        if isinstance(bars, LineCollection):
-            paths += [axes.transData.transform(ends) for ends in bars.get_segments()]
+    for collection in axes.collections:
+        if isinstance(collection, LineCollection):
+            paths += [axes.transData.transform(ends) for ends in collection.get_segments()]
     pairs = [np.stack([path[:-1], path[1:]], axis=1) for path in paths if len(path) > 1]
-    pairs += [np.stack([path, path], axis=1) for path in paths]  # points themselves
+    pairs += [np.stack([path, path], axis=1) for path in paths]  # the points themselves
     pairs = np.concatenate([np.empty((0, 2, 2)), *pairs])
     return pairs[np.isfinite(pairs).all(axis=(1, 2))]
 
 
 def _svg(draw: Callable[["Figure"], None], width: float, height: float) -> str:
-    # Imported here: it is slow, and only the report draws.
+    # Imported here because it is slow, and only the report draws charts.
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # as SVG's points
+        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # SVG's unit: 1/72"
         draw(figure)
         text = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata=nothing, transparent=True)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=no_metadata, transparent=True)
     svg = text.getvalue()
     return svg[svg.index("<svg") :]

@@ -1,6 +1,6 @@
-"""The pictures of a report: sheets, the best and the worst, and any two cells side by side.
+"""The images of a report: sheets, best and worst results, and any two cells side by side.
 
-Every picture is in the page once, in a block of JSON, and a script puts it where it belongs.
+The page contains each image once, in a block of JSON; a script sets the source of each ``<img>``.
 """
 
 import base64
@@ -13,20 +13,26 @@ from typing import Any
 
 from PIL import Image
 
-from kontext_jax.evaluation.cell_folder import load_picture
+from kontext_jax.evaluation.cell_folder import load_task_image
 from kontext_jax.evaluation.scores import METRICS, spread
 from kontext_jax.evaluation.summary import HEADLINE, goodness
 from kontext_jax.evaluation.sweep import folder_name
 from kontext_jax.types import RGBImage, Task
 
-MAX_SIDE, MAX_EXACT = 256, 128
-"""Larger pictures are made smaller; and those beyond the second lose a little as JPEG."""
+MAX_SIDE = 256
+"""Larger images are scaled down to this longer side, in pixels."""
+
+MAX_EXACT = 128
+"""Images up to this longer side are stored as PNG, larger ones as JPEG."""
 
 EXTREMES = 6
-"""How many of the best, of the middle and of the worst are shown."""
+"""Number of best, median and worst images shown."""
 
-WORDS = {"edit_success": ("edited", "not edited"), "preservation": ("rest kept", "rest changed")}
-"""What is said of a single picture instead of 100% or 0%."""
+VERDICTS = {
+    "edit_success": ("edited", "not edited"),
+    "preservation": ("rest preserved", "rest changed"),
+}
+"""Texts for a score of 1 and 0 of a single image."""
 
 STYLE = """
 img { display: block; object-fit: contain; object-position: left top; }
@@ -52,20 +58,20 @@ select { font: inherit; padding: 2px 4px; max-width: 80vw; }
 """
 
 SCRIPT = """
-const data = JSON.parse(document.getElementById("picture-data").textContent);
+const data = JSON.parse(document.getElementById("image-data").textContent);
 const show = (image, number) => {
   image.onload = () => image.classList.toggle(
     "small", Math.max(image.naturalWidth, image.naturalHeight) < 100);
-  image.src = data.pictures[number];
+  image.src = data.images[number];
   return image;
 };
-for (const image of document.querySelectorAll("img[data-picture]"))
-  show(image, image.dataset.picture);
+for (const image of document.querySelectorAll("img[data-image]"))
+  show(image, image.dataset.image);
 const element = (kind, parent, css = "", text = "") => {
-  const made = parent.appendChild(document.createElement(kind));
-  made.className = css;
-  made.textContent = text;
-  return made;
+  const child = parent.appendChild(document.createElement(kind));
+  child.className = css;
+  child.textContent = text;
+  return child;
 };
 const grid = document.getElementById("pair");
 const [set, left, right] = ["set", "left", "right"].map(id => document.getElementById(id));
@@ -74,12 +80,13 @@ const compare = () => {
   const sides = [left.value, right.value];
   const has = {
     context: tasks.some(task => task.contexts.length),
-    truth: tasks.some(task => task.truth !== null),
+    target: tasks.some(task => task.target !== null),
   };
   grid.replaceChildren();
   const head = element("tr", grid);
   for (const name of [...(has.context ? ["context"] : []), "instruction",
-                      ...(has.truth ? ["truth"] : []), ...sides]) element("th", head, "", name);
+                      ...(has.target ? ["target"] : []), ...sides])
+    element("th", head, "", name);
   for (const task of tasks) {
     const row = element("tr", grid);
     if (has.context) {
@@ -87,15 +94,15 @@ const compare = () => {
       for (const number of task.contexts) show(element("img", box), number);
     }
     element("td", row, "prompt", task.prompt);
-    if (has.truth) {
-      const place = element("td", row);
-      if (task.truth !== null) show(element("img", place), task.truth);
+    if (has.target) {
+      const column = element("td", row);
+      if (task.target !== null) show(element("img", column), task.target);
     }
     for (const side of sides) {
-      const place = element("td", row), found = cells[side] && cells[side][task.id];
-      if (!found) continue;
-      show(element("img", place), found.picture);
-      for (const text of found.scores) element("div", place, "notes", text);
+      const column = element("td", row), result = cells[side] && cells[side][task.id];
+      if (!result) continue;
+      show(element("img", column), result.image);
+      for (const text of result.scores) element("div", column, "notes", text);
     }
   }
 };
@@ -107,47 +114,47 @@ if (grid) {
 
 
 class Gallery:
-    """The pictures and scores of a sweep's folder, and those that the page shows."""
+    """The images and scores of a sweep, and the images that the page contains."""
 
     def __init__(self, workdir: Path, tasks: Mapping[str, Sequence[Task]]):
-        """Of the sweep in ``workdir``, with the tasks of each set by its name."""
-        self.tasks = {name: {task.id: task for task in each} for name, each in tasks.items()}
+        """Opens the sweep in ``workdir``; ``tasks`` are the tasks of each set."""
+        self.tasks = {name: {task.id: task for task in of_set} for name, of_set in tasks.items()}
         self._folder = workdir / "cells"
-        self._numbers: dict[str, int] = {}  # of pictures, by their data
+        self._numbers: dict[str, int] = {}  # index of each image in the page's data, by its URI
         self._scores: dict[tuple[str, str], dict[str, dict]] = {}
         self._sets: dict[str, Any] = {}
 
-    def scores(self, of_set: str, cell: str) -> dict[str, dict[str, Any]]:
-        """The lines of scores by their tasks' ids."""
-        if (of_set, cell) not in self._scores:
-            file = self._path(of_set, cell) / "scores.jsonl"
+    def scores(self, set_name: str, cell: str) -> dict[str, dict[str, Any]]:
+        """Returns a cell's scores on a set, by task id."""
+        if (set_name, cell) not in self._scores:
+            file = self._path(set_name, cell) / "scores.jsonl"
             rows = map(json.loads, file.read_text().splitlines())
-            self._scores[of_set, cell] = {row["id"]: row for row in rows}
-        return self._scores[of_set, cell]
+            self._scores[set_name, cell] = {row["id"]: row for row in rows}
+        return self._scores[set_name, cell]
 
-    def sheet(self, of_set: str, cells: Sequence[str], number: int) -> str:
-        """Rows of context, instruction, truth, and the picture of each cell."""
-        tasks = chosen(list(self.tasks[of_set].values()), number)
+    def sheet(self, set_name: str, cells: Sequence[str], number: int) -> str:
+        """Returns a table with a task per row: context, instruction, target, each cell's image."""
+        tasks = pick_tasks(list(self.tasks[set_name].values()), number)
         has_contexts = any(task.contexts for task in tasks)
-        has_truths = any(task.truth is not None for task in tasks)
+        has_targets = any(task.truth is not None for task in tasks)
         side = 128 if len(cells) < 6 else 96
-        head = ["context"] * has_contexts + ["instruction"] + ["truth"] * has_truths + [*cells]
-        rows = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+        head = ["context"] * has_contexts + ["instruction"] + ["target"] * has_targets
+        rows = ["".join(f"<th>{html.escape(name)}</th>" for name in [*head, *cells])]
         for task in tasks:
             prompt = html.escape(task.prompt)
             note = f"<div class=notes>{html.escape(_kind(task))}</div>"
             row = [f"<td>{self._contexts(task, side)}</td>"] * has_contexts
             row += [f"<td class=prompt><div class=clamp title='{prompt}'>{prompt}</div>{note}</td>"]
-            row += [f"<td>{self._truth(task, side)}</td>"] * has_truths
-            row += [f"<td>{self._result(of_set, cell, task, side)}</td>" for cell in cells]
+            row += [f"<td>{self._target(task, side)}</td>"] * has_targets
+            row += [f"<td>{self._result(set_name, cell, task, side)}</td>" for cell in cells]
             rows.append("".join(row))
         lines = "".join(f"<tr>{row}</tr>" for row in rows)
         return f"<div class=wide><table class=sheet>{lines}</table></div>"
 
-    def extremes(self, of_set: str, cell: str, metric: str) -> list[tuple[str, str]]:
-        """(title, pictures) of the best, the middle and the worst by a metric, then by L1."""
-        scores = self.scores(of_set, cell)
-        ids = ranked(scores.values(), metric)
+    def extremes(self, set_name: str, cell: str, metric: str) -> list[tuple[str, str]]:
+        """Returns (title, cards) of the best, median and worst images, as `ranked_ids` orders."""
+        scores = self.scores(set_name, cell)
+        ids = ranked_ids(scores.values(), metric)
         number = min(EXTREMES, len(ids) // 3)
         middle = (len(ids) - number) // 2
         parts = {
@@ -156,29 +163,32 @@ class Gallery:
             "Worst": ids[len(ids) - number :],
         }
         return [
-            (title, "".join(self._card(of_set, cell, self.tasks[of_set][task]) for task in part))
+            (
+                title,
+                "".join(self._card(set_name, cell, self.tasks[set_name][task]) for task in part),
+            )
             for title, part in parts.items()
             if part
         ]
 
-    def keep(self, of_set: str, cells: Sequence[str], number: int) -> None:
-        """Puts a set's rows of a sheet into the data, with the pictures of all cells."""
-        tasks = chosen(list(self.tasks[of_set].values()), number)
-        self._sets[of_set] = {
+    def add_set(self, set_name: str, cells: Sequence[str], number: int) -> None:
+        """Adds a set's tasks to the page's data, with the images and scores of ``cells``."""
+        tasks = pick_tasks(list(self.tasks[set_name].values()), number)
+        self._sets[set_name] = {
             "tasks": [
                 {
                     "id": task.id,
                     "prompt": task.prompt,
                     "contexts": [self._add(image) for image in task.contexts],
-                    "truth": None if task.truth is None else self._add(task.truth),
+                    "target": None if task.truth is None else self._add(task.truth),
                 }
                 for task in tasks
             ],
             "cells": {
                 cell: {
                     task.id: {
-                        "picture": self._add(self._load(of_set, cell, task)),
-                        "scores": _numbers(self.scores(of_set, cell)[task.id]),
+                        "image": self._add(self._load(set_name, cell, task)),
+                        "scores": _score_lines(self.scores(set_name, cell)[task.id]),
                     }
                     for task in tasks
                 }
@@ -186,28 +196,28 @@ class Gallery:
             },
         }
 
-    def data(self) -> str:
-        """The block of JSON and the script; both go to the end of the page."""
-        text = json.dumps({"pictures": list(self._numbers), "sets": self._sets})
-        text = text.replace("<", "\\u003c")  # nothing can end the block
+    def scripts(self) -> str:
+        """Returns the JSON data and the script, for the end of the page."""
+        text = json.dumps({"images": list(self._numbers), "sets": self._sets})
+        text = text.replace("<", "\\u003c")  # so that no text can close the script element
         return (
-            f"<script type='application/json' id=picture-data>{text}</script>"
+            f"<script type='application/json' id=image-data>{text}</script>"
             f"<script>{SCRIPT}</script>"
         )
 
-    def _path(self, of_set: str, cell: str) -> Path:
-        return self._folder / folder_name(of_set) / folder_name(cell)
+    def _path(self, set_name: str, cell: str) -> Path:
+        return self._folder / folder_name(set_name) / folder_name(cell)
 
-    def _load(self, of_set: str, cell: str, task: Task) -> RGBImage:
-        return load_picture(self._path(of_set, cell), task.id)
+    def _load(self, set_name: str, cell: str, task: Task) -> RGBImage:
+        return load_task_image(self._path(set_name, cell), task.id)
 
     def _add(self, image: RGBImage) -> int:
-        """The number of a picture in the data."""
+        """Adds an image to the page's data and returns its index."""
         return self._numbers.setdefault(data_uri(image), len(self._numbers))
 
     def _image(self, image: RGBImage, side: int, name: str) -> str:
         return (
-            f"<img data-picture={self._add(image)} width={side} height={side} "
+            f"<img data-image={self._add(image)} width={side} height={side} "
             f"alt='{html.escape(name)}'>"
         )
 
@@ -215,18 +225,19 @@ class Gallery:
         images = "".join(self._image(image, side, "context") for image in task.contexts)
         return f"<div class=contexts>{images}</div>"
 
-    def _truth(self, task: Task, side: int) -> str:
-        return "" if task.truth is None else self._image(task.truth, side, "truth")
+    def _target(self, task: Task, side: int) -> str:
+        return "" if task.truth is None else self._image(task.truth, side, "target")
 
-    def _result(self, of_set: str, cell: str, task: Task, side: int) -> str:
-        image = self._image(self._load(of_set, cell, task), side, cell)
-        verdict = _verdict(self.scores(of_set, cell)[task.id])
+    def _result(self, set_name: str, cell: str, task: Task, side: int) -> str:
+        image = self._image(self._load(set_name, cell, task), side, cell)
+        verdict = _verdict(self.scores(set_name, cell)[task.id])
         return f"<div style='width:{side}px'>{image}<div class=notes>{verdict}</div></div>"
 
-    def _card(self, of_set: str, cell: str, task: Task) -> str:
+    def _card(self, set_name: str, cell: str, task: Task) -> str:
         images = [self._contexts(task, 96)] if task.contexts else []
-        images += [self._image(self._load(of_set, cell, task), 96, cell), self._truth(task, 96)]
-        prompt, verdict = html.escape(task.prompt), _verdict(self.scores(of_set, cell)[task.id])
+        images.append(self._image(self._load(set_name, cell, task), 96, cell))
+        images.append(self._target(task, 96))
+        prompt, verdict = html.escape(task.prompt), _verdict(self.scores(set_name, cell)[task.id])
         return (
             f"<div class=card><div class=row>{''.join(images)}</div>"
             f"<p class=clamp title='{prompt}'>{prompt}</p>"
@@ -234,39 +245,39 @@ class Gallery:
         )
 
 
-def chosen(tasks: Sequence[Task], number: int) -> list[Task]:
-    """About ``number`` tasks, the first of each category in turn; sessions with all their turns."""
-    following = {task.follows: task for task in tasks if task.follows}
+def pick_tasks(tasks: Sequence[Task], number: int) -> list[Task]:
+    """Returns about ``number`` tasks, balanced over categories; sessions with all their turns."""
+    next_turn = {task.follows: task for task in tasks if task.follows}
     turns = max(task.turn for task in tasks)
-    starts = [task for task in tasks if not task.follows]
-    rows = []
-    for i in spread(starts, max(1, number // turns)):
-        task: Task | None = starts[i]
+    first_turns = [task for task in tasks if not task.follows]
+    picked = []
+    for i in spread(first_turns, max(1, number // turns)):
+        task: Task | None = first_turns[i]
         while task is not None:
-            rows.append(task)
-            task = following.get(task.id)
-    return rows
+            picked.append(task)
+            task = next_turn.get(task.id)
+    return picked
 
 
-def ranked(rows: Iterable[Mapping[str, Any]], metric: str) -> list[str]:
-    """Ids of the tasks of lines of scores, best first; those of the same worth by their L1."""
+def ranked_ids(rows: Iterable[Mapping[str, Any]], metric: str) -> list[str]:
+    """Returns the task ids of rows of scores, best first; ties are ordered by L1."""
 
-    def worth(row: Mapping) -> tuple[float, float]:
+    def rank(row: Mapping) -> tuple[float, float]:
         return -goodness(metric, row[metric]), row.get("l1") or 0.0
 
-    judged = [row for row in rows if row.get(metric) is not None]
-    return [row["id"] for row in sorted(judged, key=worth)]
+    scored = [row for row in rows if row.get(metric) is not None]
+    return [row["id"] for row in sorted(scored, key=rank)]
 
 
 def data_uri(image: RGBImage) -> str:
-    """A picture as the source of an ``<img>``, no larger than the page has use for."""
-    picture, buffer = Image.fromarray(image), io.BytesIO()
-    kind = "jpeg" if max(picture.size) > MAX_EXACT else "png"
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    """Returns an image as a data URI, scaled down to ``MAX_SIDE``."""
+    scaled, buffer = Image.fromarray(image), io.BytesIO()
+    kind = "jpeg" if max(scaled.size) > MAX_EXACT else "png"
+    scaled.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     if kind == "jpeg":
-        picture.save(buffer, "JPEG", quality=90)
+        scaled.save(buffer, "JPEG", quality=90)
     else:
-        picture.save(buffer, "PNG", optimize=True)
+        scaled.save(buffer, "PNG", optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -276,20 +287,20 @@ def _kind(task: Task) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    """What was found of one picture, in few words."""
-    said = []
-    for metric, (good, bad) in WORDS.items():
+    """Returns an image's verdicts and its most telling other score, as HTML."""
+    parts = []
+    for metric, (good, bad) in VERDICTS.items():
         if row.get(metric) is not None:
-            said.append(good if row[metric] >= 0.5 else f"<span class=bad>{bad}</span>")
-    others = [metric for metric in HEADLINE if metric not in WORDS and row.get(metric) is not None]
+            parts.append(good if row[metric] >= 0.5 else f"<span class=bad>{bad}</span>")
+    others = [name for name in HEADLINE if name not in VERDICTS and row.get(name) is not None]
     for other in others[:1]:
-        short = METRICS[other].title.removesuffix(" to the truth")
-        said.append(f"{html.escape(short)}&nbsp;{METRICS[other].show(row[other])}")
-    return ", ".join(said)
+        short, _, _ = METRICS[other].title.partition(" to the ")
+        parts.append(f"{html.escape(short)}&nbsp;{METRICS[other].show(row[other])}")
+    return ", ".join(parts)
 
 
-def _numbers(row: Mapping[str, Any]) -> list[str]:
-    """All that was found of one picture, one number a line."""
+def _score_lines(row: Mapping[str, Any]) -> list[str]:
+    """Returns all scores of an image, one line per metric."""
     return [
         f"{metric.title}: {metric.show(row[name])}"
         for name, metric in METRICS.items()

@@ -1,4 +1,4 @@
-"""What all sections of the page are made from: the sweep, its colours, and small pieces of HTML."""
+"""Shared by all sections of the report: the sweep, colours, styles and HTML helpers."""
 
 import itertools
 import math
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from kontext_jax.evaluation.scores import METRICS
 from kontext_jax.evaluation.summary import (
     HEADLINE,
-    alike,
     estimate_of,
     finite,
-    first_cell,
-    found_on,
     goodness,
+    groups_varying,
     loss_name,
+    pick_headline_cell,
+    results_on,
 )
 from kontext_jax.report.gallery import Gallery
 
@@ -25,9 +25,23 @@ COLOURS = (
 )
 GREYS = ("#8a8a8a", "#bdbdbd", "#606060")
 
-MAX_BARS, MAX_LINES, MAX_NAMES, MAX_PICTURES, MAX_PAIRS, MAX_ROWS = 6, 8, 8, 8, 16, 16
-"""Cells in a chart of bars, lines in a chart and names beside their points, cells in a sheet, cells
-that can be put side by side, and cells in a table before it is folded."""
+MAX_BARS = 6
+"""Cells in a bar chart."""
+
+MAX_LINES = 8
+"""Lines in a chart."""
+
+MAX_LABELS = 8
+"""Points in a chart that are labelled with their cell's name."""
+
+MAX_IMAGES = 8
+"""Cells in a sheet of images."""
+
+MAX_PAIRS = 16
+"""Cells that can be compared side by side."""
+
+MAX_ROWS = 16
+"""Rows of a table; the rest is folded."""
 
 STYLE = """
 body { font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; color: #222;
@@ -68,13 +82,13 @@ svg { display: block; margin: .6em 0; } svg text { font-family: inherit !importa
 
 
 class Sweep(NamedTuple):
-    """What the sections of the page are made from.
+    """The content of a report.
 
     Attributes:
-      summary: what ``evaluate`` found.
-      gallery: pictures, and scores of each.
-      colours: of cells by name.
-      sheet_rows: tasks whose pictures are shown.
+      summary: content of the sweep's ``summary.json``.
+      gallery: images and their scores.
+      colours: colour of each cell, by name.
+      sheet_rows: number of tasks of each set whose images are shown.
     """
 
     summary: Mapping[str, Any]
@@ -88,100 +102,102 @@ class Sweep(NamedTuple):
 
     @property
     def sets(self) -> list[str]:
-        """Those that any cell is for."""
-        return [of_set for of_set in self.summary["sets"] if self.found(of_set)]
+        """The sets on which any cell is evaluated."""
+        return [name for name in self.summary["sets"] if self.results(name)]
 
-    def found(self, of_set: str) -> dict[str, Mapping[str, Any]]:
-        """What is known on a set of each cell that is for it."""
-        return found_on(self.summary, of_set)
+    def results(self, set_name: str) -> dict[str, Mapping[str, Any]]:
+        """Returns the results of each cell that is evaluated on a set."""
+        return results_on(self.summary, set_name)
 
-    def losses(self, of_set: str) -> dict[str, float | None]:
-        """Mean loss of each cell that has one on a loss set; None if it is not finite."""
-        losses = self.summary["losses"].get(of_set, {})
-        names = {n: loss_name(about) for n, about in self.cells.items() if not about["baseline"]}
+    def losses(self, set_name: str) -> dict[str, float | None]:
+        """Returns each cell's mean loss on a loss set, if it has one; None if not finite."""
+        losses = self.summary["losses"].get(set_name, {})
+        names = {n: loss_name(cell) for n, cell in self.cells.items() if not cell["baseline"]}
         return {n: finite(losses[loss]["mean"]) for n, loss in names.items() if loss in losses}
 
-    def first(self, of_set: str) -> str:
-        """The cell of a set, or of a loss set, that the headline is about."""
-        known = self.found(of_set) or self.losses(of_set)
-        return first_cell({name: self.cells[name] for name in known})
+    def headline_cell(self, set_name: str) -> str:
+        """Returns the cell that is in the headline of a set or loss set."""
+        evaluated = self.results(set_name) or self.losses(set_name)
+        return pick_headline_cell({name: self.cells[name] for name in evaluated})
 
     def is_baseline(self, cell: str) -> bool:
         return bool(self.cells[cell]["baseline"])
 
-    def ranked(self, of_set: str) -> list[str]:
-        """The headline's cell, then the best by the headline's metric; baselines last.
+    def ranked(self, set_name: str) -> list[str]:
+        """Returns a set's cells: the headline cell, then by the headline metric; baselines last.
 
-        Cells that differ in their sampling steps alone take turns: the best of each of these
-        families comes before the second best of any.
+        Cells that differ only in their number of sampling steps form a family, and the best cell
+        of each family comes before the second best of any.
         """
-        found, metric = self.found(of_set), self.headline(of_set)
-        first = self.first(of_set)
+        results, metric = self.results(set_name), self.headline_metric(set_name)
+        headline_cell = self.headline_cell(set_name)
 
-        def worth(name: str) -> float:
-            value = estimate_of(found[name], metric) if metric else None
+        def quality(name: str) -> float:
+            value = estimate_of(results[name], metric) if metric else None
             return goodness(metric, value.mean) if value else -math.inf
 
-        turns = {}
-        for family in alike({name: self.cells[name] for name in found}, "num_steps"):
-            family.sort(key=lambda name: (name != first, -worth(name)))
-            turns |= {name: turn for turn, name in enumerate(family)}
+        rank_in_family = {}
+        for family in groups_varying({name: self.cells[name] for name in results}, "num_steps"):
+            family.sort(key=lambda name: (name != headline_cell, -quality(name)))
+            rank_in_family |= {name: rank for rank, name in enumerate(family)}
 
-        def rank(name: str) -> tuple:
-            return self.is_baseline(name), name != first, turns.get(name, 0), -worth(name)
+        def key(name: str) -> tuple:
+            rank = rank_in_family.get(name, 0)
+            return self.is_baseline(name), name != headline_cell, rank, -quality(name)
 
-        return sorted(found, key=rank)
+        return sorted(results, key=key)
 
-    def some(self, of_set: str, number: int) -> list[str]:
-        """A set's cells in order, baselines last; those that rank first if there are too many."""
-        kept = self.ranked(of_set)[:number]
-        return sorted(filter(kept.__contains__, self.cells), key=self.is_baseline)
+    def top(self, set_name: str, number: int) -> list[str]:
+        """Returns the first ``number`` cells by rank, in the summary's order, baselines last."""
+        top = self.ranked(set_name)[:number]
+        return sorted(filter(top.__contains__, self.cells), key=self.is_baseline)
 
-    def note(self, of_set: str, shown: int) -> str:
-        """What is said where not all of a set's cells are shown, baselines aside."""
-        models = [name for name in self.found(of_set) if not self.is_baseline(name)]
-        metric = self.headline(of_set)
-        if len(models) <= shown or metric is None:
+    def selection_note(self, set_name: str, number: int) -> str:
+        """Returns how ``number`` cells are selected; empty if a set has no more than that."""
+        models = [name for name in self.results(set_name) if not self.is_baseline(name)]
+        metric = self.headline_metric(set_name)
+        if len(models) <= number or metric is None:
             return ""
-        by = escape(METRICS[metric].title)
+        title = escape(METRICS[metric].title)
         return (
-            f"<p class=quiet>Of {len(models)} cells, the headline's and the best by “{by}”; those "
-            "that differ in their steps alone take turns.</p>"
+            f"<p class=quiet>Shown of {len(models)} cells: the headline cell and the best by "
+            f"“{title}”, first the best of each family of cells that differ only in sampling "
+            "steps.</p>"
         )
 
-    def headline(self, of_set: str) -> str | None:
-        """The metric that says best how good the headline's cell is; None if none is known."""
-        first = self.found(of_set)[self.first(of_set)]
-        return next((metric for metric in HEADLINE if estimate_of(first, metric)), None)
+    def headline_metric(self, set_name: str) -> str | None:
+        """Returns the most telling metric that the headline cell has; None if it has none."""
+        results = self.results(set_name)[self.headline_cell(set_name)]
+        return next((metric for metric in HEADLINE if estimate_of(results, metric)), None)
 
 
 def colours_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """A colour for each cell, greys for baselines."""
+    """Returns a colour for each cell, grey for baselines."""
     colours, greys = itertools.cycle(COLOURS), itertools.cycle(GREYS)
-    return {name: next(greys if about["baseline"] else colours) for name, about in cells.items()}
+    return {name: next(greys if cell["baseline"] else colours) for name, cell in cells.items()}
 
 
-def distinct(colours: Mapping[str, str]) -> dict[str, str]:
-    """Colours of one chart: as they are or, if two are alike, others; greys stay."""
-    known = [colour for colour in colours.values() if colour not in GREYS]
-    if len(set(known)) == len(known):
+def distinct_colours(colours: Mapping[str, str]) -> dict[str, str]:
+    """Returns the colours of a chart, reassigned if two are equal; greys stay."""
+    bright = [colour for colour in colours.values() if colour not in GREYS]
+    if len(set(bright)) == len(bright):
         return dict(colours)
-    others = itertools.cycle(COLOURS)
-    return {name: c if c in GREYS else next(others) for name, c in colours.items()}
+    new = itertools.cycle(COLOURS)
+    return {name: c if c in GREYS else next(new) for name, c in colours.items()}
 
 
 def legend(colours: Mapping[str, str]) -> str:
-    """Names, each beside its colour."""
+    """Returns a legend: each name beside its colour."""
     names = (f"<span class=name>{dot(c)}{escape(name)}</span>" for name, c in colours.items())
     return f"<div class=legend>{''.join(names)}</div>"
 
 
 def dot(colour: str) -> str:
-    """What stands before a name."""
+    """Returns the coloured dot in front of a name."""
     return f"<span class=dot style='background:{colour}'></span>"
 
 
-def row_of(sweep: Sweep, cell: str, columns: str) -> str:
-    """A row of a table: a cell's name, and what ``columns`` say of it."""
+def cell_row(sweep: Sweep, cell: str, columns: str) -> str:
+    """Returns a table row with a cell's name, followed by ``columns``."""
     css = " class=baseline" if sweep.is_baseline(cell) else ""
     return f"<tr{css}><td>{dot(sweep.colours[cell])}{escape(cell)}</td>{columns}</tr>"

@@ -1,4 +1,4 @@
-"""The tables of the page: a number, its interval, and which is best."""
+"""The tables of the report: values, confidence intervals, and the best of each column."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -13,108 +13,116 @@ from kontext_jax.evaluation.summary import (
     interval_of,
     metrics_of,
 )
-from kontext_jax.report.page import MAX_ROWS, Sweep, dot, row_of
+from kontext_jax.report.page import MAX_ROWS, Sweep, cell_row, dot
 
 SPEED = {
-    "seconds_per_image": "seconds an image",
-    "images_per_second_per_chip": "images a second and chip",
-    "compile_seconds": "seconds to compile",
+    "seconds_per_image": "seconds per image",
+    "images_per_second_per_chip": "images per second per chip",
+    "compile_seconds": "compile seconds",
 }
 
 
-def set_table(sweep: Sweep, of_set: str) -> str:
-    """Cells by metrics, then their speed; the best, if there are many, then all."""
-    found = sweep.found(of_set)
-    metrics = metrics_of(found.values(), METRICS)
-    speeds = SPEED if any(numbers["speed"] for numbers in found.values()) else {}
-    bold = {metric: _best(sweep, found, metric) for metric in metrics}
+def set_table(sweep: Sweep, set_name: str) -> str:
+    """Returns the metrics and speed of each cell on a set; of many cells the best, the rest folded.
+
+    The best value of each column is bold.
+    """
+    results = sweep.results(set_name)
+    metrics = metrics_of(results.values(), METRICS)
+    speeds = SPEED if any(numbers["speed"] for numbers in results.values()) else {}
+    bold = {metric: _best(sweep, results, metric) for metric in metrics}
     arrows = {1: "\u00a0↑", -1: "\u00a0↓", 0: ""}
     heads = [METRICS[metric].title + arrows[METRICS[metric].better] for metric in metrics]
     head = "".join(f"<th>{escape(title)}</th>" for title in ("cell", *heads))
-    head += "".join(f"<th{_first(i)}>{title}</th>" for i, title in enumerate(speeds.values()))
+    head += "".join(f"<th{_separator(i)}>{title}</th>" for i, title in enumerate(speeds.values()))
     rows = {}
-    for name, numbers in found.items():
-        cells = [_cell(found, name, metric, name in bold[metric]) for metric in metrics]
+    for name, numbers in results.items():
+        columns = [_value(results, name, metric, name in bold[metric]) for metric in metrics]
         for i, speed in enumerate(speeds):
-            cells.append(f"<td{_first(i)}>{speed_of(numbers, speed)}</td>")
-        rows[name] = row_of(sweep, name, "".join(cells))
+            columns.append(f"<td{_separator(i)}>{speed_of(numbers, speed)}</td>")
+        rows[name] = cell_row(sweep, name, "".join(columns))
 
     def table(names: Iterable[str]) -> str:
-        shown = "".join(rows[name] for name in names)
-        return f"<div class=wide><table><tr>{head}</tr>{shown}</table></div>"
+        body = "".join(rows[name] for name in names)
+        return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
-    if len(found) <= MAX_ROWS:
-        return table(found)
-    baselines = [name for name in found if sweep.is_baseline(name)]
-    first = dict.fromkeys([*sweep.some(of_set, MAX_ROWS), *baselines])
+    if len(results) <= MAX_ROWS:
+        return table(results)
+    baselines = [name for name in results if sweep.is_baseline(name)]
+    top = dict.fromkeys([*sweep.top(set_name, MAX_ROWS), *baselines])
     return (
-        f"{table(first)}{sweep.note(of_set, MAX_ROWS)}"
-        f"<details><summary>All {len(found)} cells</summary>{table(found)}</details>"
+        f"{table(top)}{sweep.selection_note(set_name, MAX_ROWS)}"
+        f"<details><summary>All {len(results)} cells</summary>{table(results)}</details>"
     )
 
 
-def _cell(
-    found: Mapping[str, Mapping[str, Any]],
+def _value(
+    results: Mapping[str, Mapping[str, Any]],
     name: str,
     metric: str,
     is_best: bool = False,
     key: str = ALL,
     css: str = "",
 ) -> str:
-    """A value, its interval, and of how many tasks it is where not all cells, or few, have it."""
-    value = estimate_of(found[name], metric, key=key)
+    """Returns a value with its interval, and its number of tasks if that is small or cells differ.
+
+    Small is less than half of the tasks.
+    """
+    value = estimate_of(results[name], metric, key=key)
     if value is None:
         return f"<td{css}>–</td>"
-    shown = METRICS[metric].show(value.mean)
-    shown = f"<b>{shown}</b>" if is_best else shown
-    count, tasks = count_of(found[name], metric, key), found[name]["count"][key]
-    differ = len({count_of(numbers, metric, key) for numbers in found.values()} - {0}) > 1
+    text = METRICS[metric].show(value.mean)
+    text = f"<b>{text}</b>" if is_best else text
+    count, tasks = count_of(results[name], metric, key), results[name]["count"][key]
+    differ = len({count_of(numbers, metric, key) for numbers in results.values()} - {0}) > 1
     few = f"{count} of {tasks}" if count and (differ or 2 * count < tasks) else ""
-    small = filter(None, (interval_of(found[name], metric, key), few))
-    return f"<td{css}>{shown}{''.join(f'<small>{text}</small>' for text in small)}</td>"
+    small = filter(None, (interval_of(results[name], metric, key), few))
+    return f"<td{css}>{text}{''.join(f'<small>{line}</small>' for line in small)}</td>"
 
 
-def _best(sweep: Sweep, found: Mapping[str, Mapping[str, Any]], metric: str) -> set[str]:
-    """The cells that are best; none where there are no two to compare, or none can be.
+def _best(sweep: Sweep, results: Mapping[str, Mapping[str, Any]], metric: str) -> set[str]:
+    """Returns the best cells by a metric; empty if fewer than two cells can be compared.
 
-    Pictures of which a metric says nothing, as of a face that is lost, are not in a cell's mean;
-    who has such a mean of fewer pictures than another is not called best, and nobody else is.
+    A cell's mean excludes images without a score, such as those in which no face is found. If the
+    best mean is of fewer images than another cell's, no cell is best.
     """
     if not METRICS[metric].better:
         return set()
-    worth = {
+    quality = {
         name: goodness(metric, value.mean)
-        for name, numbers in found.items()
+        for name, numbers in results.items()
         if not sweep.is_baseline(name) and (value := estimate_of(numbers, metric))
     }
-    counts = {name: count_of(found[name], metric) for name in worth}
-    best = {n for n, value in worth.items() if value == max(worth.values()) and len(worth) > 1}
+    if len(quality) < 2:
+        return set()
+    counts = {name: count_of(results[name], metric) for name in quality}
+    best = {name for name, value in quality.items() if value == max(quality.values())}
     return {name for name in best if counts[name] == max(counts.values())}
 
 
 def category_table(
     sweep: Sweep,
-    found: Mapping[str, Mapping[str, Any]],
+    results: Mapping[str, Mapping[str, Any]],
     categories: Sequence[str],
     metrics: Sequence[str],
     cells: Sequence[str],
 ) -> str:
-    """Categories by metrics, each of a few cells."""
+    """Returns a table of categories by metrics, with a column of each metric for each cell."""
     head = "".join(
         f"<th class=first colspan={len(cells)} style='text-align:center'>"
         f"{escape(METRICS[metric].title)}</th>"
         for metric in metrics
     )
-    names = "".join(f"<th{_first(i)}>{escape(name)}</th>" for i, name in enumerate(cells))
+    names = "".join(f"<th{_separator(i)}>{escape(name)}</th>" for i, name in enumerate(cells))
     rows = []
     for category in categories:
         values = []
         for metric in metrics:
             for i, name in enumerate(cells):
-                words = ["first"] * (i == 0) + ["baseline"] * sweep.is_baseline(name)
-                css = f" class='{' '.join(words)}'"
-                values.append(_cell(found, name, metric, key=category, css=css))
-        count = found[cells[0]]["count"][category]
+                classes = ["first"] * (i == 0) + ["baseline"] * sweep.is_baseline(name)
+                css = f" class='{' '.join(classes)}'"
+                values.append(_value(results, name, metric, key=category, css=css))
+        count = results[cells[0]]["count"][category]
         label = escape(category.replace("_", " "))
         css = " class=total" if category == ALL else ""
         rows.append(f"<tr{css}><td>{label}</td><td>{count}</td>{''.join(values)}</tr>")
@@ -128,16 +136,16 @@ def category_table(
 def losses_table(
     losses: Mapping[str, Mapping[str, Any]], kinds: Sequence[str], colours: Mapping[str, str]
 ) -> str:
-    """Checkpoints by the kinds of what their loss is of; those in no chart have no colour."""
+    """Returns a table of checkpoints by kinds of examples; without a colour if not in the chart."""
     head = "".join(f"<th>{escape(kind.replace('_', ' '))}</th>" for kind in kinds)
     rows = []
-    for name, one in losses.items():
-        known = one.get("kinds", {})
-        values = [one["mean"], *(known[kind]["mean"] if kind in known else None for kind in kinds)]
+    for name, loss in losses.items():
+        by_kind = loss.get("kinds", {})
+        values = [loss["mean"], *(by_kind[k]["mean"] if k in by_kind else None for k in kinds)]
         values = map(finite, values)
-        cells = "".join(f"<td>{'–' if v is None else f'{v:.4f}'}</td>" for v in values)
-        shown = dot(colours.get(name, "none")) + escape(name)
-        rows.append(f"<tr><td>{shown}</td><td>{one['count']}</td>{cells}</tr>")
+        columns = "".join(f"<td>{'–' if v is None else f'{v:.4f}'}</td>" for v in values)
+        label = dot(colours.get(name, "none")) + escape(name)
+        rows.append(f"<tr><td>{label}</td><td>{loss['count']}</td>{columns}</tr>")
     return (
         "<div class=wide><table><tr><th>checkpoint</th><th>losses</th><th>mean</th>"
         f"{head}</tr>{''.join(rows)}</table></div>"
@@ -145,7 +153,7 @@ def losses_table(
 
 
 def times_table(seconds: Mapping[str, float | None]) -> str:
-    """What each stage took; empty if nothing is known."""
+    """Returns a table of the time of each stage; empty if no time is known."""
     known = {name: time for name, time in seconds.items() if finite(time) is not None}
     if not known:
         return ""
@@ -153,15 +161,15 @@ def times_table(seconds: Mapping[str, float | None]) -> str:
     total = sum(known.values())
     return (
         f"<table><tr><th>stage</th><th></th></tr>{rows}"
-        f"<tr class=total><td>together</td><td>{total:.0f} s</td></tr></table>"
+        f"<tr class=total><td>total</td><td>{total:.0f} s</td></tr></table>"
     )
 
 
-def speed_of(found: Mapping[str, Any], name: str) -> str:
-    """One of ``SPEED`` as text."""
-    speed = finite(found["speed"].get(name))
+def speed_of(results: Mapping[str, Any], name: str) -> str:
+    """Returns one of ``SPEED`` as text."""
+    speed = finite(results["speed"].get(name))
     return "–" if speed is None else f"{speed:.3g}"
 
 
-def _first(i: int) -> str:
+def _separator(i: int) -> str:
     return " class=first" if i == 0 else ""

@@ -1,0 +1,1 @@
+"""Generates images, and stores with each image how it was made."""

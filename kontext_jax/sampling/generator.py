@@ -1,10 +1,11 @@
-"""Images of a fixed set of examples: what sheets show and what metrics are computed on."""
+"""Generates the images of a fixed set of examples, for sheets and metrics."""
 
 import dataclasses
 import functools
+import math
 import time
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from kontext_jax.data.packing import PackingConfig, Plan, Shape
-from kontext_jax.data.pipeline import DataConfig, assemble, negatives, noise_id
+from kontext_jax.data.pipeline import DataConfig, assemble, empty_prompts, noise_id
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images
-from kontext_jax.geometry import num_tokens, size_of
+from kontext_jax.geometry import Size, num_tokens, size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
@@ -26,18 +27,18 @@ from kontext_jax.sharding import batch_sharding, num_batch_shards, over_batches
 from kontext_jax.types import Batch, Example, RGBImage, unprompted
 
 MAX_PIXELS = 2**21
-"""Decoded at once by one part of the mesh: two images of a megapixel."""
+"""Most pixels that a batch shard decodes at once: two images of a megapixel."""
 
 
 class GeneratedBatch(NamedTuple):
-    """What became of one batch.
+    """The images of one batch.
 
     Attributes:
-      number: of the batch.
-      indices: of the examples in it.
-      images: theirs.
-      seconds: from the batch on the host to the images on the host.
-      finite: whether all latents are numbers; of others the images show nothing.
+      number: index of the batch.
+      indices: indices of its examples.
+      images: one image per example.
+      seconds: time from the batch on the host to the images on the host.
+      finite: whether all latents are finite; if not, the images are meaningless.
     """
 
     number: int
@@ -50,7 +51,7 @@ class GeneratedBatch(NamedTuple):
 class Generator:
     """Samples the targets of given examples: packed, sharded over the mesh, with fixed noise.
 
-    An example's image does not depend on the others, on the packing, or on the devices.
+    An example's image does not depend on the other examples, the packing or the devices.
     """
 
     def __init__(
@@ -64,74 +65,73 @@ class Generator:
     ):
         """Packs the examples.
 
-        Their targets' pixels are left out and only the sizes used, unless ``sampler.strength`` is
-        below 1: then they are the images that sampling starts from.
+        Only the sizes of their targets are used, unless ``sampler.strength`` is below 1: then
+        sampling starts from the targets.
         """
         self._mesh = mesh
-        self._examples = list(examples) if sampler.strength < 1 else _blind(examples)
+        self._examples = list(examples) if sampler.strength < 1 else _blank_targets(examples)
         self._batches, self._layouts = pack(self._examples, data, mesh, sampler.cfg_scale != 1.0)
         self._key = jax.random.key(seed)
         self._sampler, self._objective = sampler, objective
-        # Of the module, so that generators of the same settings share what is compiled.
+        # Module-level functions, so that generators with equal settings share compiled programs.
         self._latents, self._decode = _sample, _decode
-        # A batch of the decoder holds the most images of its size that any batch of rows has.
-        self._decoded_at_once: Counter = Counter()
+        most: Counter = Counter()  # images of each size in any one batch
         for layout in self._layouts:
-            sizes = Counter(size_of(self._examples[i].target) for _, _, i in layout)
-            self._decoded_at_once |= sizes
-        for width, height in self._decoded_at_once:
-            limit = max(1, MAX_PIXELS // (width * height)) * num_batch_shards(mesh)
-            self._decoded_at_once[width, height] = min(self._decoded_at_once[width, height], limit)
+            most |= Counter(size_of(self._examples[i].target) for _, _, i in layout)
+        shards = num_batch_shards(mesh)
+        self._decode_batch_sizes = {
+            size: min(number, shards * _max_images(size)) for size, number in most.items()
+        }
 
     def __call__(self, networks: dict[str, Network]) -> list[RGBImage]:
-        """An image for each example, in their order.
+        """Returns one image per example, in order.
 
         Args:
-          networks: all that the objective has, see ``flow_matching.networks_of``.
+          networks: all networks of the objective, see ``flow_matching.networks_of``.
         """
         images: dict[int, RGBImage] = {}
-        for made in self.batches(networks):
-            images.update(zip(made.indices, made.images, strict=True))
+        for batch in self.batches(networks):
+            images.update(zip(batch.indices, batch.images, strict=True))
         return [images[i] for i in range(len(self._examples))]
 
     def batches(
         self, networks: dict[str, Network], done: Container[int] = frozenset()
     ) -> Iterator[GeneratedBatch]:
-        """Batch by batch, without those of which all examples are ``done``.
+        """Generates batch by batch, and skips batches whose examples are all ``done``.
 
-        Batches hold the same examples whatever is done, so that whoever stops and goes on gets the
-        same images to the last bit.
+        Batches hold the same examples whatever is done, so a resumed caller gets the same images
+        to the last bit.
         """
         for number, layout in enumerate(self._layouts):
             indices = [example for _, _, example in layout]
             if all(example in done for example in indices):
                 continue
             batch = self._batches[number]
-            began = time.perf_counter()
+            start = time.perf_counter()
             latents = self._sample(networks, batch)
             tokens = [
                 latents[row, (batch.segments[row] == segment) & batch.is_target[row]]
                 for row, segment, _ in layout
             ]
             images = self._images(tokens, indices, networks["autoencoder"])
-            seconds = time.perf_counter() - began
-            finite = all(bool(np.isfinite(each).all()) for each in tokens)
+            seconds = time.perf_counter() - start
+            finite = all(bool(np.isfinite(x).all()) for x in tokens)
             yield GeneratedBatch(number, indices, images, seconds, finite)
 
     def warm_up(self, networks: dict[str, Network]) -> float:
-        """Compiles all that a call runs, on one batch; the seconds that took, its run included."""
-        began = time.perf_counter()
+        """Compiles every program of a call by running one batch; returns the seconds it took."""
+        start = time.perf_counter()
         latents = self._sample(networks, self._batches[0])
         autoencoder = networks["autoencoder"]
         side = autoencoder.config.pixels_per_token
-        for size in self._decoded_at_once:
-            (first, *_) = (i for i, e in enumerate(self._examples) if size_of(e.target) == size)
+        for size in self._decode_batch_sizes:
+            first = next(i for i, e in enumerate(self._examples) if size_of(e.target) == size)
             blank = np.zeros((num_tokens(size, side), latents.shape[-1]), latents.dtype)
             self._images([blank], [first], autoencoder)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     def _sample(self, networks: dict[str, Network], batch: Batch) -> Float[np.ndarray, "B S C"]:
-        """The latents of a batch."""
+        """Returns the sampled latents of a batch, on the host."""
         with jax.set_mesh(self._mesh):
             on_device = jax.device_put(batch, batch_sharding(self._mesh))
             latents = self._latents(
@@ -145,90 +145,103 @@ class Generator:
         indices: Sequence[int],
         autoencoder: Autoencoder,
     ) -> list[RGBImage]:
-        """Decodes the tokens of some examples."""
+        """Decodes the target tokens of the examples at ``indices``."""
         sizes = [size_of(self._examples[i].target) for i in indices]
         return over_batches(
             lambda size, batch: self._decode(autoencoder, batch, size=size[::-1]),
             tokens,
             sizes,
-            self._decoded_at_once,
+            self._decode_batch_sizes,
             self._mesh,
         )
 
 
-def _blind(examples: Sequence[Example]) -> list[Example]:
-    """With empty targets, one of each size for all."""
+def _max_images(size: Size) -> int:
+    return max(1, MAX_PIXELS // math.prod(size))
+
+
+def _blank_targets(examples: Sequence[Example]) -> list[Example]:
+    """Returns the examples with black targets, which share one array per size."""
     blanks = {example.target.shape: np.zeros_like(example.target) for example in examples}
     return [example._replace(target=blanks[example.target.shape]) for example in examples]
 
 
 class Batches(Sequence):
-    """The batches of some examples, each assembled when it is asked for."""
+    """Batches of packed rows, assembled on access."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], size: int, assembled):
-        """``size`` rows are a batch; ``assembled(row)`` is one of them, without its row axis."""
-        self._rows, self._size, self._assembled = rows, size, assembled
+    def __init__(
+        self,
+        rows: Sequence[Sequence[int]],  # indices of examples
+        batch_size: int,
+        assemble_row: Callable[[Sequence[int]], Batch],  # a row, without its row axis
+    ):
+        self._rows, self._batch_size, self._assemble_row = rows, batch_size, assemble_row
 
     def __len__(self) -> int:
-        return len(self._rows) // self._size
+        return len(self._rows) // self._batch_size
 
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(f"There is no batch {number} of {len(self)}.")
-        rows = self._rows[number * self._size :][: self._size]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *map(self._assembled, rows))
+        rows = map(self._assemble_row, self._rows_of(number))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
     def layout(self, number: int) -> list[tuple[int, int, int]]:
-        """The (row, segment, example) of everything in a batch."""
-        rows = self._rows[number * self._size :][: self._size]
-        return [(r, s, i) for r, row in enumerate(rows) for s, i in enumerate(row, start=1)]
+        """Returns the (row, segment, example) of every example in a batch."""
+        rows = enumerate(self._rows_of(number))
+        return [(r, s, i) for r, row in rows for s, i in enumerate(row, start=1)]
+
+    def _rows_of(self, number: int) -> Sequence[Sequence[int]]:
+        return self._rows[number * self._batch_size :][: self._batch_size]
+
+
+def _shape_of(example: Example) -> Shape:
+    contexts = tuple(map(size_of, example.contexts))
+    return Shape(size_of(example.target), contexts, len(example.text_ids))
 
 
 def with_room(data: DataConfig, examples: Sequence[Example]) -> DataConfig:
-    """The settings, with rows as long as the largest of the examples, or longer.
+    """Returns the settings with rows long enough for every example.
 
-    Rows of several examples keep the length they have, if that is enough.
+    Rows of one example are exactly as long as the longest example. Rows of several examples never
+    get shorter.
     """
-    side, packing = data.geometry.pixels_per_token, data.packing
+    packing, shapes = data.packing, [_shape_of(example) for example in examples]
     least = packing if packing.max_examples > 1 else PackingConfig(image_tokens=0, text_tokens=0)
-    images = [(example.target, *example.contexts) for example in examples]
-    sizes = [sum(num_tokens(size_of(image), side) for image in each) for each in images]
-    texts = [len(example.text_ids) for example in examples]
-    return dataclasses.replace(
-        data,
-        packing=dataclasses.replace(
-            packing,
-            image_tokens=max(least.image_tokens, *sizes),
-            text_tokens=max(least.text_tokens, *texts),
-        ),
+    packing = dataclasses.replace(
+        packing,
+        image_tokens=max(least.image_tokens, *(x.image_tokens(data.geometry) for x in shapes)),
+        text_tokens=max(least.text_tokens, *(x.text_tokens for x in shapes)),
     )
+    return dataclasses.replace(data, packing=packing)
 
 
 def pack(
     examples: Sequence[Example], data: DataConfig, mesh: Mesh, with_negatives: bool
 ) -> tuple[Batches, list[list[tuple[int, int, int]]]]:
-    """Batches of full size, and for each the (row, segment, example) of everything in it.
+    """Packs examples into batches of one shape.
 
-    ``with_negatives`` puts empty prompts beside the examples' own.
+    ``with_negatives`` adds empty prompts to the batches.
+
+    Returns:
+      The batches, and for each batch the (row, segment, example) of every example in it.
     """
-    shapes = [
-        Shape(size_of(e.target), tuple(map(size_of, e.contexts)), len(e.text_ids)) for e in examples
-    ]
-    plan = Plan(shapes, [e.id for e in examples], data.packing, data.geometry, seed=0)
+    names = [example.id for example in examples]
+    plan = Plan(list(map(_shape_of, examples)), names, data.packing, data.geometry, seed=0)
     rows = [plan[i][1] for i in range(plan.num_rows)]
     shards = num_batch_shards(mesh)
-    size_of_batch = -(-min(data.batch_size, len(rows)) // shards) * shards
-    rows += [[]] * (-len(rows) % size_of_batch)
+    batch_size = -(-min(data.batch_size, len(rows)) // shards) * shards
+    rows += [[]] * (-len(rows) % batch_size)
     if with_negatives:
         tokenizer = Tokenizer(data.text)
         empty = dict(text_ids=tokenizer(""), clip_ids=tokenizer.clip(""))
 
-    def assembled(row: list[int]) -> Batch:
-        mine = [examples[i] for i in row]
-        made = assemble(mine, [noise_id(e.id) for e in mine], plan.slots, data)
-        return made.replace(negative=negatives(made, **empty)) if with_negatives else made
+    def assemble_row(indices: Sequence[int]) -> Batch:
+        chosen = [examples[i] for i in indices]
+        row = assemble(chosen, [noise_id(example.id) for example in chosen], plan.slots, data)
+        return row.replace(negative=empty_prompts(row, **empty)) if with_negatives else row
 
-    batches = Batches(rows, size_of_batch, assembled)
+    batches = Batches(rows, batch_size, assemble_row)
     return batches, [batches.layout(i) for i in range(len(batches))]
 
 
@@ -256,12 +269,9 @@ def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> A
 
 
 def reconstruct(autoencoder: Autoencoder, images: Sequence[RGBImage], mesh: Mesh) -> list[RGBImage]:
-    """Each image through the autoencoder, by the mean of its latents."""
+    """Returns each image encoded and decoded, with the mean of its latents."""
     sizes = [size_of(image) for image in images]
-    at_once = {
-        (width, height): min(number, max(1, MAX_PIXELS // (width * height)))
-        for (width, height), number in Counter(sizes).items()
-    }
+    batch_sizes = {size: min(number, _max_images(size)) for size, number in Counter(sizes).items()}
     return over_batches(
-        lambda _, batch: _reconstruct(autoencoder, batch), images, sizes, at_once, mesh
+        lambda _, batch: _reconstruct(autoencoder, batch), images, sizes, batch_sizes, mesh
     )

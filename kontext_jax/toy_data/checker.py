@@ -1,13 +1,13 @@
-"""Did the edit happen, and only it? The checker of `data.world`, which reads pictures back.
+"""The checker of `world`: whether an edit was carried out and the rest of the image preserved.
 
-Comparing pixels with the truth would call a good picture with one pixel shifted wrong, and a
-picture that lost its small letters right. So the picture is *read*: each factor (background, the
-colour of the object on the left, the second letter of the word) gets the value whose drawing fits
-best, among all that `data.scene` can draw, or `UNREADABLE` where even the best one fits badly. An
-edit is right when the factors that the instruction names read as told.
+Pixel differences from the target would reject a good image that is shifted by one pixel, and accept
+an image that lost its small letters. The checker therefore *reads* the image. Each factor
+(background, colour of the left object, second letter of the word) gets the value whose rendering
+fits best among all that `scene` can render, or `UNREADABLE` if even the best one fits badly. An
+edit is correct if the factors that the instruction names have the values it asks for.
 
-All reading is done at 32 x 32 pixels, to which larger pictures are averaged, and on softened
-pictures: an autoencoder's soft edges and the grain of a sampler are not errors of editing.
+Reading happens at 32 x 32 pixels, to which larger images are averaged, and on blurred images: the
+soft edges of an autoencoder and the grain of a sampler are not editing errors.
 """
 
 import functools
@@ -46,34 +46,32 @@ READ_SIZE = 32
 UNREADABLE = "?"
 
 DETAILS = frozenset(("category", "size", "names", "free", "before", "after"))
-"""What is read of the world's details; those of other data sets may have some of these."""
+"""The keys of the world's details that the checker needs; other data sets may have some of them."""
 
-# Tolerances, for values of 0 to 1; THING, LETTER and FIGURE bound the root mean square difference
-# between the softened picture and the best drawing over the region of the factor. Each is set
-# above what honest pictures leave (gaussian grain of 0.04; a blur of 0.7 pixels; 24 principal
-# components of each 8 x 8 patch, as a small autoencoder would) and near what wrong ones leave.
-SETTING_TOLERANCE = 0.06  # largest channel of the median; two settings differ by 0.13 or more
-BACKGROUND_TOLERANCE = 0.05  # honest: up to 0.03; blur of a whole pixel: 0.03
-EMPTY_TOLERANCE = 0.06  # honest: up to 0.03; an object faded to a third: 0.13, the palest 0.05
-THING_TOLERANCE = 0.11  # honest: up to 0.09; even mixture of two objects: 0.12
-LETTER_TOLERANCE = 0.11  # honest: up to 0.09; even mixture of two letters: 0.11
-FIGURE_TOLERANCE = 0.12  # honest: up to 0.10; even mixture of two characters: 0.13
-DRIFT_TOLERANCE = 0.04  # mean absolute; honest: 98 % up to 0.025; all darker by 11 / 255: 0.043
-MIN_ALONE = 0.05  # of the picture; fewer pixels are the insides of objects, which are read anyway
+# Tolerances for pixels in [0, 1]. THING, LETTER and FIGURE bound the root mean square difference
+# between the blurred image and the best rendering over a factor's region. Each is above the error
+# of valid images (Gaussian grain of 0.04, a blur of 0.7 pixels, or 24 principal components of each
+# 8 x 8 patch, as from a small autoencoder) and close to the error of wrong ones.
+SETTING_TOLERANCE = 0.06  # largest channel of the median; two settings differ by at least 0.13
+BACKGROUND_TOLERANCE = 0.05  # valid: up to 0.03; a blur of one pixel: 0.03
+EMPTY_TOLERANCE = 0.06  # valid: up to 0.03; an object faded to a third: 0.13, the palest 0.05
+THING_TOLERANCE = 0.11  # valid: up to 0.09; the mean of two objects: 0.12
+LETTER_TOLERANCE = 0.11  # valid: up to 0.09; the mean of two letters: 0.11
+FIGURE_TOLERANCE = 0.12  # valid: up to 0.10; the mean of two characters: 0.13
+DRIFT_TOLERANCE = 0.04  # mean absolute; valid: 98 % up to 0.025; all darker by 11 / 255: 0.043
+MIN_UNCHANGED = 0.05  # fraction of the image; fewer are interiors of objects, which are read anyway
 
-IN_PLACE = ("local", "global", "text")  # the categories in which pixels can stay where they are
+IN_PLACE = ("local", "global", "text")  # categories in which unedited pixels keep their position
 
 
 class Verdict(NamedTuple):
-    """What became of one edit.
+    """The checker's judgement of one edit; both fields are None for data other than the world's.
 
     Attributes:
-      edited: every factor that the instruction names is as told, and those that it leaves open have
-        some value that can be read; None where it asks for nothing that is not there already.
-      preserved: every other factor is as it should be, and untouched pixels have not drifted; None
-        for text-to-image, where nothing is there to be preserved.
-
-    Of data that no checker reads, both are None.
+      edited: whether every factor that the instruction names has the requested value, and every
+        factor that it leaves free has a readable value. None if nothing had to change.
+      preserved: whether every other factor is unchanged and unedited pixels have not drifted. None
+        for text-to-image, which has nothing to preserve.
     """
 
     edited: bool | None
@@ -81,96 +79,93 @@ class Verdict(NamedTuple):
 
 
 def check(image: UInt8[np.ndarray, "height width 3"], details: str) -> Verdict:
-    """Judges an edited picture.
+    """Judges whether an edited image follows its instruction and preserves the rest.
 
     Args:
-      image: what the model made of the example's contexts and prompt.
-      details: those of the example; of others than `data.world` writes there is no verdict.
-
-    Returns:
-      The verdict; see there.
+      image: the model's output for an example.
+      details: the example's details, as written by `world`.
 
     Raises:
-      ValueError: the picture is not of the size of the example's target.
+      ValueError: the image and the example's target differ in size.
     """
     facts = json.loads(details)
     if not isinstance(facts, dict) or not facts.keys() >= DETAILS:
         return Verdict(None, None)
     size = facts["size"]
     if image.shape[:2] != (size, size):
-        raise ValueError(f"image is {image.shape[0]}x{image.shape[1]}; its truth is {size}x{size}")
-    after, seen = Scene.from_json(facts["after"]), read(image)
-    right = {factor: seen[factor] == value for factor, value in after.factors().items()}
+        raise ValueError(f"image is {image.shape[0]}x{image.shape[1]}; its target is {size}x{size}")
+    after, factors = Scene.from_json(facts["after"]), read(image)
+    correct = {factor: factors[factor] == value for factor, value in after.factors().items()}
     free = facts["free"]
     edited = None
     if facts["names"] or free:
-        edited = all(right[factor] for factor in facts["names"])
-        edited &= all(seen[factor] not in (None, UNREADABLE) for factor in free)
+        edited = all(correct[factor] for factor in facts["names"])
+        edited &= all(factors[factor] not in (None, UNREADABLE) for factor in free)
     if not facts["before"]:
         return Verdict(edited, None)
-    rest = right.keys() - {*facts["names"], *free}
-    preserved = all(right[factor] for factor in rest)
+    rest = correct.keys() - {*facts["names"], *free}
+    preserved = all(correct[factor] for factor in rest)
     if preserved and facts["category"] in IN_PLACE:
         preserved = _drift(image, Scene.from_json(facts["before"]), after) <= DRIFT_TOLERANCE
     return Verdict(edited, preserved)
 
 
 def _drift(image: UInt8[np.ndarray, "size size 3"], before: Scene, after: Scene) -> float:
-    """Mean absolute error of the softened picture over the pixels that the truth leaves alone."""
+    """Returns the mean absolute error of the blurred image over pixels that should not change."""
     old, new = (_unit(render(scene, len(image))) for scene in (before, after))
-    alone = _soften(_soften(abs(new - old))).max(-1) == 0  # two pixels from any change, or more
-    error = abs(_soften(_unit(image)) - _soften(old))
-    return float(error[alone].mean()) if alone.mean() >= MIN_ALONE else 0.0
+    unchanged = _blur(_blur(abs(new - old))).max(-1) == 0  # two or more pixels from any change
+    error = abs(_blur(_unit(image)) - _blur(old))
+    return float(error[unchanged].mean()) if unchanged.mean() >= MIN_UNCHANGED else 0.0
 
 
 def read(image: UInt8[np.ndarray, "size size 3"]) -> dict[str, str | None]:
-    """What a picture shows, factor by factor, with no knowledge of what it should show.
+    """Reads the factors of an image, without knowledge of what it should show.
 
     Args:
-      image: a square picture of at least 32 pixels a side.
+      image: a square image of at least 32 pixels a side.
 
     Returns:
-      The factors of `Scene.factors`: a value, None where there is nothing, or ``UNREADABLE``. In a
-      word, single letters may be.
+      The factors of `Scene.factors`: a value, None if absent, or ``UNREADABLE``, which can also
+      replace single letters of a word.
     """
     shrunk = Image.fromarray(image).resize((READ_SIZE, READ_SIZE), Image.Resampling.BOX)
-    pixels = _soften(_unit(np.asarray(shrunk)))
+    pixels = _blur(_unit(np.asarray(shrunk)))
     setting = _read_setting(pixels)
-    if setting is None:  # all else is seen against the background
+    if setting is None:  # everything else is read against the background
         return dict.fromkeys(Scene("").factors(), UNREADABLE)
-    guesses = [guess(pixels, setting) for guess in (_best_things, _best_sign, _best_figure)]
-    errors = [np.square(pixels - _look(guess)).mean(-1) for guess in guesses]
-    best = min(range(len(guesses)), key=lambda i: errors[i].sum())
-    return _believe(guesses[best], errors[best])
+    scenes = [fit(pixels, setting) for fit in (_fit_things, _fit_sign, _fit_figure)]
+    errors = [np.square(pixels - _template(scene)).mean(-1) for scene in scenes]
+    best = min(range(len(scenes)), key=lambda i: errors[i].sum())
+    return _readable_factors(scenes[best], errors[best])
 
 
-# ---- regions of the picture, at the size of reading ---------------------------------------------
+# ---- regions of the image, at READ_SIZE ---------------------------------------------------------
 
 Region = tuple[slice, slice]
 
 
 def _region(x0: float, y0: float, x1: float, y1: float) -> Region:
-    """Rows and columns of a box in the unit square."""
+    """Returns the rows and columns of a box in the unit square."""
     x0, y0, x1, y1 = (round(READ_SIZE * edge) for edge in (x0, y0, x1, y1))
     return np.s_[max(y0, 0) : y1, max(x0, 0) : x1]
 
 
 def _figure_region(place: str, top: float = 0.0, bottom: float = 1.0) -> Region:
-    """Part of a character's box between two heights, 0 at its top and 1 at its feet."""
+    """Returns a character's box between two heights, 0 at its top and 1 at its feet."""
     x, height = PLACES.get(place, 0.5), FIGURE_HEIGHTS[place]
     y = 0.5 - height / 2
     return _region(x - 0.35 * height, y + top * height, x + 0.35 * height, y + bottom * height)
 
 
 THING_REGIONS = {place: _region(x - 0.25, 0.25, x + 0.25, 0.75) for place, x in PLACES.items()}
-LETTER_REGIONS = tuple(  # with half a cell around the letter, that a neighbour does not reach
+LETTER_REGIONS = tuple(  # the letter with a margin of half a cell, which no neighbour reaches
     _region(x - CELL / 2, y - CELL / 2, x + 4.5 * CELL, y + 6.5 * CELL) for x, y in LETTER_CORNERS
 )
 FIGURE_BANDS = {"topper": (0.0, 0.33), "eyes": (0.33, 0.66), "colour": (0.66, 1.0)}
 
 
-def _believe(scene: Scene, error: Float[np.ndarray, "h w"]) -> dict[str, str | None]:
-    """The factors of the best scene, less those whose region fits badly."""
+def _readable_factors(scene: Scene, error: Float[np.ndarray, "h w"]) -> dict[str, str | None]:
+    """Returns the factors of the best scene, `UNREADABLE` where its region fits badly."""
 
     def bad(region: Region | Bool[np.ndarray, "h w"], tolerance: float) -> bool:
         return bool(np.sqrt(error[region].mean()) > tolerance)
@@ -191,7 +186,7 @@ def _believe(scene: Scene, error: Float[np.ndarray, "h w"]) -> dict[str, str | N
     else:
         regions = list(THING_REGIONS.values())
         for place, region in THING_REGIONS.items():
-            # A ghost is faint and thin, so that an empty place is judged by its worst twentieth.
+            # Remains of an object are faint and thin: judge empty places by their worst 5 %.
             ghost = np.sqrt(np.quantile(error[region], 0.95)) > EMPTY_TOLERANCE
             if bad(region, THING_TOLERANCE) if getattr(scene, place) else ghost:
                 factors |= dict.fromkeys((f"{place}.shape", f"{place}.colour", "style"), UNREADABLE)
@@ -203,86 +198,86 @@ def _believe(scene: Scene, error: Float[np.ndarray, "h w"]) -> dict[str, str | N
     return factors
 
 
-# ---- the best scene of each sort ----------------------------------------------------------------
+# ---- the best scene of each kind ----------------------------------------------------------------
 
 
 def _read_setting(pixels: Float32[np.ndarray, "h w 3"]) -> Scene | None:
-    """The empty scene of the picture's background and tone, seen above and below all objects."""
+    """Returns the empty scene of the image's background and tone, read from the top and bottom."""
     rim = np.concatenate([pixels[:4], pixels[-4:]])
-    colour = np.median(rim.reshape(-1, 3), axis=0)  # a hat and two shoulders cannot move it
+    colour = np.median(rim.reshape(-1, 3), axis=0)  # robust to a hat and two shoulders
     settings = [Scene(background, tone) for background, tone in product(BACKGROUNDS, TONES)]
-    distances = [abs(_look(scene)[0, 0] - colour).max() for scene in settings]
+    distances = [abs(_template(scene)[0, 0] - colour).max() for scene in settings]
     best = int(np.argmin(distances))
     return settings[best] if distances[best] <= SETTING_TOLERANCE else None
 
 
-def _best_things(pixels: Float32[np.ndarray, "h w 3"], setting: Scene) -> Scene:
+def _fit_things(pixels: Float32[np.ndarray, "h w 3"], setting: Scene) -> Scene:
     options = []
     for style in STYLES:
-        things, looks = _thing_looks(replace(setting, style=style))
-        fits = [_nearest(pixels[region], looks) for region in THING_REGIONS.values()]
-        found = {place: things[i] for place, (i, _) in zip(PLACES, fits, strict=True)}
-        options.append((sum(e for _, e in fits), replace(setting, style=style, **found)))
+        things, templates = _thing_templates(replace(setting, style=style))
+        fits = [_nearest(pixels[region], templates) for region in THING_REGIONS.values()]
+        placed = {place: things[i] for place, (i, _) in zip(PLACES, fits, strict=True)}
+        options.append((sum(e for _, e in fits), replace(setting, style=style, **placed)))
     return min(options, key=lambda option: option[0])[1]
 
 
-def _best_sign(pixels: Float32[np.ndarray, "h w 3"], setting: Scene) -> Scene:
+def _fit_sign(pixels: Float32[np.ndarray, "h w 3"], setting: Scene) -> Scene:
     options = []
     for board in BOARDS:
-        looks = _letter_looks(setting, board)
-        fits = [_nearest(pixels[region], looks) for region in LETTER_REGIONS]
+        templates = _letter_templates(setting, board)
+        fits = [_nearest(pixels[region], templates) for region in LETTER_REGIONS]
         word = "".join(ALPHABET[i] for i, _ in fits)
         options.append((sum(e for _, e in fits), replace(setting, sign=Sign(word, board))))
     return min(options, key=lambda option: option[0])[1]
 
 
-def _best_figure(pixels: Float32[np.ndarray, "h w 3"], setting: Scene) -> Scene:
-    figures, looks = _figure_looks(setting)
-    return replace(setting, figure=figures[_nearest(pixels, looks)[0]])
+def _fit_figure(pixels: Float32[np.ndarray, "h w 3"], setting: Scene) -> Scene:
+    figures, templates = _figure_templates(setting)
+    return replace(setting, figure=figures[_nearest(pixels, templates)[0]])
 
 
 def _nearest(
-    crop: Float32[np.ndarray, "h w 3"], looks: Float32[np.ndarray, "n h w 3"]
+    crop: Float32[np.ndarray, "h w 3"], templates: Float32[np.ndarray, "n h w 3"]
 ) -> tuple[int, float]:
-    """The look with the least squared error, and that error."""
-    errors = np.square(looks - crop).sum(axis=(1, 2, 3))
+    """Returns the index of the template with the least squared error, and that error."""
+    errors = np.square(templates - crop).sum(axis=(1, 2, 3))
     best = int(np.argmin(errors))
     return best, float(errors[best])
 
 
-# A look is a softened drawing of one possibility. There are few settings, so all are kept.
+# A template is a blurred rendering of one option. There are few settings, so all are cached.
 
 
 @functools.cache
-def _thing_looks(scene: Scene) -> tuple[list[Thing | None], Float32[np.ndarray, "n h w 3"]]:
-    """All that may stand at a place, in the setting and style of the scene."""
+def _thing_templates(scene: Scene) -> tuple[list[Thing | None], Float32[np.ndarray, "n h w 3"]]:
+    """Returns all options for one place, and their templates in the scene's setting and style."""
     things = [None, *(Thing(shape, colour) for shape, colour in product(SHAPES, COLOURS))]
-    region = THING_REGIONS["left"]  # it looks the same at the other place
-    return things, np.stack([_look(replace(scene, left=thing))[region] for thing in things])
+    region = THING_REGIONS["left"]  # the other place looks the same
+    return things, np.stack([_template(replace(scene, left=thing))[region] for thing in things])
 
 
 @functools.cache
-def _letter_looks(setting: Scene, board: str) -> Float32[np.ndarray, "26 h w 3"]:
+def _letter_templates(setting: Scene, board: str) -> Float32[np.ndarray, "26 h w 3"]:
     signs = [replace(setting, sign=Sign(3 * letter, board)) for letter in ALPHABET]
-    return np.stack([_look(sign)[LETTER_REGIONS[0]] for sign in signs])
+    return np.stack([_template(sign)[LETTER_REGIONS[0]] for sign in signs])
 
 
 @functools.cache
-def _figure_looks(setting: Scene) -> tuple[list[Figure], Float32[np.ndarray, "n h w 3"]]:
+def _figure_templates(setting: Scene) -> tuple[list[Figure], Float32[np.ndarray, "n h w 3"]]:
     figures = [Figure(*values) for values in product(COLOURS, TOPPERS, EYES, FIGURE_HEIGHTS)]
-    return figures, np.stack([_look(replace(setting, figure=figure)) for figure in figures])
+    return figures, np.stack([_template(replace(setting, figure=figure)) for figure in figures])
 
 
-def _look(scene: Scene) -> Float32[np.ndarray, "h w 3"]:
-    return _soften(_unit(render(scene, READ_SIZE)))
+def _template(scene: Scene) -> Float32[np.ndarray, "h w 3"]:
+    return _blur(_unit(render(scene, READ_SIZE)))
 
 
 def _unit(image: UInt8[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
     return image.astype(np.float32) / 255
 
 
-def _soften(image: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
-    """A binomial blur of 3 x 3 pixels."""
+def _blur(image: Float32[np.ndarray, "h w 3"]) -> Float32[np.ndarray, "h w 3"]:
+    """Applies a binomial blur of 3 x 3 pixels."""
     for axis in (0, 1):
         rim = [(1, 1) if i == axis else (0, 0) for i in range(3)]
         padded = np.moveaxis(np.pad(image, rim, mode="edge"), axis, 0)

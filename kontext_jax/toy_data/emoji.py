@@ -1,25 +1,26 @@
-"""`emoji`: relational edits whose pictures are real, drawn by artists and not by a model.
+"""`emoji`: edits between real icons, drawn by artists and not by a model.
 
-Icons of `emoji_icons` are paired by name. A *family* pairs icons that differ in one thing: the
-hair, the time on a clock, the set they are drawn in. All five kinds of edit of KontextBench are
-here, and text-to-image. What a family says and pairs was checked by eye; a set whose pictures
-would make an instruction untrue is left out of that family.
+Icons of `emoji_icons` are paired by name. A *family* pairs icons that differ in one respect: the
+hair, the time on a clock, the set they belong to. The families cover KontextBench's five kinds of
+edit and text-to-image. All prompts and pairs were checked by eye; a set is left out of a family if
+its images would make an instruction untrue.
 
-Hold-out. Each icon has one *base*, and a stable hash of it decides whether the icon is kept from
-training in every set, family and role. Validation targets are held-out icons only; their contexts
-may be any.
-  - For most icons the base is the concept: the slug without person, skin tone and direction. All
-    cooks are held out together, and a dog held out in Twemoji is not seen in Noto. 6 % are.
-  - Where a family is about a value (`SWAPS`), the concept would be "heart" or "clock", and holding
-    that out would leave the family to one split. The base is the value there: "purple-heart",
+Hold-out. Each icon has one *base*. A stable hash of the base decides whether the icon is held out
+from training, in every set, family and role. Validation targets are held-out icons only; their
+contexts may be any icons.
+  - For most icons the base is the concept: the slug without gender, skin tone and direction. All
+    cooks are held out together, and a dog held out in Twemoji is held out in Noto. 6 % are held
+    out.
+  - In families about a value (`SWAPS`) the concept would be "heart" or "clock", and holding it out
+    would leave only one split with the family. Their base is the value: "purple-heart",
     "nine-thirty". For plain people it is gender, hair and tone, as in "woman/red-hair/dark".
-  - Of values, roles and activities 12 % are held out: there are few of them per family (eleven
+  - 12 % of values, roles and activities are held out, because a family has few of them (eleven
     keycaps, twelve word buttons, twenty roles).
-  - `SALT` was picked so that every family has examples in validation with the four sets of Noto,
-    Noto v1, Twemoji and Fluent flat.
+  - `SALT` was chosen so that every family has validation examples with the four sets Noto, Noto v1,
+    Twemoji and Fluent flat.
 
-A draw picks the category, the family, the base, then one icon of that base, so neither the seventy
-drawings of a cook nor the many skin tones outweigh one hamburger.
+A draw picks the category, the family, the base and then one icon of that base, so that neither the
+seventy drawings of a cook nor the many skin tones outweigh a single hamburger.
 """
 
 import collections
@@ -61,8 +62,8 @@ CATEGORY_WEIGHTS = {
     "style": 0.15,
     "text_to_image": 0.10,
 }
-# Within their category. By count skin tone would be four fifths of all local edits; a trainer
-# learns more from the others, so tone and gender together stay under 8 %.
+# Weights within a category. By count, four fifths of all local edits would be skin tones. The other
+# edits teach more, so tone and gender together get less than 8 %.
 FAMILY_WEIGHTS = {
     "local/hair": 0.26,
     "local/colour": 0.24,
@@ -80,40 +81,40 @@ FAMILY_WEIGHTS = {
     "style/reference": 1.0,
     "text_to_image/caption": 1.0,
 }
-NUM_CONTEXTS = {"style/reference": (1, 1, 2), "text_to_image/caption": (0,)}  # others: one
+NUM_CONTEXTS = {"style/reference": (1, 1, 2), "text_to_image/caption": (0,)}  # 1 for other families
 
-# ---- what is held out --------------------------------------------------------------------------
+# ---- hold-out ----------------------------------------------------------------------------------
 
-# Mirrored drawings and the men's, women's and people's version of a thing share a base.
-_NOT_BASE = frozenset(
+# Mirrored and gendered variants share a base.
+_IGNORED_WORDS = frozenset(
     "man woman person men women people and left right leftwards rightwards facing".split()
 )
 
 
 def base(icon: Icon) -> str:
-    """What the icon is held out by; see the module."""
+    """Returns the base that decides whether the icon is held out; see the module."""
     if icon.slug in VALUES:
         return VALUES[icon.slug]
     if icon.gender and icon.concept in ("person", "beard", *HAIR):
         return f"{icon.gender}/{icon.concept}/{icon.tone or 'neutral'}"
-    words = [word for word in icon.concept.split("-") if word not in _NOT_BASE]
+    words = [word for word in icon.concept.split("-") if word not in _IGNORED_WORDS]
     return "family" if words[:1] == ["family"] else "-".join(words) or icon.concept
 
 
 @functools.cache
 def held_out(base_name: str) -> bool:
-    """Whether icons of this base are for validation; the same in every process and version."""
-    few = any(base_name in names for names in (VALUES, ROLES, ACTIVITIES)) or "/" in base_name
-    share = VALUES_HELD_OUT if few else CONCEPTS_HELD_OUT
+    """Returns whether icons of this base are held out; stable across processes and versions."""
+    is_value = any(base_name in names for names in (VALUES, ROLES, ACTIVITIES)) or "/" in base_name
+    share = VALUES_HELD_OUT if is_value else CONCEPTS_HELD_OUT
     digest = hashlib.sha256(f"{SALT}/{base_name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-# ---- the families ------------------------------------------------------------------------------
+# ---- families ----------------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
-    """A target, the instructions that may ask for it, and the icons they may start from."""
+    """A target icon, prompts that ask for it, and icons that can be its context."""
 
     target: Icon
     prompts: tuple[str, ...]
@@ -126,7 +127,7 @@ def _pair(
     group: Callable[[Icon], Hashable],
     prompts: Callable[[Icon], Sequence[str]],
 ) -> Iterator[Choice]:
-    """Yields each target with the contexts of its group."""
+    """Yields each target with the contexts of its group, if it has any besides itself."""
     pools = collections.defaultdict(list)
     for icon in contexts:
         pools[group(icon)].append(icon)
@@ -152,7 +153,7 @@ def _swaps(
 
 
 def _hair(targets: Sequence[Icon], contexts: Sequence[Icon]) -> Iterator[Choice]:
-    """Not from or to the plain person, whom some sets draw in another frame."""
+    """Changes of hair; never from or to the plain person, which some sets frame differently."""
 
     def member(icon: Icon) -> bool:
         return icon.concept in HAIR and bool(icon.gender)
@@ -198,7 +199,7 @@ def _redrawn(
 
 
 def _character(kind: str, targets: Sequence[Icon], contexts: Sequence[Icon]) -> Iterator[Choice]:
-    """Only men and women: what stands for "person" is in some sets a man here, a woman there."""
+    """Roles or activities of men and women; in some sets the gender of a "person" varies."""
     deeds = ROLES if kind == "character/role" else ACTIVITIES
     link = " as " if kind == "character/role" else " "
 
@@ -250,20 +251,22 @@ def _families(
     return {kind: choices for kind in FAMILY_WEIGHTS if (choices := list(families[kind]))}
 
 
-# ---- the triples -------------------------------------------------------------------------------
+# ---- triples -----------------------------------------------------------------------------------
 
 
 class Emoji:
-    """Triples of a folder of icon sets, each a pure function of (seed, split, index)."""
+    """Triples from a folder of icon sets, each a pure function of (seed, split, index)."""
 
     def __init__(self, folder: str | pathlib.Path):
-        """Reads the folder; see `EmojiSets` for what it holds and for the errors."""
+        """Reads the folder; see `EmojiSets` for its contents and the errors."""
         self.sets = EmojiSets(folder)
         icons = self.sets.icons
-        kept = {held: [i for i in icons if held_out(base(i)) == held] for held in (False, True)}
+        by_hold_out = {
+            held: [icon for icon in icons if held_out(base(icon)) == held] for held in (False, True)
+        }
         self._choices = {
-            "train": _families(self.sets.styles, kept[False], kept[False]),
-            "validation": _families(self.sets.styles, kept[True], icons),
+            "train": _families(self.sets.styles, by_hold_out[False], by_hold_out[False]),
+            "validation": _families(self.sets.styles, by_hold_out[True], icons),
         }
         self._by_base = {
             (split, kind): _grouped(choices)
@@ -277,23 +280,23 @@ class Emoji:
         """Draws and renders one triple.
 
         Args:
-          index: which one; there is no last one, but pairs come again, at other sizes perhaps.
+          index: non-negative index; the sequence is endless and repeats pairs at random sizes.
           split: one of `SPLITS`.
-          sizes: sides in pixels; the target and each context take one of them independently.
-          seed: another seed gives another sequence from the same icons.
+          sizes: sides in pixels; the target and each context draw one independently.
+          seed: selects one of many sequences over the same icons.
 
         Returns:
-          The triple; its ``details`` name the kind, the target and contexts as "set/slug", and the
-          base by which it is held out.
+          The triple. Its ``details`` are JSON with the kind, the target and contexts as "set/slug",
+          and the target's base.
         """
         if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}: choose from {SPLITS}")
+            raise ValueError(f"unknown split {split!r}: choose one of {SPLITS}")
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
         kind, choice = self._draw(rng, split)
         others = [icon for icon in choice.pool if icon != choice.target]
         count = min(rng.choice(NUM_CONTEXTS.get(kind, (1,))), len(others))
         contexts = [others[i] for i in rng.choice(len(others) or 1, count, replace=False)]
-        pictures = [
+        images = [
             self.sets.render(icon.set, icon.slug, int(rng.choice(sizes)))
             for icon in (choice.target, *contexts)
         ]
@@ -305,8 +308,8 @@ class Emoji:
         }
         return Triple(
             id=f"emoji/{split}/{index:07d}",
-            target=pictures[0],
-            contexts=tuple(pictures[1:]),
+            target=images[0],
+            contexts=tuple(images[1:]),
             prompt=str(rng.choice(choice.prompts)),
             category=kind.split("/")[0],
             details=json.dumps(details),
@@ -320,7 +323,7 @@ class Emoji:
             yield self.triple(index, split=split, sizes=sizes, seed=seed)
 
     def statistics(self) -> dict[str, dict[str, int]]:
-        """Counts, by split and family, the distinct (context, target) pairs one can draw."""
+        """Counts the distinct (context, target) pairs by split and family."""
         return {
             split: {
                 kind: sum(len(set(pool) - {target}) or 1 for target, _, pool in choices)
@@ -332,7 +335,7 @@ class Emoji:
     def _draw(self, rng: np.random.Generator, split: str) -> tuple[str, Choice]:
         kinds = list(self._choices[split])
         if not kinds:
-            raise ValueError(f"the emoji sets {sorted(self.sets.styles)} give no pairs to {split}")
+            raise ValueError(f"the emoji sets {sorted(self.sets.styles)} have no pairs for {split}")
         categories = dict.fromkeys(kind.split("/")[0] for kind in kinds)
         category = _weighted(rng, tuple(categories), CATEGORY_WEIGHTS)
         members = [kind for kind in kinds if kind.startswith(f"{category}/")]
@@ -350,6 +353,6 @@ def _grouped(choices: Iterable[Choice]) -> list[list[Choice]]:
 
 
 def _weighted(rng: np.random.Generator, names: Sequence[str], weights: dict[str, float]) -> str:
-    """Picks a name; the weights of names that are absent go to the others in proportion."""
+    """Draws a name; weights are renormalised over ``names``."""
     shares = np.array([weights[name] for name in names])
     return names[rng.choice(len(names), p=shares / shares.sum())]

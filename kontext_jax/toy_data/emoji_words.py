@@ -1,8 +1,8 @@
-"""The words of the `emoji` data set: what may be asked of an icon, and what each icon is called.
+"""The words of the `emoji` data set: instructions and the names of icons.
 
-Every table here was checked against the pictures of Noto, Noto v1, Twemoji and Fluent flat. An icon
-is in a table only where the instruction is true of its picture in all of them, or `UNTRUE` names
-the set where it is not.
+Every table was checked against the images of Noto, Noto v1, Twemoji and Fluent flat. An icon is in
+a table only if the instruction is true of its image in all four sets, or `UNTRUE` lists the set in
+which it is not.
 """
 
 import re
@@ -16,7 +16,7 @@ def _with_article(noun: str) -> str:
     return ("an " if _AN.match(noun) else "a ") + noun
 
 
-# ---- what may be asked ---------------------------------------------------------------------------
+# ---- instructions --------------------------------------------------------------------------------
 
 HOURS = "one two three four five six seven eight nine ten eleven twelve".split()
 COLOURS = "red orange yellow green blue purple brown black white".split()
@@ -103,7 +103,7 @@ SWAPS: dict[str, tuple[dict[str, str], ...]] = {
         {f"letter-{c}": f"change the letter to {c.upper()}" for c in "abcdefghijklmnopqrstuvwxyz"},
     ),
     "text/keycap": ({f"keycap-{n}": f"change the number to {n}" for n in range(11)},),
-    # By the colour of the plate, which must not change with the text.
+    # Grouped by the colour of the plate, which must not change with the text.
     "text/button": (
         _reading({w.upper(): f"{w}-button" for w in ("cool", "free", "new", "ng", "ok")})
         | _reading({"UP!": "up-button"})
@@ -112,8 +112,8 @@ SWAPS: dict[str, tuple[dict[str, str], ...]] = {
         | _reading({w.upper(): f"{w}-button-blood-type" for w in ("a", "b", "ab", "o")}),
     ),
 }
-"""Per family, groups of slugs of which any may become any other, and the words that ask for it."""
-# Red hearts are pink in Noto v1, its books lie or stand; the yellow square of Fluent is orange.
+"""Groups of interchangeable slugs by family, each slug with the instruction that asks for it."""
+# In Noto v1 red hearts are pink, and books lie or stand. Fluent's yellow square is orange.
 UNTRUE = {("noto-v1", slug) for group in SWAPS["local/colour"] for slug in group} | {
     ("fluent-emoji-flat", "yellow-square")
 }
@@ -122,7 +122,7 @@ _WORDS = {
 }
 _FIRST: dict[str, str] = {}
 VALUES = {slug: _FIRST.setdefault(words, slug) for slug, words in _WORDS.items()}
-"""Those slugs, each with the first one of the same instruction: two slugs read "UP!"."""
+"""The first slug with the same instruction, by slug: two slugs read "UP!"."""
 
 PRONOUNS = {"man": "him", "woman": "her", "person": "them"}
 HAIR = {
@@ -132,7 +132,7 @@ HAIR = {
     "curly-hair": "give {} curly hair",
     "bald": "make {} bald",
 }
-# Roles that show all of the face, and with the hair of the plain person: a context needs both.
+# Jobs whose icons show the entire face and the plain person's hair; a context needs both.
 JOBS = (
     "artist construction-worker cook farmer firefighter health-worker mechanic office-worker pilot "
     "police-officer scientist student teacher"
@@ -184,7 +184,7 @@ REDRAW = (
     "draw the same thing in {} style",
 )
 
-# ---- what icons are called -----------------------------------------------------------------------
+# ---- names of icons ------------------------------------------------------------------------------
 
 SCENES = frozenset(
     {
@@ -196,9 +196,9 @@ SCENES = frozenset(
         "Travel & Places",
     }
 )
-"""The categories with something to draw; flags and symbols have no names a painter would know."""
+"""Categories whose icons can be named; flags and symbols have no names that describe them."""
 
-# No noun, or not what anyone would call the picture.
+# The slug is not a noun, or not a natural name for the image.
 NAMELESS = frozenset(SWAPS["local/clock"][0]) | frozenset(
     "airplane-arrival airplane-departure badminton bowling bubbles building-construction "
     "camping carp-streamer chart-increasing-with-yen collision construction cooking "
@@ -211,7 +211,7 @@ NAMELESS = frozenset(SWAPS["local/clock"][0]) | frozenset(
     "shibuya-109-department-store speaker-high-volume speaker-low-volume speaker-medium-volume "
     "star-struck statue-of-liberty tennis tokyo-tower unlocked wedding zzz".split()
 )
-# As the last word of a name these take no article.
+# Names that end in one of these take no article.
 MASS = frozenset(
     "bacon bread broccoli butter coral dna fire fog food garlic ice liquid luggage money oden "
     "popcorn rice sake salt soap spaghetti sushi thread wood yarn".split()
@@ -252,7 +252,7 @@ _PLURAL = re.compile(r"[^suo]s$")  # not cactus, compass or rhinoceros
 
 
 def name(icon: Icon) -> str:
-    """The icon as a noun phrase: "a hamburger", "an owl", "French fries"; "" where it has none."""
+    """Returns a noun phrase, e.g. "a hamburger", "an owl", "French fries"; "" if there is none."""
     if icon.concept in ROLES and icon.gender == "person" and not icon.tone:
         return ROLES[icon.concept]
     if icon.category not in SCENES or icon.slug in NAMELESS:

@@ -1,8 +1,8 @@
-"""The scenes of `world`: what can be drawn, and how.
+"""The scenes of `world`: their vocabulary and their renderer.
 
-A scene is a plain background with up to two objects, or a sign with a word, or a character. It is
-drawn from geometry in the unit square, hence at any size from 32 pixels up. At 32 the boards and
-the cells of the letters fall on whole pixels, and boards and objects on whole tokens of 8 x 8.
+A scene is a plain background with up to two objects, a sign with a word, or a character. It is
+rendered from geometry in the unit square at any size of at least 32 pixels. At 32 pixels, boards
+and the cells of letters align with pixels, and boards and objects with tokens of 8 x 8.
 """
 
 import functools
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-# ---- vocabulary: all that can be drawn ----------------------------------------------------------
+# ---- vocabulary ---------------------------------------------------------------------------------
 
-# RGB, 0 to 255: pale backgrounds and strong colours, so that no object is lost on any background.
+# RGB, 0 to 255. Backgrounds are pale and colours strong, so every object stands out.
 BACKGROUNDS = {
     "sand": (240, 216, 158),
     "sky": (158, 208, 246),
@@ -31,14 +31,14 @@ COLOURS = {
     "orange": (250, 126, 16),
 }
 WHITE, INK, GOLD = (255, 255, 255), (36, 30, 52), (214, 158, 20)
-TONES = {"day": (1.0, 1.0, 1.0), "night": (0.42, 0.46, 0.64)}  # factors of the whole picture
+TONES = {"day": (1.0, 1.0, 1.0), "night": (0.42, 0.46, 0.64)}  # factors of the RGB channels
 
 SHAPES = ("circle", "square", "triangle", "star", "heart")
 STYLES = ("solid", "outlined", "striped")
-BOARDS = ("red", "green", "blue", "purple")  # the colours on which white letters are easy to read
+BOARDS = ("red", "green", "blue", "purple")  # colours on which white letters are legible
 TOPPERS = ("ears", "hat", "cone", "crown")
 EYES = ("dots", "shades", "cyclops")
-# Four by six cells a letter: at 32 pixels, cells of two pixels, and three letters fill a sign.
+# Letters have 4 x 6 cells. At 32 pixels a cell has two pixels, and three letters fill a sign.
 FONT_ROWS = """
 .##. ###. .### ###. #### #### .### #..# .##. ..## #..# #... #..#
 #..# #..# #... #..# #... #... #... #..# .##. ...# #.#. #... ####
@@ -56,11 +56,11 @@ FONT_ROWS = """
 """
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-# ---- geometry, in fractions of the side of the picture ------------------------------------------
+# ---- geometry, in fractions of the image's side -------------------------------------------------
 
-PLACES = {"left": 0.25, "right": 0.75}  # x of the centre of an object or of a placed character
+PLACES = {"left": 0.25, "right": 0.75}  # x of the centre of an object or character
 OBJECT_RADIUS = 0.215
-OUTLINE, STRIPE = 0.29, 0.4  # thickness of a line and of a stripe, in object radii
+OUTLINE, STRIPE = 0.29, 0.4  # thickness of lines and stripes, in object radii
 BOARD_BOX = (0.0, 0.25, 1.0, 0.75)  # x0 y0 x1 y1
 BOARD_CORNER = 0.08
 CELL = 1 / 16  # side of one cell of the font
@@ -87,7 +87,7 @@ class Sign(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A character: who it is (colour, topper, eyes) and where it stands."""
+    """A character: its identity (colour, topper, eyes) and its place."""
 
     colour: str
     topper: str
@@ -100,7 +100,7 @@ PARTS = {"left": Thing, "right": Thing, "sign": Sign, "figure": Figure}
 
 @dataclass(frozen=True)
 class Scene:
-    """All there is to know of a picture; objects share one style."""
+    """A complete description of an image. Its objects share one style."""
 
     background: str
     tone: str = "day"
@@ -111,9 +111,9 @@ class Scene:
     figure: Figure | None = None
 
     def factors(self) -> dict[str, str | None]:
-        """What can be read from the picture, one value a factor; None where there is none."""
+        """Returns every factor that can be read from the image; None if it is absent."""
         values = {"background": self.background, "tone": self.tone}
-        # Nothing shows the style of an empty scene.
+        # The style of an empty scene is invisible.
         values["style"] = self.style if self.left or self.right else None
         for name, part in PARTS.items():
             part_values = getattr(self, name) or [None] * len(part._fields)
@@ -122,14 +122,14 @@ class Scene:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Scene":
-        """The scene that ``asdict`` wrote, after a trip through JSON."""
+        """Restores a scene from the JSON of its ``asdict``."""
         parts = {name: part(*fields[name]) for name, part in PARTS.items() if fields[name]}
         return cls(**{**fields, **parts})
 
 
 # ---- drawing ------------------------------------------------------------------------------------
 
-# Distances to the edge of a shape, negative inside and exact there, in object radii; v points down.
+# Signed distances to a shape's edge in object radii: negative and exact inside; v points down.
 
 
 def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -164,7 +164,7 @@ DISTANCES = {
     "heart": _heart,
 }
 
-# What a character is made of; u from its axis and v from its top, in heights of the character.
+# Parts of a character, in heights of the character: u from its axis and v from its top.
 FIGURE_PARTS = {
     "body": lambda u, v: (np.hypot(u / 0.25, (v - 1) / 0.26) < 1) & (v < 1),
     "head": lambda u, v: np.hypot(u, v - 0.54) < 0.3,
@@ -182,7 +182,7 @@ FIGURE_PARTS = {
     "pupil": lambda u, v: np.hypot(u, v - 0.51) < 0.07,
     "smile": lambda u, v: (abs(np.hypot(u, v - 0.63) - 0.125) < 0.025) & (v > 0.67),
 }
-TOPPER_COLOURS = {"hat": INK, "cone": WHITE, "crown": GOLD}  # ears have the colour of the head
+TOPPER_COLOURS = {"hat": INK, "cone": WHITE, "crown": GOLD}  # ears are coloured like the head
 FONT = {
     letter: np.array([[cell == "#" for cell in row.split()[i]] for row in block.splitlines()])
     for letters, block in zip(
@@ -210,7 +210,7 @@ def _board(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _letter(x: np.ndarray, y: np.ndarray, corner: tuple[float, float], letter: str) -> np.ndarray:
-    glyph = np.pad(FONT[letter], 1)  # an empty rim, where all that lies outside falls
+    glyph = np.pad(FONT[letter], 1)  # positions outside the letter are clipped to an empty rim
     column = np.clip(np.floor((x - corner[0]) / CELL) + 1, 0, glyph.shape[1] - 1)
     row = np.clip(np.floor((y - corner[1]) / CELL) + 1, 0, glyph.shape[0] - 1)
     return glyph[row.astype(int), column.astype(int)]
@@ -227,15 +227,15 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.meshgrid(steps, steps))
 
 
-@functools.lru_cache(maxsize=1024)  # a size has some 170 masks: drawn once, they make scenes cheap
+@functools.lru_cache(maxsize=1024)  # about 170 masks per size
 def _mask(size: int, draw: Callable, *args: Any) -> Float32[np.ndarray, "size size 1"]:
-    """How much of each pixel the layer covers."""
-    covered = draw(*_grid(size), *args).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING)
-    return covered.mean(axis=(1, 3), dtype=np.float32)[..., None]
+    """Returns the fraction of each pixel that the layer covers."""
+    coverage = draw(*_grid(size), *args).reshape(size, SUPERSAMPLING, size, SUPERSAMPLING)
+    return coverage.mean(axis=(1, 3), dtype=np.float32)[..., None]
 
 
 def _layers(scene: Scene) -> Iterator[tuple[tuple[int, int, int], Callable, tuple]]:
-    """Colour and shape of what is painted, from back to front."""
+    """Yields (colour, mask function, its arguments) for each layer, from back to front."""
     for place in PLACES:
         if thing := getattr(scene, place):
             layer = "outlined" if scene.style == "outlined" else "solid"
@@ -259,13 +259,13 @@ def _layers(scene: Scene) -> Iterator[tuple[tuple[int, int, int], Callable, tupl
 
 
 def render(scene: Scene, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Draws a scene at ``size`` x ``size`` pixels, antialiased.
+    """Renders a scene at ``size`` x ``size`` pixels, antialiased.
 
     Raises:
-      ValueError: the size is below 32 pixels, where the letters can no longer be read.
+      ValueError: the size is below 32 pixels, where letters become illegible.
     """
     if size < MIN_SIZE:
-        raise ValueError(f"size is {size}; a scene needs at least {MIN_SIZE} pixels")
+        raise ValueError(f"size is {size}; a scene needs at least {MIN_SIZE} pixels a side")
     image = np.empty((size, size, 3), np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for colour, draw, args in _layers(scene):

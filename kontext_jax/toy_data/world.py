@@ -1,15 +1,15 @@
-"""`world`: an endless data set of tiny scenes and edits whose truth is known exactly.
+"""`world`: an endless data set of tiny scenes and edits with exact ground truth.
 
-Success can be read off the picture (`metrics.world`), where real editing benchmarks need a judge:
-what an instruction names has one right answer. Some leave the rest *free*, as real ones do: "a star
-on the left" may have any colour and background, but must have some. A model that answers such a
-prompt with the mean of all its answers shows nothing that can be read. All five kinds of edit of
-KontextBench are here, and text-to-image, in words few and short enough for a model of about a
-million parameters to learn in minutes on two CPU cores.
+`checker` reads success from the image itself, where real editing benchmarks need a judge: the
+factors that an instruction names have one correct answer. Some instructions leave factors *free*,
+as real ones do: "a star on the left" may have any colour and background, but must have one. A model
+that answers with the mean of all valid images shows nothing that can be read. The data cover
+KontextBench's five kinds of edit and text-to-image, in prompts that are short enough for a model of
+about a million parameters to learn in minutes on two CPU cores.
 
-What an instruction combines (which colour becomes which, which word becomes which, which object in
-which style) is its *combination*. A stable hash keeps a tenth of them from training; validation is
-made of those alone, so it measures composition and not memory.
+An instruction's *combination* is what it combines: which colour or word becomes which, or which
+object has which style. A stable hash holds out a tenth of all combinations. Validation consists of
+these only, so it measures composition and not memorisation.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from kontext_jax.toy_data.scene import (
 from kontext_jax.types import Task, Triple
 
 SPLITS = ("train", "validation")
-HELD_OUT_ONE_IN = 10  # of the combinations, for validation
+HELD_OUT_ONE_IN = 10  # one combination in ten is held out
 CATEGORY_WEIGHTS = {
     "local": 0.30,
     "global": 0.12,
@@ -49,14 +49,14 @@ CATEGORY_WEIGHTS = {
     "style": 0.14,
     "text_to_image": 0.18,
 }
-NIGHT_SHARE = 0.2  # of the scenes that may be in either tone
+NIGHT_SHARE = 0.2  # of scenes that can have either tone
 
 RESTYLE = {
     "solid": "make everything solid",
     "outlined": "turn it into line art",
     "striped": "make everything striped",
 }
-# GeneratedBatch of twelve letters only (ABCDEGNOPSTU), so that each letter is seen often.
+# Spelled with twelve letters only (ABCDEGNOPSTU), so that each letter is frequent.
 WORDS = tuple(
     "ACE ANT APE BAG BAT BED BEE BUG BUS BUN CAB CAN CAP CAT COD COG CUB CUP DEN DOG "
     "DOT EGG GAS NET NUT ONE PAN PEA PEN PET POD POT SEA SUN TAG TAP TEA TEN TOE TUB".split()
@@ -64,9 +64,14 @@ WORDS = tuple(
 
 
 class Edit(NamedTuple):
-    """An instruction and an answer to it; ``before`` is None for text-to-image.
+    """An instruction with one valid result.
 
-    Factors that are ``free`` may have any value; all others have one right one.
+    Attributes:
+      combination: what the split depends on, see the module.
+      prompt: the instruction.
+      before: the scene to edit; None for text-to-image.
+      after: a valid result.
+      free: factors of ``after`` that may have any value; all others have one correct value.
     """
 
     combination: str
@@ -75,18 +80,18 @@ class Edit(NamedTuple):
     after: Scene
     free: tuple[str, ...] = ()
 
-    def names(self) -> tuple[str, ...]:
-        """The factors that the instruction is about: those that it changes and does not leave."""
+    def named_factors(self) -> tuple[str, ...]:
+        """Returns the factors whose new value the instruction determines: changed and not free."""
         before = self.before.factors() if self.before else {}
         after = {f: v for f, v in self.after.factors().items() if f not in self.free}
         return tuple(f for f, value in after.items() if before.get(f, "") != value)
 
 
-# ---- chance -------------------------------------------------------------------------------------
+# ---- random draws -------------------------------------------------------------------------------
 
 
-def _pick(rng: np.random.Generator, options: Iterable[str], *but: str) -> str:
-    allowed = [option for option in options if option not in but]
+def _pick(rng: np.random.Generator, options: Iterable[str], *excluded: str) -> str:
+    allowed = [option for option in options if option not in excluded]
     return allowed[rng.integers(len(allowed))]
 
 
@@ -101,9 +106,9 @@ def _setting(rng: np.random.Generator) -> dict[str, str]:
 
 
 def _still_life(rng: np.random.Generator, num_objects: int) -> tuple[Scene, str, Thing]:
-    """A scene, with the place and the description of one of its objects.
+    """Draws a scene and returns it with the place and description of one of its objects.
 
-    The objects differ in shape, so that "the star" is one of them, and in colour.
+    The objects differ in shape, so that "the star" is unambiguous, and in colour.
     """
     places = _shuffled(rng, PLACES)[:num_objects]
     things = [Thing(*t) for t in zip(_shuffled(rng, SHAPES), _shuffled(rng, COLOURS), strict=False)]
@@ -113,7 +118,7 @@ def _still_life(rng: np.random.Generator, num_objects: int) -> tuple[Scene, str,
 
 
 Start = tuple[Scene, str, Thing]
-"""What an edit of things starts from, as of `_still_life`."""
+"""A scene and one of its objects to edit, as returned by `_still_life`."""
 
 
 def _one_or_two(rng: np.random.Generator) -> Start:
@@ -186,7 +191,7 @@ def _reword(rng: np.random.Generator) -> Edit:
 
 
 def _portrait(rng: np.random.Generator) -> tuple[Scene, Figure]:
-    """A character large in the middle, and the same one elsewhere."""
+    """Returns a scene with a large character in the centre, and that character at another place."""
     large = Figure(_pick(rng, COLOURS), _pick(rng, TOPPERS), _pick(rng, EYES), "centre")
     return Scene(_pick(rng, BACKGROUNDS), figure=large), large._replace(place=_pick(rng, PLACES))
 
@@ -232,7 +237,7 @@ def _caption_shape(rng: np.random.Generator) -> Edit:
 
 def _caption_one(rng: np.random.Generator) -> Edit:
     scene, place, (shape, colour) = _still_life(rng, 1)
-    style = () if scene.style == "solid" else (scene.style,)  # solid goes without saying
+    style = () if scene.style == "solid" else (scene.style,)  # solid is the default
     prompt = f"{_a(*style, colour, shape)} on the {place}, on {scene.background}"
     return Edit(f"{scene.style}/{colour}/{shape}", prompt, None, replace(scene, tone="day"))
 
@@ -258,17 +263,17 @@ EDITS: dict[str, dict[str, Callable[[np.random.Generator], Edit]]] = {
 
 
 def held_out(key: str) -> bool:
-    """Whether a combination, "category/kind/combination", is kept for validation."""
-    digest = hashlib.sha256(key.encode()).digest()  # hash() would change from run to run
+    """Returns whether a combination, "category/kind/combination", is held out for validation."""
+    digest = hashlib.sha256(key.encode()).digest()  # hash() changes from run to run
     return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
 
 
 def _draw_edit(rng: np.random.Generator, split: str) -> tuple[str, str, Edit]:
-    """Category, kind and an edit of that kind whose combination belongs to the split."""
+    """Draws a category, a kind, and an edit of that kind that belongs to the split."""
     weights = np.array(list(CATEGORY_WEIGHTS.values()))
     category = list(CATEGORY_WEIGHTS)[rng.choice(len(weights), p=weights / weights.sum())]
     kind = _pick(rng, EDITS[category])
-    while True:  # ten draws on average for validation; every kind has held-out combinations
+    while True:  # about ten draws for validation; every kind has held-out combinations
         edit = EDITS[category][kind](rng)
         if held_out(f"{category}/{kind}/{edit.combination}") == (split == "validation"):
             return category, kind, edit
@@ -277,22 +282,22 @@ def _draw_edit(rng: np.random.Generator, split: str) -> tuple[str, str, Edit]:
 def triple(
     index: int, *, split: str, seed: int = 0, size: int = 32, context_size: int | None = None
 ) -> Triple:
-    """One example, a pure function of its arguments.
+    """Returns one example, a pure function of the arguments.
 
     Args:
-      index: any number from 0; the data set has no end.
+      index: non-negative index; the data set is endless.
       split: "train" or "validation"; they share no combination.
-      seed: of the whole data set.
+      seed: seed of the data set.
       size: side of the target in pixels, at least 32.
-      context_size: side of the context in pixels; None for that of the target.
+      context_size: side of the context in pixels; None for ``size``.
 
     Returns:
-      The example. Its ``details`` are JSON of ``category``, ``kind``, ``combination``, ``size``,
-      ``names`` and ``free`` (the factors that the instruction changes, and leaves open), ``before``
-      (None for text-to-image) and ``after`` (scenes); ``metrics.world.check`` reads them.
+      The example. Its ``details`` are JSON with ``category``, ``kind``, ``combination``, ``size``,
+      ``names`` and ``free`` (the factors that the instruction determines and leaves free),
+      ``before`` (a scene; None for text-to-image) and ``after`` (a scene), for `checker.check`.
 
     Raises:
-      ValueError: the split is unknown or a size is below 32 pixels.
+      ValueError: the split is unknown, or a size is below 32 pixels.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; world has {' and '.join(SPLITS)}")
@@ -315,7 +320,7 @@ def _details(category: str, kind: str, edit: Edit, size: int) -> str:
             "kind": kind,
             "combination": edit.combination,
             "size": size,
-            "names": edit.names(),
+            "names": edit.named_factors(),
             "free": edit.free,
             "before": asdict(edit.before) if edit.before else None,
             "after": asdict(edit.after),
@@ -326,34 +331,34 @@ def _details(category: str, kind: str, edit: Edit, size: int) -> str:
 def triples(
     num: int, *, split: str, seed: int = 0, size: int = 32, context_size: int | None = None
 ) -> Iterator[Triple]:
-    """The first ``num`` examples of a split; see `triple`."""
+    """Yields the first ``num`` examples of a split; see `triple`."""
     for index in range(num):
         yield triple(index, split=split, seed=seed, size=size, context_size=context_size)
 
 
-# ---- evaluation over several turns --------------------------------------------------------------
+# ---- multi-turn evaluation ----------------------------------------------------------------------
 
 SESSION_KINDS = {"recolour": "local", "reshape": "local", "background": "global"}
-"""What a session is made of, and the category of each: edits that can follow one another."""
+"""Kinds of edit that can follow one another in a session, with their categories."""
 
 
 def sessions(num: int, *, turns: int, seed: int = 0, size: int = 32) -> Iterator[Task]:
-    """Sessions of edits, each of the picture that the one before has made; ``turns`` tasks each.
+    """Yields the ``turns`` tasks of each session; every turn edits the output of the turn before.
 
-    The truth of a turn is what right answers to all turns so far come to.
+    A turn's reference image is the result of answering all turns so far correctly.
     """
     for index in range(num):
         rng = np.random.default_rng((seed, len(SPLITS), index))
         scene = _one_or_two(rng)[0]
-        first, name = render(scene, size), f"world/session/{seed}/{index:06d}"
+        context, session = render(scene, size), f"world/session/{seed}/{index:06d}"
         for turn in range(1, turns + 1):
             kind, edit = _next_edit(rng, scene)
-            yield _task(name, turn, first, SESSION_KINDS[kind], kind, edit, size)
+            yield _task(session, turn, context, SESSION_KINDS[kind], kind, edit, size)
             scene = edit.after
 
 
 def _next_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Edit]:
-    """(kind, edit of the scene) that leaves things of different shapes, so that one can ask on."""
+    """Draws (kind, edit) such that shapes stay distinct, so that the next turn can name one."""
     while True:
         kind = _pick(rng, SESSION_KINDS)
         place = _pick(rng, [place for place in PLACES if getattr(scene, place)])
@@ -365,38 +370,38 @@ def _next_edit(rng: np.random.Generator, scene: Scene) -> tuple[str, Edit]:
 
 
 def probes(num: int, *, turns: int = 1, seed: int = 0, size: int = 32) -> Iterator[Task]:
-    """Edits that are done already, "make the star red" of a red one, the same in every turn.
+    """Yields tasks that are already done, like "make the star red" for a red star, in every turn.
 
-    A perfect editor gives its context back. Training has no such edit.
+    A perfect editor returns its context. Training contains no edits of this kind.
     """
     for index in range(num):
         rng = np.random.default_rng((seed, len(SPLITS) + 1, index))
         scene, _, (shape, colour) = _one_or_two(rng)
-        done = [f"make the {shape} {colour}", f"change the background to {scene.background}"]
-        edit = Edit("", _pick(rng, done), scene, scene)
-        first, name = render(scene, size), f"world/probe/{seed}/{index:06d}"
+        prompts = [f"make the {shape} {colour}", f"change the background to {scene.background}"]
+        edit = Edit("", _pick(rng, prompts), scene, scene)
+        context, session = render(scene, size), f"world/probe/{seed}/{index:06d}"
         for turn in range(1, turns + 1):
-            yield _task(name, turn, first, "local", "none", edit, size)
+            yield _task(session, turn, context, "local", "none", edit, size)
 
 
 def _task(
-    name: str,
+    session: str,
     turn: int,
-    first: UInt8[np.ndarray, "size size 3"],
+    context: UInt8[np.ndarray, "size size 3"],
     category: str,
     kind: str,
     edit: Edit,
     size: int,
 ) -> Task:
     return Task(
-        id=f"{name}/{turn}",
-        contexts=(first,),
+        id=f"{session}/{turn}",
+        contexts=(context,),
         prompt=edit.prompt,
         category=category,
         size=(size, size),
         truth=render(edit.after, size),
-        group=name,
+        group=session,
         turn=turn,
-        follows=f"{name}/{turn - 1}" if turn > 1 else "",
+        follows=f"{session}/{turn - 1}" if turn > 1 else "",
         details=_details(category, kind, edit, size),
     )

@@ -1,8 +1,8 @@
-"""Saving a run and going on from it, onto any mesh and any number of processes.
+"""Saving a run and restoring it, onto any mesh and any number of processes.
 
 A checkpoint holds the train state, the position in the data, the resolved config and the latest
-metrics. Arrays are stored under readable names (``transformer/double_blocks/img_attn/qkv/kernel``),
-so that one network can be read without the rest and without the code that made it.
+metrics. Arrays have readable names (``transformer/double_blocks/img_attn/qkv/kernel``), so that one
+network can be read without the others and without the code that wrote it.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ CHUNK_BYTES = 128 * 2**20
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class CheckpointConfig(Settings):
-    """When to save, and what to keep. The last step is always saved.
+    """When to save, and which checkpoints to keep. The last step is always saved.
 
     Attributes:
-      every: steps from one checkpoint to the next.
-      keep: so many of the latest.
-      keep_every: steps, of whose multiples checkpoints are kept for good; 0 for none.
+      every: steps between checkpoints.
+      keep: number of latest checkpoints to keep.
+      keep_every: checkpoints at multiples of this many steps are kept forever; 0 for none.
     """
 
     every: int = 1000
@@ -42,17 +42,17 @@ class CheckpointConfig(Settings):
         if self.keep_every < 0 or (self.keep_every and self.keep_every % self.every):
             raise ValueError(
                 f"checkpoint.keep_every {self.keep_every} must be 0 or a multiple of "
-                f"checkpoint.every {self.every}: there are no checkpoints in between."
+                f"checkpoint.every {self.every}, since there are no checkpoints in between."
             )
 
 
 class Checkpointer:
-    """Reads and writes ``workdir/checkpoints``; writes go on while training does."""
+    """Reads and writes ``workdir/checkpoints``; saving overlaps with training."""
 
     def __init__(
         self, workdir: Path, config: CheckpointConfig | None = None, step: int | None = None
     ):
-        """Opens the checkpoints; to read, that of ``step`` if given, else the latest."""
+        """Opens the checkpoints. ``step`` selects the one to read; the default is the latest."""
         self._step = step
         self.folder = Path(workdir).absolute() / "checkpoints"
         items = {name: ocp.PyTreeCheckpointHandler() for name in TREES}
@@ -68,15 +68,15 @@ class Checkpointer:
         )
 
     def latest_step(self) -> int | None:
-        """The last complete checkpoint, or None."""
+        """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Of all complete checkpoints, in order."""
+        """The steps of all complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, data: Mapping, meta: Mapping) -> None:
-        """Starts to save; the next save, or `close`, waits for the end.
+        """Starts saving; the next `save`, or `close`, waits until it is done.
 
         Args:
           state: the train state.
@@ -96,10 +96,10 @@ class Checkpointer:
         )
 
     def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict]:
-        """(train state, loader's state) of the checkpoint, laid out as ``shardings`` say.
+        """(train state, loader's state) of the checkpoint, with the given shardings.
 
         Raises:
-          ValueError: the checkpoint's arrays are not those of ``abstract``.
+          ValueError: names or shapes of the checkpoint's arrays differ from ``abstract``.
         """
         step = self.step()
         trees = {
@@ -117,33 +117,33 @@ class Checkpointer:
         return TrainState(**counters, **trees), read.data
 
     def restore_network(self, player: str, abstract, shardings, params: str = "ema"):
-        """One player's network, from its averaged ("ema") or its own ("params") parameters."""
+        """One player's network, from its averaged ("ema") or raw ("params") parameters."""
         restored = self._restore_tree(self.step(), params, {player: abstract}, {player: shardings})
         return restored[player]
 
     def meta(self) -> dict[str, Any]:
-        """Config and metrics of the checkpoint."""
+        """The config and the metrics of the checkpoint."""
         read = self._manager.restore(
             self.step(), args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         )
         return read.meta
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until everything is saved."""
         self._manager.close()
 
     def step(self) -> int:
-        """Of the checkpoint that is read.
+        """The step of the checkpoint that is read.
 
         Raises:
-          FileNotFoundError: there is none, or not that of the step that was asked for.
+          FileNotFoundError: there is no checkpoint, or none of the selected step.
         """
         steps = self.steps()
         if not steps:
             raise FileNotFoundError(f"There is no checkpoint in {self.folder}.")
         if self._step is not None and self._step not in steps:
             kept = ", ".join(map(str, steps))
-            raise FileNotFoundError(f"{self.folder} has steps {kept}, and no {self._step}.")
+            raise FileNotFoundError(f"{self.folder} has steps {kept}, but not {self._step}.")
         return steps[-1] if self._step is None else self._step
 
     def _restore_tree(self, step: int, item: str, abstract, shardings):
@@ -169,7 +169,7 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
     def _check(self, step: int, item: str, wanted: dict) -> None:
-        """Compares names and shapes; Orbax itself would cut or pad arrays of another shape."""
+        """Compares names and shapes; Orbax would silently crop or pad arrays of other shapes."""
         stored = self._manager.item_metadata(step)[item].tree
         shapes = {path: look_up(wanted, path).shape for path in paths_of(wanted)}
         wrong = []
@@ -181,24 +181,25 @@ class Checkpointer:
                 wrong.append(f"{'/'.join(path)} is {tuple(array.shape)}, not {tuple(shape)}")
         players = {path[0] for path in shapes}
         extra = {path for path in paths_of(stored) if path[0] in players} - set(shapes)
-        wrong += [f"{'/'.join(path)} is not wanted" for path in sorted(extra)]
+        wrong += [f"{'/'.join(path)} is unexpected" for path in sorted(extra)]
         if wrong:
             more = f" (and {len(wrong) - 5} more)" if len(wrong) > 5 else ""
             raise ValueError(
-                f"Checkpoint {self.folder / str(step)} does not fit the configured networks: in "
+                f"Checkpoint {self.folder / str(step)} does not match the configured networks: in "
                 f"{item}, {'; '.join(wrong[:5])}{more}. Use the config of its run, or start a new "
                 "--workdir."
             )
 
 
 def _chunked(tree) -> ocp.args.PyTreeSave:
-    """Large arrays in pieces, and stacked ones by layers: one can be read without the others.
+    """Save arguments that chunk large arrays, and stacked arrays by layer.
 
-    Layers are the axes before the named ones. All other axes are left to Orbax: one that it is told
-    to cut it cuts into single indices, be they a bias's numbers.
+    A single layer can then be read without the others. Layer axes precede the named axes. All other
+    axes are left to Orbax, which would chunk an explicitly listed axis into single indices, even
+    those of a bias.
     """
 
-    def pieces(variable):
+    def save_args_of(variable):
         axes = variable.get_metadata().get("axes") if isinstance(variable, nnx.Variable) else None
 
         def args(array):
@@ -207,5 +208,7 @@ def _chunked(tree) -> ocp.args.PyTreeSave:
 
         return jax.tree.map(args, variable)
 
-    save_args = jax.tree.map(pieces, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    save_args = jax.tree.map(
+        save_args_of, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
     return ocp.args.PyTreeSave(by_name(tree), save_args=by_name(save_args))

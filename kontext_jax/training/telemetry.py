@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 
 from kontext_jax.chips import chip_of, num_chips
 from kontext_jax.cli import UserError
-from kontext_jax.data.pipeline import MIN_SEEN, DataConfig, check_readable
+from kontext_jax.data.pipeline import MIN_RECORDS, DataConfig, check_readable
 from kontext_jax.types import Metrics
 
-MAX_SEEN = 100 * MIN_SEEN
+MAX_SEEN = 100 * MIN_RECORDS
 """Records after which the counts are halved, so that data that goes bad late is noticed soon."""
 
 

@@ -1,4 +1,4 @@
-"""The state of a run, and the one step that moves it on."""
+"""The state of a run, and the train step of every objective."""
 
 import functools
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from kontext_jax.types import Batch, Metrics
 @no_type_check  # trees of its structure also hold shapes and shardings
 @struct.dataclass
 class TrainState:
-    """All that changes in a run. Randomness is no part of it: keys are made from seed and step.
+    """Everything that changes during a run. Random keys are derived from the seed and ``step``.
 
     Attributes:
-      step: steps taken, skipped ones included.
-      skipped: steps without an example, or whose loss or gradient was not finite, and which changed
-        no parameter.
-      skipped_in_a_row: how many of these were the last steps, one after the other.
-      params, opt_state, ema: by player.
+      step: number of steps so far, including skipped ones.
+      skipped: number of skipped steps: without an example, or with a loss or gradient that is not
+        finite. They change no parameter.
+      skipped_in_a_row: number of skipped steps since the last good one.
+      params, opt_state, ema: parameters, optimizer state and averaged parameters, by player.
     """
 
     step: Int[Array, ""]
@@ -41,7 +41,7 @@ class TrainState:
 def abstract_state(
     objective: Objective, optimizers: dict[str, optax.GradientTransformation], mesh: Mesh
 ) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of a state, without computing anything."""
+    """Shapes and shardings of a state; nothing is computed."""
     state = jax.eval_shape(lambda: _new_state(objective, optimizers, jax.random.key(0)))
     return state, shardings_of(state, mesh)
 
@@ -53,15 +53,16 @@ def init_state(
     seed: int,
     initial: dict[str, dict[str, Network]] | None = None,
 ) -> TrainState:
-    """A new state, every leaf of it made where it will live.
+    """A new state, created sharded.
 
     Args:
-      objective, optimizers: by player.
-      mesh: where it goes.
-      seed: of the new networks.
-      initial: networks that are not to be new, by player and name; used up.
+      objective: defines the networks.
+      optimizers: by player.
+      mesh: the devices.
+      seed: seed of random networks.
+      initial: pretrained networks, by player and name; donated.
     """
-    # Shardings must be asked for: `jit(optimizer.init)` alone leaves the moments replicated.
+    # Without explicit shardings, `jit(optimizer.init)` leaves the moments replicated.
     _, shardings = abstract_state(objective, optimizers, mesh)
     make = jax.jit(
         lambda key, initial: _new_state(objective, optimizers, key, initial),
@@ -73,7 +74,7 @@ def init_state(
 
 def _new_state(objective, optimizers, key, initial=None) -> TrainState:
     params = objective.init(key)
-    for player, networks in (initial or {}).items():  # what they replace is never computed
+    for player, networks in (initial or {}).items():  # XLA drops what they replace
         one_network = not isinstance(params[player], dict)
         params[player] = networks[player] if one_network else params[player] | networks
     zero = jnp.zeros((), jnp.int32)
@@ -90,26 +91,26 @@ def _new_state(objective, optimizers, key, initial=None) -> TrainState:
 def make_optimizers(
     objective: Objective, config: OptimConfig, num_steps: int
 ) -> dict[str, optax.GradientTransformation]:
-    """Each player's optimizer, for a run of ``num_steps``; a player counts its own updates only."""
-    plans = _plans(objective, config, num_steps)
-    return {player: make_optimizer(*plan) for player, plan in plans.items()}
+    """Each player's optimizer for a run of ``num_steps``; schedules count the player's updates."""
+    schedules = _schedules(objective, config, num_steps)
+    return {player: make_optimizer(*schedule) for player, schedule in schedules.items()}
 
 
 def learning_rates(
     objective: Objective, config: OptimConfig, num_steps: int, state: TrainState
 ) -> dict[str, float]:
     """The learning rate of each player's last update, as metrics."""
-    plans = _plans(objective, config, num_steps)
+    schedules = _schedules(objective, config, num_steps)
     return {
-        f"{player}/learning_rate": last_learning_rate(*plan, state.opt_state[player])
-        for player, plan in plans.items()
+        f"{player}/learning_rate": last_learning_rate(*schedule, state.opt_state[player])
+        for player, schedule in schedules.items()
     }
 
 
-def _plans(
+def _schedules(
     objective: Objective, config: OptimConfig, num_steps: int
 ) -> dict[str, tuple[OptimConfig, int]]:
-    """The settings of each player's optimizer, and how many updates it makes in ``num_steps``."""
+    """Each player's optimizer settings, and its number of updates in ``num_steps``."""
     return {
         player: (
             objective.optim.get(player, config),
@@ -127,10 +128,10 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Network], Batch], tuple[TrainState, Metrics]]:
     """The train step of any objective: ``(state, frozen, batch) -> (state, metrics)``.
 
-    Each player in turn: gradient of its loss over all microbatches, clipping, update, average.
-    A player that has no example, or whose loss or gradient is not finite, keeps what it has, and
-    the step counts as skipped. A player that is not due (`Objective.every`) keeps what it has too;
-    its metrics are NaN then.
+    For each player in turn: the gradient of its loss over all microbatches, clipping, the update,
+    and the average. A player without an example, or with a loss or gradient that is not finite,
+    keeps its state, and the step counts as skipped. A player that is not due (`Objective.every`)
+    keeps its state too; its metrics are NaN.
     """
 
     def train_step(state, frozen, batch):
@@ -159,14 +160,14 @@ def make_train_step(
                 nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
                 loss, weight, sums, grads, forwarded = jax.lax.cond(due, gradient, nothing, inputs)
             if forwarded and every > 1:
-                raise ValueError(f"{player} hands on, and is not due in every step.")
+                raise ValueError(f"{player} forwards inputs, so it must be updated in every step.")
             inputs = inputs | forwarded
             grad_norm = optax.tree.norm(grads)
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]
             )
             finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
-            # Zeros are finite: without an example, momentum and weight decay would go on alone.
+            # A zero gradient is finite, but momentum and weight decay would still move parameters.
             good = finite & (weight > 0)
             ema_decay = objective.optim.get(player, config).ema_decay
             decay = ema_decay_at(state.step // every, ema_decay)
@@ -187,7 +188,7 @@ def make_train_step(
             }
 
         bad = 1 - all_good.astype(jnp.int32)
-        # A player that is not due proves nothing: it may have been bad in each of its steps.
+        # Only a step of all players resets the count: one that is not due may be bad every time.
         in_a_row = jnp.where(all_due, 0, state.skipped_in_a_row)
         skipped_in_a_row = jnp.where(all_good, in_a_row, state.skipped_in_a_row + 1)
         metrics |= {
@@ -223,8 +224,8 @@ def jit_train_step(
     the metrics have ``stop_requested``: whether any of them was.
 
     Args:
-      objective, optimizers, config, seed: of `make_train_step`.
-      shardings: of the state, see `abstract_state`.
+      objective, optimizers, config, seed: arguments of `make_train_step`.
+      shardings: shardings of the state, see `abstract_state`.
     """
     step = make_train_step(objective, optimizers, config, seed)
 
@@ -238,8 +239,8 @@ def jit_train_step(
 
 
 def _split(batch: Batch, num_microbatches: int) -> Batch:
-    """With an axis of microbatches in front."""
-    # Row r goes to microbatch r % num: every device keeps the rows it has.
+    """The batch with a leading axis of microbatches."""
+    # Row r goes to microbatch r % num, so that rows stay on their devices.
     return jax.tree.map(
         lambda x: x.reshape(
             x.shape[0] // num_microbatches, num_microbatches, *x.shape[1:]
@@ -249,7 +250,7 @@ def _split(batch: Batch, num_microbatches: int) -> Batch:
 
 
 def _over_microbatches(function, split):
-    """``function`` of each microbatch; a single one needs no loop."""
+    """``function`` of each microbatch, without a loop if there is only one."""
     if len(jax.tree.leaves(split)[0]) > 1:
         return jax.lax.map(function, split)
     result = function(jax.tree.map(lambda x: x[0], split))
@@ -257,10 +258,10 @@ def _over_microbatches(function, split):
 
 
 def _accumulate(loss_fn, network, inputs):
-    """(loss, weight, metrics, gradient, what is handed on) of all microbatches, one by one.
+    """(loss, weight, metrics, gradient, forwarded inputs), accumulated over microbatches.
 
-    Sums are added up and divided by the total weight once, so that any split gives the same.
-    Without any weight they are zeros, and stay so.
+    Sums are divided by the total weight once, so that the result does not depend on the split. If
+    the total weight is 0, they stay 0.
     """
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -288,6 +289,6 @@ def _accumulate(loss_fn, network, inputs):
 
 
 def _nothing(shapes, inputs):
-    """Zeros in the place of a gradient that is not due."""
+    """Zeros instead of a gradient that is not due."""
     del inputs
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

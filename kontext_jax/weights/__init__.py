@@ -1,7 +1,12 @@
-"""Weights of the PyTorch ecosystem, in and out, bit for bit.
+"""Weights in PyTorch's file formats, read and written bit for bit.
 
-One name table per network (``flux.py, autoencoder.py, t5.py, clip.py``), used in both directions;
-``table.py`` has the language they are written in. A `Reader` gives one layer of one of our
-parameters, wherever it is stored; ``loading.py`` puts it on a mesh, ``export.py`` writes it out.
-safetensors only: no pickle is ever loaded.
+Each network has one name table (``flux.py, autoencoder.py, t5.py, clip.py, dino.py,
+clip_vision.py``), used in both directions and written in the language of ``table.py``. A `Reader`
+returns one layer of one parameter, wherever it is stored; ``loading.py`` puts it on a mesh and
+``export.py`` writes it.
+
+Networks that are trained or sampled are read from safetensors and Orbax checkpoints only. The
+networks of metrics (EfficientNet-Lite0, FID's Inception, LPIPS) are published as PyTorch's ``.pth``
+files, which are pickles; ``torch_legacy.py`` reads the tensors in them without unpickling: it calls
+nothing that a file names.
 """

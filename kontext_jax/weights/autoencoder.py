@@ -1,4 +1,4 @@
-"""FLUX.1's autoencoder outside this package: names, and the settings that files carry."""
+"""FLUX.1's autoencoder in PyTorch's files: tensor names and settings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ PREFIXES = ("first_stage_model.", "vae.")
 
 
 def rows(config: AutoencoderConfig) -> list[Row]:
-    """One row a parameter. BFL's names, then diffusers', which counts the decoder's levels down."""
+    """Returns the name table; diffusers numbers the decoder's levels in reverse."""
     last = len(config.widths) - 1
     table = []
     for half, ours, diffusers in (
@@ -63,14 +63,14 @@ def _attention(ours: str, diffusers: str) -> list[Row]:
 
 
 def from_json(values: dict[str, Any]) -> AutoencoderConfig:
-    """The config that diffusers' ``config.json`` tells of.
+    """Returns the config that diffusers' ``config.json`` describes.
 
     Raises:
       KeyError: a setting is missing.
-      ValueError: a setting that FLUX.1's autoencoder does not have.
+      ValueError: a setting differs from FLUX.1's autoencoder.
     """
     widths = values["block_out_channels"]
-    wanted = {
+    required = {
         "act_fn": "silu",
         "in_channels": 3,
         "out_channels": 3,
@@ -80,12 +80,11 @@ def from_json(values: dict[str, Any]) -> AutoencoderConfig:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
     }
-    wrong = [name for name, value in wanted.items() if values.get(name, value) != value]
+    wrong = [name for name, value in required.items() if values.get(name, value) != value]
     wrong += ["block_out_channels"] * any(width % widths[0] for width in widths)
     if wrong:
-        raise ValueError(
-            f"FLUX.1's autoencoder has no {', '.join(f'{n} = {values[n]}' for n in wrong)}."
-        )
+        settings = ", ".join(f"{name} = {values[name]}" for name in wrong)
+        raise ValueError(f"FLUX.1's autoencoder does not support {settings}.")
     return AutoencoderConfig(
         channels=widths[0],
         channel_multipliers=tuple(width // widths[0] for width in widths),
@@ -98,7 +97,7 @@ def from_json(values: dict[str, Any]) -> AutoencoderConfig:
 
 
 def to_json(config: AutoencoderConfig) -> dict[str, Any]:
-    """diffusers' ``config.json``."""
+    """Returns the values of diffusers' ``config.json``."""
     levels = len(config.widths)
     return {
         "_class_name": DIFFUSERS_CLASS,
@@ -120,27 +119,27 @@ def to_json(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def from_shapes(shapes: dict[str, tuple[int, ...]]) -> AutoencoderConfig:
-    """The config of a BFL file, which carries none; FLUX's own groups, scale and shift.
+    """Returns the config for the tensor shapes of a BFL file, with FLUX's groups, scale and shift.
+
+    BFL's files store no config.
 
     Raises:
       KeyError: a tensor is missing.
-      ValueError: its widths are no multiples of the first.
+      ValueError: the widths are not multiples of the first.
     """
 
-    def numbers(prefix: str) -> list[int]:
-        found = {
-            name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)
-        }
-        return sorted(map(int, found))
+    def indices(prefix: str) -> list[int]:
+        names = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
+        return sorted({int(name.split(".")[0]) for name in names})
 
     channels = shapes["encoder.conv_in.weight"][0]
-    blocks = numbers("encoder.down.0.block.")
+    blocks = indices("encoder.down.0.block.")
     widths = [
         shapes[f"encoder.down.{level}.block.0.conv1.weight"][0]
-        for level in numbers("encoder.down.")
+        for level in indices("encoder.down.")
     ]
     if any(width % channels for width in widths):
-        raise ValueError(f"the widths {widths} of its levels are no multiples of the first.")
+        raise ValueError(f"the widths {widths} of its levels are not multiples of the first.")
     return AutoencoderConfig(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
@@ -149,13 +148,13 @@ def from_shapes(shapes: dict[str, tuple[int, ...]]) -> AutoencoderConfig:
     )
 
 
-def known_as(name: str) -> str | None:
-    """The name that the table has for a file's tensor; None for one that is not read."""
+def canonical_name(name: str) -> str | None:
+    """Returns the table's name for a stored tensor, or None to skip the tensor."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
 def is_bfl(names: set[str]) -> bool:
-    """Whether these are the names of a BFL file of this network."""
+    """Returns whether these are the tensor names of this network's BFL file."""
     return "encoder.down.0.block.0.conv1.weight" in names

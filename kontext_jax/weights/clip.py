@@ -1,4 +1,4 @@
-"""CLIP's text encoder outside this package: transformers' names, and its ``config.json``."""
+"""CLIP's text encoder in transformers' files: tensor names and ``config.json``."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ TRANSFORMERS_CLASS = "CLIPTextModel"
 MODEL_TYPES = ("clip_text_model", "clip")
 
 LEGACY_EOS_ID = 2
-"""What old configs say, whatever the tokenizer's is: transformers then takes the largest id."""
+"""eos_token_id of old configs, whatever the tokenizer's: stands for the largest id, as in
+transformers."""
 
 
 def rows(config: ClipConfig) -> list[Row]:
-    """One row a parameter; there is one layout."""
+    """Returns the name table, which has one layout."""
     layer = "text_model.encoder.layers.{i}"
     table = [
         Row("token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
@@ -30,18 +31,18 @@ def rows(config: ClipConfig) -> list[Row]:
 
 
 def from_json(values: dict[str, Any]) -> ClipConfig:
-    """The config that transformers' ``config.json`` tells of, of a whole CLIP too.
+    """Returns the config that transformers' ``config.json`` of a text model or full CLIP describes.
 
     Raises:
       KeyError: a setting is missing.
-      ValueError: this is not OpenAI's CLIP.
+      ValueError: a setting differs from OpenAI's CLIP.
     """
     values = values.get("text_config") or values
     act, epsilon = values.get("hidden_act", "quick_gelu"), values.get("layer_norm_eps", 1e-5)
     if act != "quick_gelu" or epsilon != 1e-5:
         raise ValueError(
-            f"it has hidden_act {act} and layer_norm_eps {epsilon}; OpenAI's CLIP, which FLUX "
-            "reads prompts with, has quick_gelu and 1e-5."
+            f"it has hidden_act {act} and layer_norm_eps {epsilon}; FLUX's text encoder, OpenAI's "
+            "CLIP, has quick_gelu and 1e-5."
         )
     eos_id = values.get("eos_token_id", LEGACY_EOS_ID)
     vocab_size = values.get("vocab_size", 49408)
@@ -57,7 +58,7 @@ def from_json(values: dict[str, Any]) -> ClipConfig:
 
 
 def to_json(config: ClipConfig) -> dict[str, Any]:
-    """transformers' ``config.json``."""
+    """Returns the values of transformers' ``config.json``."""
     return {
         "architectures": [TRANSFORMERS_CLASS],
         "model_type": "clip_text_model",
@@ -77,11 +78,11 @@ def to_json(config: ClipConfig) -> dict[str, Any]:
     }
 
 
-def known_as(name: str) -> str | None:
-    """The name that the table has for a file's tensor; None for one that is not read.
+def canonical_name(name: str) -> str | None:
+    """Returns the table's name for a stored tensor, or None to skip the tensor.
 
-    transformers from version 5 leaves ``text_model.`` out; a whole CLIP holds an image encoder
-    too, and old files the numbers of the positions.
+    transformers 5 drops the prefix ``text_model.``. A full CLIP also has an image encoder, and old
+    files have ``position_ids``.
     """
     if name.startswith(("vision_model.", "visual_projection.", "text_projection.", "logit_scale")):
         return None

@@ -1,8 +1,8 @@
-"""A whole CLIP outside this package, and its vectors of pictures and texts.
+"""A full CLIP from transformers' files, and its embeddings of images and prompts.
 
-What is read is a folder of transformers' layout, such as openai/clip-vit-base-patch32: config.json,
-safetensors, and the tokenizer's files. A folder with a pickle in place of safetensors is brought to
-this layout by transformers' ``CLIPModel.from_pretrained(...).save_pretrained(...)``.
+The input is a folder in transformers' layout, such as openai/clip-vit-base-patch32: config.json,
+safetensors, and the tokenizer's files. If a folder has a pickle instead of safetensors, convert it
+with transformers: ``CLIPModel.from_pretrained(...).save_pretrained(...)``.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ VISION_DEFAULTS = {
     "image_size": 224,
     "patch_size": 32,
 }
-"""transformers', which its files leave out: ViT-B/32's."""
+"""transformers' defaults (ViT-B/32), which its files leave out."""
 
 
 def rows(config: ClipPairConfig) -> list[Row]:
-    """One row a parameter; there is one layout."""
+    """Returns the name table, which has one layout."""
     layer = "vision_model.encoder.layers.{i}"
     embeddings = "vision_model.embeddings"
     table = [
@@ -72,21 +72,21 @@ def rows(config: ClipPairConfig) -> list[Row]:
 
 
 def from_json(values: dict[str, Any]) -> ClipPairConfig:
-    """The config that transformers' ``config.json`` tells of.
+    """Returns the config that transformers' ``config.json`` describes.
 
     Raises:
-      ValueError: this is not OpenAI's CLIP.
+      ValueError: a setting differs from OpenAI's CLIP.
     """
-    # Old files say the same twice, and what the second one says holds.
+    # Old files have every setting twice; the second one takes precedence.
     text, vision = (
         defaults | (values.get(f"{name}_config") or {}) | (values.get(f"{name}_config_dict") or {})
         for name, defaults in (("text", TEXT_DEFAULTS), ("vision", VISION_DEFAULTS))
     )
-    wanted = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3}
-    wrong = [name for name, value in wanted.items() if vision.get(name, value) != value]
+    required = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_channels": 3}
+    wrong = [name for name, value in required.items() if vision.get(name, value) != value]
     if wrong:
-        found = ", ".join(f"{name} = {vision[name]}" for name in wrong)
-        raise ValueError(f"the image encoder of OpenAI's CLIP has no {found}.")
+        settings = ", ".join(f"{name} = {vision[name]}" for name in wrong)
+        raise ValueError(f"the image encoder of OpenAI's CLIP does not support {settings}.")
     return ClipPairConfig(
         text=clip.from_json(text),
         vision=ClipVisionConfig(
@@ -101,10 +101,10 @@ def from_json(values: dict[str, Any]) -> ClipPairConfig:
     )
 
 
-def known_as(name: str) -> str | None:
-    """The name that the table has for a file's tensor; None for one that is not read.
+def canonical_name(name: str) -> str | None:
+    """Returns the table's name for a stored tensor, or None to skip the tensor.
 
-    The scale of the logits serves training alone; old files hold the numbers of the positions.
+    ``logit_scale`` is for training only, and old files have ``position_ids``.
     """
     return None if name == "logit_scale" or name.endswith("position_ids") else name
 
@@ -122,7 +122,7 @@ NETWORK = Network(
 
 
 class Clip(NamedTuple):
-    """A whole CLIP on a mesh, and its tokenizer."""
+    """A full CLIP on a mesh, and its tokenizer."""
 
     network: ClipPair
     tokenizer: Tokenizer
@@ -130,7 +130,9 @@ class Clip(NamedTuple):
     def image(
         self, images: Sequence[UInt8[np.ndarray, "_ _ 3"]], mesh: Mesh, batch_size: int = 64
     ) -> Float32[np.ndarray, "N D"]:
-        """The projected vector of each image, not normalised; see `features.pooled_features`.
+        """Returns the projected embedding of each image, not normalised.
+
+        See `features.pooled_features`.
 
         Raises:
           ValueError: there are no images.
@@ -140,52 +142,55 @@ class Clip(NamedTuple):
     def text(
         self, prompts: Sequence[str], mesh: Mesh, batch_size: int = 64
     ) -> Float32[np.ndarray, "N D"]:
-        """The projected vector of each prompt, not normalised; products of matrices are exact.
+        """Returns the projected embedding of each prompt, not normalised.
+
+        Matrix products have the highest precision.
 
         Args:
-          prompts: longer ones are truncated to CLIP's 77 tokens, both ends included.
-          mesh: over which batches are split.
-          batch_size: prompts computed at once; more, if the mesh has more parts.
+          prompts: texts, truncated to CLIP's 77 tokens including start and end.
+          mesh: device mesh that batches are split over.
+          batch_size: prompts per batch, rounded up to a multiple of the batch shards.
 
         Raises:
           ValueError: there are no prompts.
         """
         if not prompts:
-            raise ValueError("There are no prompts to compute vectors of.")
+            raise ValueError("There are no prompts to embed.")
         ids = [self.tokenizer.clip(prompt) for prompt in prompts]
         shapes, sizes = [x.shape for x in ids], {ids[0].shape: min(batch_size, len(ids))}
-        found = over_batches(lambda _, batch: _read(self.network, batch), ids, shapes, sizes, mesh)
-        return np.stack(found)
+        return np.stack(
+            over_batches(lambda _, batch: _read(self.network, batch), ids, shapes, sizes, mesh)
+        )
 
 
 @jax.jit
 def _read(network: ClipPair, ids: Int[Array, "B Q"]) -> Float32[Array, "B D"]:
     with jax.default_matmul_precision("highest"):
-        return network.read(ids).astype(jnp.float32)
+        return network.encode_text(ids).astype(jnp.float32)
 
 
 def load_clip(folder: Path | str, mesh: Mesh, dtype: str = "float32", crop: bool = True) -> Clip:
-    """A whole CLIP from a folder; see the module's docstring.
+    """Loads a full CLIP from a local folder, see the module's docstring.
 
     Args:
-      folder: a local one; nothing is fetched.
-      mesh: where it goes.
+      folder: local folder; nothing is downloaded.
+      mesh: device mesh.
       dtype: compute dtype; parameters are float32.
       crop: see `ClipVisionConfig`.
 
     Raises:
       FileNotFoundError: the folder, its config, its weights or its tokenizer are missing.
-      WeightsError: it holds another network, or weights or a tokenizer that do not fit its config;
-        all tensors that are missing, not wanted or of another shape are named.
+      WeightsError: the folder holds another network, or its weights or tokenizer do not fit its
+        config; the message names all tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    values, where = read_config(folder), folder / "config.json"
+    values, file = read_config(folder), folder / "config.json"
     if values.get("model_type") != MODEL_TYPE:
-        raise WeightsError(f"{where} describes {values.get('model_type')} and no whole CLIP.")
+        raise WeightsError(f"{file} describes {values.get('model_type')}, not a full CLIP.")
     try:
         config = from_json(values)
     except (TypeError, ValueError) as error:
-        raise WeightsError(f"{where} cannot be used: {error}") from error
+        raise WeightsError(f"{file} cannot be used: {error}") from error
     reader = TensorReader(TensorFiles(folder), NETWORK, config, "diffusers")
     config = ClipPairConfig(
         text=dataclasses.replace(config.text, dtype=dtype),
@@ -194,5 +199,8 @@ def load_clip(folder: Path | str, mesh: Mesh, dtype: str = "float32", crop: bool
     length, end = config.text.max_positions, config.text.eos_id
     tokenizer = Tokenizer(TextConfig(clip_tokenizer=str(folder), clip_max_tokens=length))
     if end not in tokenizer.clip(""):
-        raise WeightsError(f"The tokenizer in {folder} is another's: it writes no end, {end}.")
+        raise WeightsError(
+            f"The tokenizer in {folder} belongs to another network: it does not end prompts with "
+            f"the end id {end}."
+        )
     return Clip(loading.load(reader, config, mesh), tokenizer)

@@ -1,4 +1,4 @@
-"""DINOv2 outside this package: transformers' names, and its ``config.json``."""
+"""DINOv2 in transformers' files: tensor names and ``config.json``."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ RENAMED = {
     "attention.v_proj.": "attention.attention.value.",
     "attention.o_proj.": "attention.output.dense.",
 }
-"""What transformers from version 5 calls tensors in memory, and what files still call them."""
+"""Parts of tensor names in memory in transformers 5, and their names in files."""
 
 
 def rows(config: DinoConfig) -> list[Row]:
-    """One row a parameter; there is one layout."""
+    """Returns the name table, which has one layout."""
     table = [
         Row("cls_token", "embeddings.cls_token"),
         Row("position_embeddings", "embeddings.position_embeddings"),
@@ -40,13 +40,15 @@ def rows(config: DinoConfig) -> list[Row]:
 
 
 def from_json(values: dict[str, Any]) -> DinoConfig:
-    """The config that transformers' ``config.json`` tells of, with a map after each quarter.
+    """Returns the config that transformers' ``config.json`` describes, with four taps.
+
+    Each tap is after another quarter of the blocks.
 
     Raises:
       KeyError: a setting is missing.
-      ValueError: this is a variant that is not known here.
+      ValueError: the variant is not supported.
     """
-    wanted = {
+    required = {
         "patch_size": PATCH,
         "hidden_act": "gelu",
         "layer_norm_eps": EPSILON,
@@ -54,10 +56,10 @@ def from_json(values: dict[str, Any]) -> DinoConfig:
         "qkv_bias": True,
         "use_swiglu_ffn": False,
     }
-    wrong = [name for name, value in wanted.items() if values.get(name, value) != value]
+    wrong = [name for name, value in required.items() if values.get(name, value) != value]
     if wrong:
-        found = ", ".join(f"{name} = {values[name]}" for name in wrong)
-        raise ValueError(f"DINOv2's ViT-S, ViT-B and ViT-L have no {found}.")
+        settings = ", ".join(f"{name} = {values[name]}" for name in wrong)
+        raise ValueError(f"DINOv2's ViT-S, ViT-B and ViT-L do not support {settings}.")
     num_layers = values["num_hidden_layers"]
     return DinoConfig(
         hidden_size=values["hidden_size"],
@@ -70,7 +72,7 @@ def from_json(values: dict[str, Any]) -> DinoConfig:
 
 
 def to_json(config: DinoConfig) -> dict[str, Any]:
-    """transformers' ``config.json``."""
+    """Returns the values of transformers' ``config.json``."""
     return {
         "architectures": [TRANSFORMERS_CLASS],
         "model_type": "dinov2",
@@ -93,11 +95,10 @@ def to_json(config: DinoConfig) -> dict[str, Any]:
     }
 
 
-def known_as(name: str) -> str | None:
-    """The name that the table has for a file's tensor; None for one that is not read.
+def canonical_name(name: str) -> str | None:
+    """Returns the table's name for a stored tensor, or None to skip the tensor.
 
-    A vector that stands in for hidden patches serves training alone. Classifiers have a prefix, and
-    a layer of their own.
+    The mask token is for training only. Classifiers add a prefix and a layer.
     """
     name = name.removeprefix("dinov2.")
     if name == "embeddings.mask_token" or name.startswith("classifier."):

@@ -1,10 +1,11 @@
-"""Writing weights: diffusers' and Black Forest Labs' layouts, and Orbax checkpoints.
+"""Writes weights in diffusers' and Black Forest Labs' layouts and as Orbax checkpoints.
 
-Everything is written a layer of a parameter at a time, read again, and compared bit for bit.
+Weights are written one layer of a parameter at a time, read back, and compared bit for bit.
 """
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from kontext_jax.weights.files import (
 )
 from kontext_jax.weights.networks import architecture
 from kontext_jax.weights.reading import OrbaxReader, Reader, open_file, open_folder
-from kontext_jax.weights.table import Piece, Place
+from kontext_jax.weights.table import LayerKey, Piece
 
-MAX_SHARD_BYTES = 10 * 10**9  # diffusers' own
-CHUNK_BYTES = 128 * 2**20  # of an Orbax array; reading one layer reads no more than it needs
+MAX_SHARD_BYTES = 10 * 10**9  # diffusers' default
+CHUNK_BYTES = 128 * 2**20  # of an Orbax array, so that reading one layer reads little else
 
 
 def write_diffusers(
@@ -35,19 +36,19 @@ def write_diffusers(
     dtype: np.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """One network as diffusers or transformers would save it: ``config.json`` and its tensors.
+    """Writes a network as diffusers or transformers saves it: ``config.json`` and safetensors.
 
     Args:
       reader: the weights.
-      folder: where to; made if need be.
-      record: where they come from, kept in the files' metadata.
-      dtype: to cast to; as stored if left out.
-      max_shard_bytes: of a file; larger networks get several and an index.
+      folder: output folder; created if needed.
+      record: provenance of the weights, stored in the files' metadata.
+      dtype: dtype to cast to; None keeps the stored dtypes.
+      max_shard_bytes: maximum size of a file; larger networks are sharded, with an index.
 
     Raises:
       OSError: the disk is full.
-      ValueError: diffusers has no such network.
-      WeightsError: what was written is not what was to be written.
+      ValueError: diffusers does not support the network's settings.
+      WeightsError: the files differ from the weights when read back.
     """
     network = reader.network
     values = network.format.to_json(reader.config)
@@ -61,11 +62,17 @@ def write_diffusers(
 def write_bfl(
     reader: Reader, path: Path, record: Mapping[str, Any], dtype: np.dtype | None = None
 ) -> None:
-    """One network as a single file in Black Forest Labs' layout.
+    """Writes a network as a single file in Black Forest Labs' layout.
+
+    Args:
+      reader: the weights.
+      path: output file; its folder is created if needed.
+      record: provenance of the weights, stored in the file's metadata.
+      dtype: dtype to cast to; None keeps the stored dtypes.
 
     Raises:
       OSError: the disk is full.
-      WeightsError: what was written is not what was to be written.
+      WeightsError: the file differs from the weights when read back.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, _tensors(reader, "bfl", dtype), _metadata(reader, record))
@@ -73,54 +80,52 @@ def write_bfl(
 
 
 def _metadata(reader: Reader, record: Mapping[str, Any]) -> dict[str, str]:
-    """``format`` is what PyTorch's loaders ask for."""
-    ours = dict(record) | {"network": architecture(reader.config)}
-    return {"format": "pt", METADATA_KEY: json.dumps(ours, sort_keys=True)}
+    record = dict(record) | {"network": architecture(reader.config)}
+    # PyTorch's loaders require "format".
+    return {"format": "pt", METADATA_KEY: json.dumps(record, sort_keys=True)}
 
 
 def _tensors(reader: Reader, layout: str, dtype: np.dtype | None) -> list[NewTensor]:
     pieces = reader.network.table(reader.config, layout).pieces
-    last: tuple[Place, np.ndarray] | None = None
+    last: tuple[LayerKey, np.ndarray] | None = None
 
-    def make(place: Place, piece: Piece, to: np.dtype) -> np.ndarray:
+    def make(key: LayerKey, piece: Piece, target: np.dtype) -> np.ndarray:
         nonlocal last
-        if last is None or last[0] != place:  # the pieces of a layer come one after the other
-            last = place, reader.read(place)
-        return piece.to_tensor(last[1]).astype(to)
+        if last is None or last[0] != key:  # the pieces of a layer are adjacent
+            last = key, reader.read(key)
+        return piece.to_tensor(last[1]).astype(target)
 
     tensors = []
-    for place in reader.network.places(reader.config):
-        to = dtype or reader.dtypes[place[0]]
-        for piece in pieces[place]:
-
-            def make_this(place=place, piece=piece, to=to):
-                return make(place, piece, to)
-
-            tensors.append(NewTensor(piece.name, piece.shape, to, make_this))
+    for key in reader.network.layer_keys(reader.config):
+        target = dtype or reader.dtypes[key[0]]
+        tensors += [
+            NewTensor(piece.name, piece.shape, target, partial(make, key, piece, target))
+            for piece in pieces[key]
+        ]
     return tensors
 
 
 def check_copy(source: Reader, copy: Reader, dtype: np.dtype | None = None) -> None:
-    """Compares every bit of ``copy`` with ``source``, cast to ``dtype``.
+    """Checks that ``copy`` equals ``source``, cast to ``dtype``, bit for bit.
 
     Raises:
-      WeightsError: it names all places that differ.
+      WeightsError: layers differ; the message names all of them.
     """
     wrong = []
-    for place in source.network.places(source.config):
-        wanted, there = source.read(place), copy.read(place)
-        wanted = wanted.astype(dtype or wanted.dtype)
-        if wanted.dtype != there.dtype or wanted.tobytes() != there.tobytes():
-            wrong.append(f"{place[0]}" + (f" of layer {place[1]}" if place[1] is not None else ""))
+    for param, layer in source.network.layer_keys(source.config):
+        expected, actual = source.read((param, layer)), copy.read((param, layer))
+        expected = expected.astype(dtype or expected.dtype)
+        if expected.dtype != actual.dtype or expected.tobytes() != actual.tobytes():
+            wrong.append(param if layer is None else f"layer {layer} of {param}")
     if wrong:
         raise WeightsError(
-            f"Read again, the written {source.network.name} differs in {', '.join(wrong)}; is the "
-            "disk sound?"
+            f"The written {source.network.name} differs from its source in {', '.join(wrong)}; "
+            "check the disk for errors."
         )
 
 
 class _Layers:
-    """An array that Orbax is to write, made layer by layer."""
+    """An array for Orbax to write, whose layers are read when they are written."""
 
     def __init__(self, shape, dtype, read: Callable[[int | None], np.ndarray], stacked: bool):
         self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(dtype), len(shape)
@@ -129,13 +134,13 @@ class _Layers:
 
 
 class _LayersHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `_Layers` as Orbax writes NumPy arrays, one layer of one array at a time."""
+    """Writes `_Layers` in Orbax's format of NumPy arrays, one layer of one array at a time."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
 
     async def _open_and_write(self, value: _Layers, tspec, ts_context) -> None:
-        # It waits for each write, so that Orbax's other coroutines, and their layers, wait too.
+        # Blocks on every write, so that no other coroutine of Orbax holds a layer meanwhile.
         array = ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context).result()
         if not value.stacked:
             array.write(value.read(None)).result()
@@ -151,22 +156,22 @@ def write_orbax(
     meta: Mapping[str, Any],
     dtype: np.dtype | None = None,
 ) -> None:
-    """Networks as one Orbax checkpoint: ``folder/checkpoints/STEP/{params, meta}``.
+    """Writes networks as one Orbax checkpoint: ``folder/checkpoints/STEP/{params, meta}``.
 
     Args:
-      readers: by the name that each network gets in the tree of arrays.
-      folder: where to.
-      step: the number of the checkpoint.
-      meta: JSON kept beside the arrays.
-      dtype: to cast to; as stored if left out.
+      readers: the weights, by the networks' names in the tree of arrays.
+      folder: output folder.
+      step: step of the checkpoint.
+      meta: JSON values stored beside the arrays.
+      dtype: dtype to cast to; None keeps the stored dtypes.
 
     Raises:
       OSError: the disk is full.
-      WeightsError: what was written is not what was to be written.
+      WeightsError: the checkpoint differs from the weights when read back.
     """
     tree = {name: _orbax_tree(reader, dtype) for name, reader in readers.items()}
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()),  # Orbax warns if it is missing
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused, but Orbax warns without it
         (_Layers, _LayersHandler()),
     )
     save_args = jax.tree.map(
@@ -186,7 +191,7 @@ def write_orbax(
     with ocp.CheckpointManager(checkpoints, item_handlers=handlers, options=options) as manager:
         try:
             manager.save(step, args=args)
-        except ValueError as error:  # what TensorStore makes of a failing disk
+        except ValueError as error:  # TensorStore raises it for a full disk
             raise OSError(f"The checkpoint could not be written: {error}") from error
     for name, reader in readers.items():
         item = checkpoints / str(step) / "params"
@@ -196,19 +201,24 @@ def write_orbax(
 
 def _orbax_tree(reader: Reader, dtype: np.dtype | None) -> dict[str, Any]:
     shapes = reader.network.shapes(reader.config)
-    stacked = {param for param, layer in reader.network.places(reader.config) if layer is not None}
+    stacked = {
+        param for param, layer in reader.network.layer_keys(reader.config) if layer is not None
+    }
 
     def layers(param: str) -> _Layers:
-        to = dtype or reader.dtypes[param]
+        target = dtype or reader.dtypes[param]
         return _Layers(
-            shapes[param], to, lambda i: reader.read((param, i)).astype(to), param in stacked
+            shapes[param],
+            target,
+            lambda i: reader.read((param, i)).astype(target),
+            param in stacked,
         )
 
     tree: dict[str, Any] = {}
     for param in shapes:
         *parents, last = param.split("/")
-        place = tree
+        node = tree
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = layers(param)
+            node = node.setdefault(parent, {})
+        node[last] = layers(param)
     return tree

@@ -1,7 +1,7 @@
-"""safetensors files: read tensor by tensor, written tensor by tensor.
+"""Reads and writes safetensors files one tensor at a time.
 
-The format: eight bytes with the length of the header, the header as JSON (name -> dtype, shape,
-place in what follows), and the tensors' bytes.
+The format: eight bytes with the length of the header; the header as JSON, from names to dtype,
+shape and byte range; the bytes of the tensors.
 """
 
 import json
@@ -19,21 +19,21 @@ TENSOR_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-"""Those that weights are read and written in, by their names in safetensors."""
+"""Supported dtypes of weights, by their names in safetensors."""
 
 METADATA_KEY = "kontext_jax"
-"""Where our own record of a model sits, as JSON, among a file's metadata."""
+"""Key of our JSON record in a file's metadata."""
 
 PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 class WeightsError(ValueError):
-    """Weights that are not what they should be; the message says which and why."""
+    """Invalid weights; the message says which and why."""
 
 
 class Entry(NamedTuple):
-    """A tensor as its file's header tells of it."""
+    """A file and what its header says about one tensor."""
 
     file: Path
     shape: tuple[int, ...]
@@ -41,52 +41,61 @@ class Entry(NamedTuple):
 
 
 class TensorFiles:
-    """The tensors of one safetensors file, or of a folder's file or files."""
+    """The tensors of one safetensors file, or of the safetensors files of a folder.
+
+    Attributes:
+      path: the file or folder.
+      entries: header entries of the tensors, by name.
+      record: our JSON record in the metadata; empty if there is none.
+    """
 
     def __init__(self, path: Path):
         """Reads the headers.
 
         Raises:
-          FileNotFoundError: there is no such file, or one that the folder's index names is missing.
-          WeightsError: a file is cut off, or is no safetensors file.
+          FileNotFoundError: the file, or one that the folder's index names, does not exist.
+          WeightsError: a file is truncated, or not a safetensors file.
         """
         self.path = path
         self.entries: dict[str, Entry] = {}
         self.record: dict[str, Any] = {}
-        for file in _files_of(path):
+        for file in _find_files(path):
             self._add(file)
 
     def _add(self, file: Path) -> None:
-        with _opened(file) as opened:
+        with _open(file) as opened:
             metadata = opened.metadata() or {}
             if METADATA_KEY in metadata:
                 self.record = json.loads(metadata[METADATA_KEY])
             for name in opened.keys():  # noqa: SIM118, not a dict
                 if name in self.entries:
-                    raise WeightsError(f"{name} is both in {self.entries[name].file} and {file}.")
+                    raise WeightsError(f"{name} is in both {self.entries[name].file} and {file}.")
                 tensor = opened.get_slice(name)
                 self.entries[name] = Entry(file, tuple(tensor.get_shape()), tensor.get_dtype())
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor. Its file is opened for this alone: mapped pages would add up otherwise."""
-        with _opened(self.entries[name].file) as opened:
+        """Returns one tensor.
+
+        Opens the file anew for every tensor: an open file keeps the pages of its tensors mapped.
+        """
+        with _open(self.entries[name].file) as opened:
             return opened.get_tensor(name)
 
 
-def _opened(file: Path):
+def _open(file: Path):
     try:
         return safe_open(file, framework="np")
     except SafetensorError as error:
-        with file.open("rb") as start:
-            if start.read(4).startswith(PICKLE_STARTS):
+        with file.open("rb") as stream:
+            if stream.read(4).startswith(PICKLE_STARTS):
                 raise WeightsError(
-                    f"{file} is a pickle and no safetensors file; pickles can run any code and are "
-                    "never loaded. Save the weights as safetensors."
+                    f"{file} is a pickle, not a safetensors file; pickles can run arbitrary code "
+                    "and are never loaded. Save the weights as safetensors."
                 ) from error
-        raise WeightsError(f"{file} is cut off or no safetensors file ({error}).") from error
+        raise WeightsError(f"{file} is truncated or not a safetensors file ({error}).") from error
 
 
-def _files_of(path: Path) -> Iterator[Path]:
+def _find_files(path: Path) -> Iterator[Path]:
     if path.is_file():
         if path.suffix in PICKLE_ENDINGS:
             raise WeightsError(f"{path} is a pickle; only .safetensors files are loaded.")
@@ -99,9 +108,9 @@ def _files_of(path: Path) -> Iterator[Path]:
             names = set(json.loads(indices[0].read_text())["weight_map"].values())
             missing = sorted(name for name in names if not (path / name).is_file())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{indices[0]} is no index of safetensors files.") from error
+            raise WeightsError(f"{indices[0]} is not an index of safetensors files.") from error
         if missing:
-            raise FileNotFoundError(f"{indices[0]} names files that are missing: {missing}.")
+            raise FileNotFoundError(f"{indices[0]} lists missing files: {missing}.")
         yield from (path / name for name in sorted(names))
     elif len(files) == 1:
         yield files[0]
@@ -111,7 +120,7 @@ def _files_of(path: Path) -> Iterator[Path]:
 
 
 class NewTensor(NamedTuple):
-    """A tensor to be written: ``make`` is called when its turn comes."""
+    """A tensor to write; ``make`` returns its values and is called when they are written."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,10 +133,10 @@ class NewTensor(NamedTuple):
 
 
 def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, holding one tensor at a time.
+    """Writes a safetensors file, with one tensor in memory at a time.
 
     Raises:
-      OSError: the disk is full, or the folder is missing.
+      OSError: the disk is full, or the folder does not exist.
     """
     names = {dtype: name for name, dtype in TENSOR_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -140,7 +149,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
         }
         start += tensor.nbytes
     encoded = json.dumps(header, ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
+    encoded += b" " * (-len(encoded) % 8)  # the first tensor starts at a multiple of eight bytes
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
@@ -148,7 +157,7 @@ def write_file(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, 
             array = tensor.make()
             assert array.shape == tensor.shape and array.dtype == tensor.dtype, tensor.name
             file.write(array.tobytes())
-            del array  # before the next is made
+            del array  # before the next one is made
 
 
 def write_sharded(
@@ -158,7 +167,18 @@ def write_sharded(
     metadata: Mapping[str, str],
     max_shard_bytes: int,
 ) -> None:
-    """Writes ``stem.safetensors``, or as many numbered files as it takes and their index."""
+    """Writes ``stem.safetensors``, or numbered shards and their index.
+
+    Args:
+      folder: folder of the files.
+      stem: file name without suffix.
+      tensors: tensors to write, in this order.
+      metadata: metadata of every file.
+      max_shard_bytes: maximum size of a shard; a larger tensor gets its own shard.
+
+    Raises:
+      OSError: the disk is full, or the folder does not exist.
+    """
     shards: list[list[NewTensor]] = [[]]
     for tensor in tensors:
         if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:

@@ -1,8 +1,8 @@
-"""One short name for the values of a network: the same in every file layout, dtype and mesh.
+"""Fingerprints of networks: hashes of all values that do not depend on file layout, dtype or mesh.
 
-Each value's float32 bits are mixed with the parameter's name and the value's place in it (the
-finaliser of MurmurHash3 twice, with two seeds); all are added up modulo 2^32. Sums commute, so
-that a network may be taken layer by layer from a file, or all at once on a mesh.
+The float32 bits of each value are hashed with the parameter's name and the value's index in it
+(MurmurHash3's finaliser twice, with two seeds), and the hashes are summed modulo 2^32. Sums
+commute, so a network may be hashed layer by layer from a file, or sharded over a mesh.
 """
 
 import math
@@ -22,18 +22,21 @@ SEEDS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def fingerprint(network) -> str:
-    """Of a network on its devices, or of any tree of them."""
+    """Returns the fingerprint of a network on devices, or of any tree of arrays."""
     leaves = named_leaves(network)
     sharding = getattr(next(iter(leaves.values())), "sharding", None)
-    # Every process gets the sums, however the network is split.
-    everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
-    return _text(np.asarray(jax.jit(_tree_sums, out_shardings=everywhere)(leaves)))
+    # Every process needs the sums, however the network is sharded.
+    replicated = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
+    return _text(np.asarray(jax.jit(_tree_sums, out_shardings=replicated)(leaves)))
 
 
 def fingerprint_of(reader: Reader, dtype: np.dtype | None = None) -> str:
-    """Of stored weights, cast to ``dtype`` if given; a layer of a parameter in memory at a time."""
+    """Returns the fingerprint of stored weights, cast to ``dtype`` if given.
+
+    Memory holds one layer of one parameter at a time.
+    """
     total = np.zeros(2, np.uint32)
-    for param, layer in reader.network.places(reader.config):
+    for param, layer in reader.network.layer_keys(reader.config):
         if param in reader.dtypes:
             values = reader.read((param, layer))
             values = values.astype(dtype or values.dtype)
@@ -54,12 +57,12 @@ def _sums(
     values: Float[Array, "*shape"], seed: UInt32[Array, ""], start: UInt32[Array, ""]
 ) -> UInt32[Array, "2"]:
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    place = jnp.broadcast_to(start, bits.shape)
+    position = jnp.broadcast_to(start, bits.shape)
     for axis in range(bits.ndim):
         stride = math.prod(bits.shape[axis + 1 :]) % 2**32
         steps = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        place = place + steps * jnp.uint32(stride)
-    mixed = _mix(bits ^ _mix(place + seed))
+        position = position + steps * jnp.uint32(stride)
+    mixed = _mix(bits ^ _mix(position + seed))
     return jnp.stack([jnp.sum(_mix(mixed ^ jnp.uint32(s)), dtype=jnp.uint32) for s in SEEDS])
 
 

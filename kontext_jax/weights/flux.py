@@ -1,4 +1,4 @@
-"""FLUX.1's transformer outside this package: names, and the settings that files carry."""
+"""FLUX.1's transformer in PyTorch's files: tensor names and settings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ PREFIXES = ("model.diffusion_model.",)
 
 
 def rows(config: FluxConfig) -> list[Row]:
-    """One row a parameter. BFL's names, then diffusers'."""
+    """Returns the name table, in BFL's and diffusers' layouts."""
     table = [
         *linear("img_in", "img_in", "x_embedder"),
         *linear("txt_in", "txt_in", "context_embedder"),
@@ -56,7 +56,7 @@ def rows(config: FluxConfig) -> list[Row]:
         *_qk_norm(f"{block}/norm", f"{theirs}.norm", f"{single}.attn.norm_"),
         *linear(f"{block}/linear2", f"{theirs}.linear2", f"{single}.proj_out"),
         *linear("final_layer/linear", "final_layer.linear", "proj_out"),
-        # BFL: shift, scale. diffusers: scale, shift.
+        # BFL stores (shift, scale), diffusers (scale, shift).
         *linear(
             "final_layer/adaLN_modulation",
             "final_layer.adaLN_modulation.1",
@@ -83,18 +83,18 @@ def _qk_norm(ours: str, bfl: str, diffusers: str) -> list[Row]:
 
 
 def from_json(values: dict[str, Any]) -> FluxConfig:
-    """The config that diffusers' ``config.json`` tells of.
+    """Returns the config that diffusers' ``config.json`` describes.
 
     Raises:
       KeyError: a setting is missing.
-      ValueError: a setting that FLUX.1 does not have.
+      ValueError: a setting differs from FLUX.1's.
     """
     channels = values["in_channels"]
     if values.get("patch_size", 1) != 1 or values.get("out_channels") not in (None, channels):
         raise ValueError(
             f"it has patch_size {values.get('patch_size')} and out_channels "
             f"{values.get('out_channels')} for in_channels {channels}; FLUX.1 and Kontext have "
-            "patch_size 1 and as many channels out as in (Fill, Canny and Depth do not)."
+            "patch_size 1 and equal in and out channels (Fill, Canny and Depth do not)."
         )
     return FluxConfig(
         in_channels=channels,
@@ -104,22 +104,22 @@ def from_json(values: dict[str, Any]) -> FluxConfig:
         depth_single=values["num_single_layers"],
         vec_in_dim=values["pooled_projection_dim"],
         context_in_dim=values["joint_attention_dim"],
-        # FLUX.1 [dev] and [schnell] were published before diffusers wrote this one down.
+        # The configs of FLUX.1 [dev] and [schnell] predate this setting.
         axes_dim=tuple(values.get("axes_dims_rope", FluxConfig.axes_dim)),
         guidance_embed=values["guidance_embeds"],
     )
 
 
 def to_json(config: FluxConfig) -> dict[str, Any]:
-    """diffusers' ``config.json``.
+    """Returns the values of diffusers' ``config.json``.
 
     Raises:
-      ValueError: diffusers has no such setting.
+      ValueError: diffusers does not support a setting.
     """
     if config.mlp_ratio != 4.0 or config.theta != 10000.0:
         raise ValueError(
-            f"diffusers' transformer has mlp_ratio 4 and theta 10000, not {config.mlp_ratio} and "
-            f"{config.theta}."
+            "diffusers' transformer supports only mlp_ratio 4 and theta 10000, not "
+            f"{config.mlp_ratio} and {config.theta}."
         )
     return {
         "_class_name": DIFFUSERS_CLASS,
@@ -138,19 +138,21 @@ def to_json(config: FluxConfig) -> dict[str, Any]:
 
 
 def from_shapes(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
-    """The config of a BFL file, which carries none; FLUX's own axes_dim and theta.
+    """Returns the config for the tensor shapes of a BFL file, with FLUX's axes_dim and theta.
+
+    BFL's files store no config.
 
     Raises:
       KeyError: a tensor is missing.
-      ValueError: its heads are not FLUX's.
+      ValueError: the head dimension is not FLUX's.
     """
     size, channels = shapes["img_in.weight"]
     head_dim = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     standard = FluxConfig()
     if head_dim != standard.head_dim:
         raise ValueError(
-            f"its heads have {head_dim} channels and not {standard.head_dim}, and nothing in it "
-            "says how they are shared by the position axes (axes_dim); use a diffusers folder."
+            f"its heads have {head_dim} channels, not {standard.head_dim}, and the file does not "
+            "say how the position axes divide them (axes_dim); use a diffusers folder."
         )
 
     def depth(stack: str) -> int:
@@ -172,13 +174,13 @@ def from_shapes(shapes: dict[str, tuple[int, ...]]) -> FluxConfig:
     )
 
 
-def known_as(name: str) -> str | None:
-    """The name that the table has for a file's tensor; None for one that is not read."""
+def canonical_name(name: str) -> str | None:
+    """Returns the table's name for a stored tensor, or None to skip the tensor."""
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
 def is_bfl(names: set[str]) -> bool:
-    """Whether these are the names of a BFL file of this network."""
+    """Returns whether these are the tensor names of this network's BFL file."""
     return "double_blocks.0.img_attn.qkv.weight" in names

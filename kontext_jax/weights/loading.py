@@ -1,4 +1,4 @@
-"""From stored weights to networks on a mesh."""
+"""Loads stored weights as networks on a mesh."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,62 +15,68 @@ from kontext_jax.weights.reading import Reader
 from kontext_jax.weights.torch_legacy import read_tensors
 
 MEASURED = ("scale_factor", "shift_factor")
-"""Settings that follow from an autoencoder's weights; a run measures its own."""
+"""Settings that follow from an autoencoder's weights; a run measures them itself."""
 
-NORM = ("weight", "bias", "running_mean", "running_var")
-"""PyTorch's names of what makes up a batch norm that is not trained any more."""
+BATCH_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+"""PyTorch's names of the tensors of a frozen batch norm."""
 
 
-def check_same(reader: Reader, config, where: str, but: Sequence[str] = ()) -> None:
-    """Refuses weights of another architecture than ``config``'s; settings ``but`` may differ.
+def check_architecture(reader: Reader, config, location: str, ignore: Sequence[str] = ()) -> None:
+    """Checks that weights have the architecture of a config.
+
+    Args:
+      reader: the weights.
+      config: config of the run's network.
+      location: where the weights are, for the message.
+      ignore: settings that may differ.
 
     Raises:
-      WeightsError: it names every setting that differs.
+      WeightsError: settings differ; the message names all of them.
     """
-    stored, wanted = architecture(reader.config), architecture(config)
+    stored, expected = architecture(reader.config), architecture(config)
     wrong = [
         f"{name} is {stored[name]}, not {value}"
-        for name, value in wanted.items()
-        if name not in (*MEASURED, *but) and stored[name] != value
+        for name, value in expected.items()
+        if name not in (*MEASURED, *ignore) and stored[name] != value
     ]
     if wrong:
         raise WeightsError(
-            f"The {reader.network.name} in {where} is another than this run's: {'; '.join(wrong)}. "
-            "Give the run its settings."
+            f"The {reader.network.name} in {location} differs from this run's: {'; '.join(wrong)}. "
+            "Set the run's config to match the weights."
         )
 
 
 def load(reader: Reader, config, mesh: Mesh, dtype=np.float32, initial=None):
-    """A network with the reader's weights, each array made where it will live.
+    """Returns a network with the reader's weights, sharded over a mesh.
 
-    A layer of a parameter is in the host's memory at a time, beside this host's share of that
+    Host memory holds one layer of one parameter at a time, and this host's shards of that
     parameter.
 
     Args:
       reader: the weights.
-      config: of the network; as the reader's, but for how it is computed.
-      mesh: where it goes.
-      dtype: of the parameters; as stored if None.
-      initial: arrays by name for parameters that the reader lacks.
+      config: config of the network; may differ from the reader's in how it is computed.
+      mesh: device mesh.
+      dtype: dtype of the parameters; None keeps the stored dtypes.
+      initial: arrays for parameters that the reader lacks, by name.
 
     Raises:
-      WeightsError: a parameter is missing.
+      WeightsError: a parameter is neither stored nor in ``initial``.
     """
     abstract = reader.network.abstract(config)
     leaves, treedef = jax.tree.flatten(abstract)
     shardings = jax.tree.leaves(shardings_of(abstract, mesh))
     layers: dict[str, list[int | None]] = {}
-    for param, layer in reader.network.places(reader.config):
+    for param, layer in reader.network.layer_keys(reader.config):
         layers.setdefault(param, []).append(layer)
     arrays = []
     for name, leaf, sharding in zip(named_leaves(abstract), leaves, shardings, strict=True):
         if name in reader.dtypes:
-            to = np.dtype(dtype or reader.dtypes[name])
-            arrays.append(_load(reader, name, layers[name], leaf.shape, sharding, to))
+            target = np.dtype(dtype or reader.dtypes[name])
+            arrays.append(_load(reader, name, layers[name], leaf.shape, sharding, target))
         elif initial is not None and name in initial:
             arrays.append(jax.device_put(initial[name], sharding))
         else:
-            raise WeightsError(f"The weights hold no {name}, and nothing says what it should be.")
+            raise WeightsError(f"The weights lack {name}, and it has no initial value.")
     return jax.tree.unflatten(treedef, arrays)
 
 
@@ -82,23 +88,22 @@ def _load(
     sharding: Sharding,
     dtype: np.dtype,
 ) -> jax.Array:
-    places = sharding.addressable_devices_indices_map(shape)
     spans = {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        for device, index in places.items()
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
-    shares = {
+    shards = {
         span: np.empty([stop - start for start, stop in span], dtype)
         for span in set(spans.values())
     }
     for layer in layers:
         array = reader.read((name, layer)).astype(dtype)
-        for span, share in shares.items():
+        for span, shard in shards.items():
             if layer is None:
-                share[...] = array[_slices(span)]
+                shard[...] = array[_slices(span)]
             elif span[0][0] <= layer < span[0][1]:
-                share[layer - span[0][0]] = array[_slices(span[1:])]
-    on_devices = [jax.device_put(shares[span], device) for device, span in spans.items()]
+                shard[layer - span[0][0]] = array[_slices(span[1:])]
+    on_devices = [jax.device_put(shards[span], device) for device, span in spans.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
 
 
@@ -107,11 +112,11 @@ def _slices(span: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a .safetensors file, or of any file of ``torch.save``, by name.
+    """Returns the tensors of a .safetensors file or of a file of ``torch.save``, by name.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      WeightsError: it cannot be read.
+      FileNotFoundError: the file does not exist.
+      WeightsError: the file cannot be read.
     """
     if path.suffix == ".safetensors":
         files = TensorFiles(path)
@@ -119,8 +124,14 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     return read_tensors(path)
 
 
-def lay_out(abstract, arrays: Mapping[str, np.ndarray], mesh: Mesh):
-    """A network of arrays by the names of its parameters, in their dtypes, on a mesh."""
+def network_from_arrays(abstract, arrays: Mapping[str, np.ndarray], mesh: Mesh):
+    """Returns a network of the given arrays, sharded over a mesh.
+
+    Args:
+      abstract: the network with shapes for arrays; the arrays are cast to its dtypes.
+      arrays: arrays by the names of the network's parameters.
+      mesh: device mesh.
+    """
     leaves, treedef = jax.tree.flatten(abstract)
     shardings = jax.tree.leaves(shardings_of(abstract, mesh))
     on_devices = [
@@ -130,15 +141,15 @@ def lay_out(abstract, arrays: Mapping[str, np.ndarray], mesh: Mesh):
     return jax.tree.unflatten(treedef, on_devices)
 
 
-def with_norm(
+def fold_batch_norm(
     weight: np.ndarray, norm: Sequence[np.ndarray], epsilon: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel and bias of a convolution that has taken in the batch norm behind it, float64.
+    """Returns kernel and bias of a convolution with its batch norm folded in, in float64.
 
     Args:
-      weight: PyTorch's, of a convolution without bias.
-      norm: PyTorch's weight, bias, and running mean and variance.
-      epsilon: of the norm.
+      weight: PyTorch's weight of the convolution, which has no bias.
+      norm: PyTorch's weight, bias, running mean and running variance of the norm after it.
+      epsilon: epsilon of the norm.
     """
     weight, gamma, beta, mean, variance = (x.astype(np.float64) for x in (weight, *norm))
     scale = gamma / np.sqrt(variance + epsilon)

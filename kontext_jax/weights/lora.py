@@ -1,10 +1,10 @@
-"""Adapters as diffusers' ``pytorch_lora_weights.safetensors``, in and out, bit for bit.
+"""Reads and writes LoRA adapters as diffusers' ``pytorch_lora_weights.safetensors``, bit for bit.
 
-An adapted map of diffusers has two tensors, ``transformer.MAP.lora_A.weight`` (rank, in) and
-``transformer.MAP.lora_B.weight`` (out, rank). Our kernels are several of its maps side by side:
-in a file each has the same A, and B's rows are the map's part of ours. The factor of the product
-is alpha / rank, and alpha is no tensor: the file's metadata has it, among the fields of peft's
-``LoraConfig`` (diffusers 0.42, ``LoraBaseMixin._save_lora_weights``).
+An adapted module of diffusers has two tensors, ``transformer.MODULE.lora_A.weight`` (rank, in) and
+``transformer.MODULE.lora_B.weight`` (out, rank). Our fused kernels concatenate the outputs of
+several modules: in a file, these modules have the same A, and each B holds its rows of ours. The
+product is scaled by alpha / rank. alpha is not a tensor: the file's metadata stores it among the
+fields of peft's ``LoraConfig`` (diffusers 0.42, ``LoraBaseMixin._save_lora_weights``).
 """
 
 import functools
@@ -36,14 +36,14 @@ from kontext_jax.weights.files import (
 )
 from kontext_jax.weights.networks import NETWORKS, architecture
 from kontext_jax.weights.reading import Reader
-from kontext_jax.weights.table import Piece, Place, in_layer_order
+from kontext_jax.weights.table import LayerKey, Piece, in_layer_order
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-"""What diffusers calls the file, and looks for in a folder."""
+"""Name of the file in a folder, as in diffusers."""
 
 PREFIX = "transformer."
 PEFT_KEY = "lora_adapter_metadata"
-"""Where diffusers keeps peft's ``LoraConfig`` as JSON, among a file's metadata."""
+"""Metadata key under which diffusers stores peft's ``LoraConfig`` as JSON."""
 
 A, B, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 
@@ -54,29 +54,30 @@ OTHER_FORMATS = (
     ("PEFT's own", r"base_model\."),
     ("LyCORIS'", r"\.(lokr|hada)_"),
 )
-"""Their names, and what the name of a tensor looks like in them."""
+"""Unsupported layouts: name and a pattern of their tensor names."""
 
-INITS_OF_OTHER_BASES = ("pissa", "corda", "olora", "loftq", "lora_ga")
+INITS_THAT_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """peft's ``init_lora_weights`` that change the kernels under the adapter (peft 0.21, LoraLayer)."""
 
 
 def write_lora(
     adapters: Adapters, config: FluxConfig, path: Path, record: Mapping[str, Any]
 ) -> None:
-    """Adapters as diffusers would save them, for ``FluxKontextPipeline.load_lora_weights``.
+    """Writes adapters as diffusers saves them, for ``FluxKontextPipeline.load_lora_weights``.
 
-    What is written is read again and compared bit for bit before the file gets its name.
+    The file is read back and compared bit for bit before it gets its name. The adapter of a fused
+    kernel is split into one adapter for each of diffusers' modules.
 
     Args:
-      adapters: of the transformer; each fused map has one, its parts in diffusers one each.
-      config: of the transformer.
-      path: a ``.safetensors`` file, or a folder to write `FILE_NAME` in; made if need be.
-      record: where the adapters come from, kept in the file's metadata.
+      adapters: adapters of the transformer.
+      config: config of the transformer.
+      path: a ``.safetensors`` file, or a folder for `FILE_NAME`; created if needed.
+      record: provenance of the adapters, stored in the file's metadata.
 
     Raises:
       OSError: the disk is full.
-      ValueError: there are no adapters, or they are another network's.
-      WeightsError: what was written is not what was to be written.
+      ValueError: there are no adapters, or they belong to another network.
+      WeightsError: the file differs from the adapters when read back.
     """
     if not adapters:
         raise ValueError("There are no adapters to write.")
@@ -88,17 +89,17 @@ def write_lora(
 
 
 def _on_host(adapters: Adapters, config: FluxConfig) -> Adapters:
-    """As NumPy arrays.
+    """Returns the adapters as float32 NumPy arrays.
 
     Raises:
-      ValueError: a path or shape is not the transformer's.
+      ValueError: a path or shape does not fit the transformer.
     """
     jax.eval_shape(lora.attach, NETWORKS["transformer"].abstract(config), adapters)
     return jax.tree.map(lambda x: np.asarray(jax.device_get(x), np.float32), adapters)
 
 
-def _kernels(config: FluxConfig) -> dict[Place, list[Piece]]:
-    """diffusers' maps by the path, and the layer, of the linear map of ours that they make up."""
+def _kernels(config: FluxConfig) -> dict[LayerKey, list[Piece]]:
+    """Returns diffusers' kernels by the path and layer of the linear map that they make up."""
     pieces = NETWORKS["transformer"].table(config, "diffusers").pieces
     return {
         (param.removesuffix("/kernel"), layer): parts
@@ -129,10 +130,10 @@ def _tensors(adapters: Adapters, config: FluxConfig) -> list[NewTensor]:
 
 
 def _metadata(adapters: Adapters, config: FluxConfig, record: Mapping[str, Any]) -> dict[str, str]:
-    """``format`` is what PyTorch's loaders ask for.
+    """Returns the file's metadata: peft's fields and our record.
 
-    Of ``LoraConfig``'s fields only those are written that are not as peft has them by default:
-    older versions refuse fields that they do not know.
+    Fields of ``LoraConfig`` at peft's defaults are left out, because older versions of peft refuse
+    fields that they do not know.
     """
     ranks, alphas, others = {}, {}, []
     for (path, _), pieces in _kernels(config).items():
@@ -142,8 +143,8 @@ def _metadata(adapters: Adapters, config: FluxConfig, record: Mapping[str, Any])
                 continue
             ranks[module] = adapters[path].b.shape[-2]
             alphas[module] = _alpha(adapters[path].scale, ranks[module])
-    rank, rank_pattern = _with_exceptions(ranks)
-    alpha, alpha_pattern = _with_exceptions(alphas)
+    rank, rank_pattern = _to_patterns(ranks)
+    alpha, alpha_pattern = _to_patterns(alphas)
     fields = {
         "r": rank,
         "lora_alpha": alpha,
@@ -152,35 +153,39 @@ def _metadata(adapters: Adapters, config: FluxConfig, record: Mapping[str, Any])
         "target_modules": _targets(sorted(ranks), others),
     }
     peft = {PREFIX + name: value for name, value in fields.items()}
-    ours = dict(record) | {"network": architecture(config)}
+    record = dict(record) | {"network": architecture(config)}
     return {
-        "format": "pt",
+        "format": "pt",  # required by PyTorch's loaders
         PEFT_KEY: json.dumps(peft, indent=2, sort_keys=True),
-        METADATA_KEY: json.dumps(ours, sort_keys=True),
+        METADATA_KEY: json.dumps(record, sort_keys=True),
     }
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The number that, divided by the rank, is the scale; whole numbers as such."""
+    """Returns the alpha with alpha / rank == scale, as an int if it is whole."""
     product = scale * rank
     near = [product, math.nextafter(product, math.inf), math.nextafter(product, -math.inf)]
     exact = [alpha for alpha in near if alpha / rank == scale]
-    # A scale that was a quotient by this rank has one. Others are off by one rounding of float64,
-    # far below the float32 that they are computed in.
+    # A scale that was computed as alpha / rank has an exact alpha. Any other scale is off by one
+    # rounding of float64, far below the float32 of the computation.
     alpha = min(exact or near[:1], key=lambda alpha: len(repr(alpha)))
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _with_exceptions(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and the others by peft's patterns: ``^`` is where a name starts."""
+def _to_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the most common value, and the other values by peft's patterns.
+
+    In a pattern, ``^`` matches the start of a module's name.
+    """
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {f"^{name}": value for name, value in values.items() if value != common}
 
 
 def _targets(modules: Sequence[str], others: Iterable[str]) -> Sequence[str] | str:
-    """peft's ``target_modules``: names, which also stand for all that end in them after a dot.
+    """Returns peft's ``target_modules``: names, or a regular expression of them.
 
-    Where that would be too many (``proj_out`` is also each single block's) a regular expression.
+    peft matches a name with every module that ends in it after a dot. If that includes one of
+    ``others``, as for ``proj_out``, which every single block has too, only an expression will do.
     """
     endings = tuple(f".{module}" for module in modules)
     if any(other.endswith(endings) for other in others):
@@ -188,38 +193,39 @@ def _targets(modules: Sequence[str], others: Iterable[str]) -> Sequence[str] | s
     return modules
 
 
-def _check_copy(wanted: Adapters, copy: Adapters) -> None:
+def _check_copy(source: Adapters, copy: Adapters) -> None:
     def bits(adapter: LowRank):
         a, b = adapter.a[...], adapter.b[...]
         return a.shape, a.tobytes(), b.shape, b.tobytes(), np.float32(adapter.scale)
 
     wrong = [
         path
-        for path in sorted(wanted.keys() | copy.keys())
-        if path not in wanted or path not in copy or bits(wanted[path]) != bits(copy[path])
+        for path in sorted(source.keys() | copy.keys())
+        if path not in source or path not in copy or bits(source[path]) != bits(copy[path])
     ]
     if wrong:
         raise WeightsError(
-            f"Read again, the written adapters differ in {', '.join(wrong)}; is the disk sound?"
+            f"The written adapters differ from their source in {', '.join(wrong)}; check the disk "
+            "for errors."
         )
 
 
 def read_lora(path: Path, config: FluxConfig) -> Adapters:
-    """Adapters that diffusers, peft or `write_lora` saved, as NumPy arrays in float32.
+    """Returns the adapters in a file of diffusers, peft or `write_lora`, as float32 NumPy arrays.
 
-    Maps that are one here may have adapters of their own, or none: they share the ranks of those
-    whose A is the same bit for bit, else get ranks of their own. Layers of smaller rank, or none,
-    are filled up with zeros. The function is the same; training does not move ranks whose A and B
-    are both zero.
+    The modules that one of our kernels fuses may have different adapters, or none. Modules whose
+    A is equal bit for bit share ranks in the fused adapter; all others get separate ranks. Layers
+    of smaller rank, or without an adapter, are padded with zeros. This does not change the
+    function, and training does not update ranks whose A and B are both zero.
 
     Args:
       path: the file, or its folder.
-      config: of the transformer that the adapters are for.
+      config: config of the transformer that the adapters are for.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      WeightsError: the file has another format, or does not fit; the message names all that is
-        wrong.
+      FileNotFoundError: the file does not exist.
+      WeightsError: the file has another format, or does not fit the transformer; the message names
+        every error.
     """
     stored = _StoredAdapters(path / FILE_NAME if (path / FILE_NAME).is_file() else path, config)
     layers: dict[str, list[list[Piece]]] = {}
@@ -235,7 +241,7 @@ def read_lora(path: Path, config: FluxConfig) -> Adapters:
         scales = {stored.scales[module] for module in modules & stored.scales.keys()}
         if not scales:
             continue
-        # One adapter has one scale. Where a file has several they become part of b.
+        # Our adapter has one scale. If the file has several, they are folded into b.
         fused = [_fuse(stored, pieces, fold=len(scales) > 1) for pieces in layers[name]]
         rank = max(len(b) for _, b in fused)
         a = np.stack([np.pad(a, ((0, 0), (0, rank - a.shape[1]))) for a, _ in fused])
@@ -248,7 +254,7 @@ def read_lora(path: Path, config: FluxConfig) -> Adapters:
 def _fuse(
     stored: "_StoredAdapters", pieces: Sequence[Piece], fold: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One layer's a [in, rank] and b [rank, out], with the scale in b if ``fold``."""
+    """Returns one layer's a [in, rank] and b [rank, out]; ``fold`` folds the scale into b."""
     tensors = {
         piece: (stored.read(_module(piece), A), stored.read(_module(piece), B))
         for piece in pieces
@@ -262,17 +268,17 @@ def _fuse(
             starts[a.tobytes()] = rank
             rank += len(a)
             blocks.append(a.T)
-    joint = np.zeros((rank, pieces[-1].stop), np.float32)
+    fused = np.zeros((rank, pieces[-1].stop), np.float32)
     for piece, (a, b) in tensors.items():
         start = starts[a.tobytes()]
         if fold:
             b = (b.astype(np.float64) * stored.scales[_module(piece)]).astype(np.float32)
-        joint[start : start + len(a), piece.start : piece.stop] = piece.to_ours(b)
-    return np.concatenate(blocks, axis=1), joint
+        fused[start : start + len(a), piece.start : piece.stop] = piece.to_ours(b)
+    return np.concatenate(blocks, axis=1), fused
 
 
 def _adapter(network, path: str, arrays: Sequence[np.ndarray], scale: float) -> LowRank:
-    """As `lora.init` makes it, with these values."""
+    """Returns an adapter as `lora.init` makes it, with the given arrays a, b and scale."""
     settings = LoraConfig(rank=arrays[0].shape[-1], targets=(path,))
     shapes = jax.eval_shape(lambda: lora.init(network, settings, jax.random.key(0)))[path]
     adapter = jax.tree.unflatten(jax.tree.structure(shapes), arrays)
@@ -281,23 +287,24 @@ def _adapter(network, path: str, arrays: Sequence[np.ndarray], scale: float) -> 
 
 
 class _StoredAdapters:
-    """The adapters of a file in diffusers' layout, by diffusers' names of the maps.
+    """The adapters of a file in diffusers' layout, by diffusers' module names.
 
     Attributes:
-      scales: alpha / rank of each map that has an adapter.
+      scales: alpha / rank of every adapted module.
     """
 
     def __init__(self, path: Path, config: FluxConfig):
-        """Compares the file with the transformer's name table.
+        """Checks the file against the transformer's name table.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          WeightsError: another format, or tensors or metadata that do not fit; it names all.
+          FileNotFoundError: the file does not exist.
+          WeightsError: the file has another format, or tensors or metadata do not fit; the message
+            names every error.
         """
         self._files = TensorFiles(path)
         _check_format(self._files)
         names = self._files.entries
-        # A pipeline's file has the prefix; that of a transformer by itself (save_lora_adapter) not.
+        # Pipelines write the prefix; a transformer's save_lora_adapter does not.
         self._prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
         shapes = {
             _module(piece): piece.shape for pieces in _kernels(config).values() for piece in pieces
@@ -309,34 +316,34 @@ class _StoredAdapters:
             raise WeightsError(f"The adapters in {path} do not fit: {'; '.join(wrong)}.")
 
     def read(self, module: str, ending: str) -> np.ndarray:
-        """A tensor in float32."""
+        """Returns a module's tensor in float32."""
         return self._files.read(f"{self._prefix}{module}.{ending}").astype(np.float32)
 
     def _ranks(self, shapes: Mapping[str, tuple[int, ...]], wrong: list[str]) -> dict[str, int]:
-        """Of each map that has an adapter."""
+        """Returns the rank of every adapted module, and appends what is wrong to ``wrong``."""
         known = {
             f"{self._prefix}{module}.{ending}": (module, ending)
             for module in shapes
             for ending in (A, B, ALPHA)
         }
-        found: dict[str, dict[str, Entry]] = {}
+        entries: dict[str, dict[str, Entry]] = {}
         for name, entry in self._files.entries.items():
             if name in known:
                 module, ending = known[name]
-                found.setdefault(module, {})[ending] = entry
+                entries.setdefault(module, {})[ending] = entry
             else:
                 wrong.append(f"{name} belongs to no linear map of this transformer")
         ranks = {}
-        for module, tensors in found.items():
+        for module, tensors in entries.items():
             missing = [ending for ending in (A, B) if ending not in tensors]
-            odd = {entry.dtype for entry in tensors.values()} - TENSOR_DTYPES.keys()
+            dtypes = {entry.dtype for entry in tensors.values()} - TENSOR_DTYPES.keys()
             if missing:
                 wrong.append(f"{module} has {', '.join(tensors)} but no {' or '.join(missing)}")
-            if odd:
+            if dtypes:
                 wrong.append(
-                    f"{module} is {', '.join(sorted(odd))}, not {', '.join(TENSOR_DTYPES)}"
+                    f"{module} is {', '.join(sorted(dtypes))}, not {', '.join(TENSOR_DTYPES)}"
                 )
-            if missing or odd:
+            if missing or dtypes:
                 continue
             a, b = tensors[A].shape, tensors[B].shape
             out_features, in_features = shapes[module]
@@ -349,7 +356,10 @@ class _StoredAdapters:
         return ranks
 
     def _scales(self, ranks: Mapping[str, int], wrong: list[str]) -> dict[str, float]:
-        """From peft's fields, or else tensors, or else 1: as diffusers does."""
+        """Returns alpha / rank of every module, and appends what is wrong to ``wrong``.
+
+        As in diffusers, alpha comes from peft's fields, else from tensors, else the scale is 1.
+        """
         fields = _peft_fields(self._files, self._prefix)
         alphas = {
             module: self._files.read(f"{self._prefix}{module}.{ALPHA}")
@@ -357,14 +367,16 @@ class _StoredAdapters:
             if f"{self._prefix}{module}.{ALPHA}" in self._files.entries
         }
         if fields and alphas:
-            wrong.append(f"alpha is both in the metadata and in tensors, {next(iter(alphas))}'s")
+            wrong.append(f"alpha is in both the metadata and tensors ({next(iter(alphas))})")
         elif fields:
             return _scales_of(fields, ranks, wrong)
         elif alphas:
             without = sorted(ranks.keys() - alphas.keys())
-            wrong += [f"{module} has no alpha, others do" for module in without]
+            wrong += [f"{module} has no alpha, unlike other modules" for module in without]
             wrong += [
-                f"{module}'s alpha is no number" for module, x in alphas.items() if x.size != 1
+                f"the alpha of {module} is not a scalar"
+                for module, alpha in alphas.items()
+                if alpha.size != 1
             ]
         if wrong:
             return {}
@@ -375,10 +387,10 @@ class _StoredAdapters:
 
 
 def _peft_fields(files: TensorFiles, prefix: str) -> dict[str, Any]:
-    """The fields of peft's ``LoraConfig``; none if the file does not have them.
+    """Returns the fields of peft's ``LoraConfig`` in the metadata; empty if there are none.
 
     Raises:
-      WeightsError: what is there is no JSON object.
+      WeightsError: the fields are not a JSON object.
     """
     fields: dict[str, Any] = {}
     for file in sorted({entry.file for entry in files.entries.values()}):
@@ -387,7 +399,9 @@ def _peft_fields(files: TensorFiles, prefix: str) -> dict[str, Any]:
         try:
             fields |= json.loads(text)
         except (TypeError, ValueError) as error:
-            raise WeightsError(f"{PEFT_KEY} in {file}'s metadata is no JSON object.") from error
+            raise WeightsError(
+                f"{PEFT_KEY} in the metadata of {file} is not a JSON object."
+            ) from error
     return {
         name.removeprefix(prefix): value
         for name, value in fields.items()
@@ -398,16 +412,19 @@ def _peft_fields(files: TensorFiles, prefix: str) -> dict[str, Any]:
 def _scales_of(
     fields: Mapping[str, Any], ranks: Mapping[str, int], wrong: list[str]
 ) -> dict[str, float]:
-    """alpha / rank of each map, by the fields of ``LoraConfig``; its defaults are peft's."""
+    """Returns alpha / rank of every module by the fields of ``LoraConfig``, with peft's defaults.
+
+    Appends what is wrong to ``wrong``.
+    """
     init = fields.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(INITS_OF_OTHER_BASES):
-        wrong.append(f"init_lora_weights {init!r} means adapters of a base that was changed too")
+    if isinstance(init, str) and init.startswith(INITS_THAT_CHANGE_THE_BASE):
+        wrong.append(f"init_lora_weights {init!r} changes the base model's kernels too")
     scales = {}
     for module, rank in ranks.items():
         declared = _by_pattern(fields.get("rank_pattern"), module, fields.get("r", 8))
         alpha = _by_pattern(fields.get("alpha_pattern"), module, fields.get("lora_alpha", 8))
         if declared != rank:
-            wrong.append(f"{module} has rank {rank}, and {declared} in the metadata")
+            wrong.append(f"{module} has rank {rank}, but {declared} in the metadata")
         if not isinstance(alpha, int | float):
             wrong.append(f"{module} has alpha {alpha!r} in the metadata")
             continue
@@ -415,26 +432,29 @@ def _scales_of(
     return scales
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """The value of the first pattern that the name ends in (peft's ``get_pattern_key``)."""
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """Returns the value of the first pattern that matches the end of the module's name.
+
+    The same rule as peft's ``get_pattern_key``.
+    """
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
-    return otherwise
+    return default
 
 
 def _check_format(files: TensorFiles) -> None:
-    """Refuses other formats of adapters, and files without any.
+    """Checks that a file holds adapters in diffusers' layout.
 
     Raises:
-      WeightsError: it is one of them.
+      WeightsError: the adapters have another layout, or there are none.
     """
     for name, pattern in OTHER_FORMATS:
         example = next((key for key in files.entries if re.search(pattern, key)), None)
         if example is not None:
             raise WeightsError(
-                f"{files.path} has adapters in {name} layout ({example}); diffusers' layout is "
-                "needed. diffusers reads most others: load_lora_weights, then save_lora_adapter."
+                f"{files.path} has adapters in {name} layout ({example}), not in diffusers'. "
+                "Convert them with diffusers: load_lora_weights, then save_lora_adapter."
             )
     if not any(key.endswith((A, B)) for key in files.entries):
         raise WeightsError(f"{files.path} has no adapters in diffusers' layout: no *.{A}.")
@@ -444,15 +464,15 @@ class MergedReader:
     """A transformer's weights with adapters added to its kernels, as `lora.merge` does."""
 
     def __init__(self, reader: Reader, adapters: Adapters, record: dict[str, Any] | None = None):
-        """Wraps ``reader``.
+        """Wraps a reader.
 
         Args:
-          reader: the weights under the adapters.
-          adapters: of the transformer, on devices or as `read_lora` gives them.
-          record: where the sum comes from; the reader's own if left out.
+          reader: weights of the transformer under the adapters.
+          adapters: adapters of the transformer, on devices or in NumPy arrays.
+          record: provenance of the merged weights; None takes the reader's.
 
         Raises:
-          ValueError: a path or shape is not the transformer's.
+          ValueError: a path or shape does not fit the transformer.
         """
         self.network, self.config, self.dtypes = reader.network, reader.config, reader.dtypes
         self.record = reader.record if record is None else record
@@ -460,14 +480,14 @@ class MergedReader:
         self._adapters = _on_host(adapters, reader.config)
 
     def round_to(self, dtype: np.dtype) -> None:
-        """Gives merged kernels in this dtype, and not in that of what is under the adapters."""
+        """Sets the dtype of merged kernels, which is the reader's by default."""
         merged = {f"{path}/kernel": dtype for path in self._adapters}
         self.dtypes = self.dtypes | merged
 
-    def read(self, place: Place) -> np.ndarray:
-        """One layer of a parameter, a kernel merged in float32 and rounded once."""
-        stored = self._reader.read(place)
-        param, layer = place
+    def read(self, key: LayerKey) -> np.ndarray:
+        """Returns one layer of a parameter; kernels are merged in float32 and rounded once."""
+        stored = self._reader.read(key)
+        param, layer = key
         adapter = self._adapters.get(param.removesuffix("/kernel"))
         if adapter is None or not param.endswith("/kernel"):
             return stored
@@ -477,6 +497,6 @@ class MergedReader:
 
 
 def _layer(adapter: LowRank, layer: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """One layer's a [in, rank] and b [rank, out]; all of them where they are not stacked."""
+    """Returns one layer's a [in, rank] and b [rank, out]; layer is None if they are not stacked."""
     a, b = adapter.a[...], adapter.b[...]
     return (a, b) if layer is None else (a[layer], b[layer])

@@ -1,8 +1,8 @@
-"""LPIPS's weights: a trunk of torchvision's, and the heads of the package ``lpips``.
+"""LPIPS's weights: a trunk of torchvision and the heads of the package ``lpips``.
 
-Trunks are trained on ImageNet: https://download.pytorch.org/models/ has alexnet-owt-7be5be79.pth
-(244 MB) and vgg16-397923af.pth (553 MB), whose classifiers LPIPS does without. The heads, a few KB,
-are part of the package (BSD-2-Clause), which is neither imported nor otherwise needed.
+The trunks are trained on ImageNet: https://download.pytorch.org/models/ has
+alexnet-owt-7be5be79.pth (244 MB) and vgg16-397923af.pth (553 MB), whose classifiers LPIPS does not
+use. The heads, a few KB, are files of the package (BSD-2-Clause), which is not imported.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig
 from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.files import WeightsError
-from kontext_jax.weights.loading import lay_out, read_file
+from kontext_jax.weights.loading import network_from_arrays, read_file
 
 PACKAGE = "lpips"
 
@@ -23,26 +23,26 @@ BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
 def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) -> Lpips:
-    """LPIPS with the weights of two files, computed in float32.
+    """Loads LPIPS, computed in float32, from two files.
 
     Args:
-      backbone: torchvision's AlexNet or VGG16, .safetensors or any file of ``torch.save``: tensors
-        ``features.{i}.weight`` and ``features.{i}.bias``. Those of the classifier are left.
-      heads: the package's ``weights/v0.1/{net}.pth``, or a file of any such kind, with tensors
+      backbone: torchvision's AlexNet or VGG16 as .safetensors or a file of ``torch.save``, with
+        tensors ``features.{i}.weight`` and ``features.{i}.bias``; the classifier is ignored.
+      heads: the package's ``weights/v0.1/{net}.pth`` or another file with tensors
         ``lin{i}.model.1.weight``; if empty, the installed package's.
       net: "alex" or "vgg".
-      mesh: where it goes.
+      mesh: device mesh.
 
     Raises:
-      FileNotFoundError: there is no such file, or the package is not installed.
-      ValueError: there is no such ``net``.
-      WeightsError: a file cannot be read, or the two do not fit; it names every tensor that is
-        missing, not wanted or of another shape.
+      FileNotFoundError: a file does not exist, or the package is not installed.
+      ValueError: ``net`` is unknown.
+      WeightsError: a file cannot be read or does not fit; the message names every tensor that is
+        missing, unexpected or of another shape.
     """
     config = LpipsConfig(net=net)
     if not Path(backbone).is_file():
         raise FileNotFoundError(
-            f"There is no file {str(backbone)!r} with LPIPS's trunk: download {URL}{BACKBONES[net]}"
+            f"LPIPS's trunk {str(backbone)!r} does not exist; download {URL}{BACKBONES[net]}"
         )
     heads = heads or _installed_heads(net)
     tensors = {
@@ -56,7 +56,7 @@ def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) ->
     params, names = named_leaves(abstract), _names(net)
     shapes = {names[param]: _shape(names[param], leaf.shape) for param, leaf in params.items()}
     wrong = [f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())]
-    wrong += [f"{name} is not wanted" for name in sorted(tensors.keys() - shapes.keys())]
+    wrong += [f"{name} is unexpected" for name in sorted(tensors.keys() - shapes.keys())]
     wrong += [
         f"{name} is {tensors[name].shape}, not {shape}"
         for name, shape in shapes.items()
@@ -69,21 +69,21 @@ def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) ->
     for param, leaf in params.items():
         tensor = tensors[names[param]]
         arrays[param] = tensor.transpose(2, 3, 1, 0) if leaf.ndim == 4 else tensor.reshape(-1)
-    return lay_out(abstract, arrays, mesh)
+    return network_from_arrays(abstract, arrays, mesh)
 
 
 def _installed_heads(net: str) -> Path:
     package = importlib.util.find_spec(PACKAGE)
     if package is None:
         raise FileNotFoundError(
-            "LPIPS's heads are not installed: pip install --no-deps lpips==0.1.4, or give the path "
+            "LPIPS's heads are not installed: pip install --no-deps lpips==0.1.4, or pass the path "
             f"of its weights/v0.1/{net}.pth."
         )
     return Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / f"{net}.pth"
 
 
 def _names(net: str) -> dict[str, str]:
-    """Of each of our parameters, PyTorch's; its layers count pools and ReLUs too."""
+    """Returns PyTorch's names by ours; PyTorch's layer indices count pools and ReLUs too."""
     names, layer = {}, 0
     for i, stage in enumerate(TRUNKS[net].stages):
         layer += stage.pool > 0
@@ -96,7 +96,7 @@ def _names(net: str) -> dict[str, str]:
 
 
 def _shape(name: str, ours: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor of PyTorch's: a head is a convolution of one pixel there."""
+    """Returns the shape of PyTorch's tensor, in which a head is a 1 x 1 convolution."""
     if name.startswith("lin"):
         return (1, *ours, 1, 1)
     return tuple(ours[axis] for axis in (3, 2, 0, 1)) if len(ours) == 4 else ours

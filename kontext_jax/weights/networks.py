@@ -1,4 +1,4 @@
-"""The networks that exist outside this package, and what each is called there."""
+"""The networks that other libraries define too, and their names and classes there."""
 
 import dataclasses
 import functools
@@ -14,22 +14,23 @@ from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, T5Encoder
 from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights import autoencoder, clip, dino, flux, t5
-from kontext_jax.weights.table import Place, Table, in_layer_order
+from kontext_jax.weights.table import LayerKey, Table, in_layer_order
 
 COMPUTE_SETTINGS = ("dtype", "timestep_dtype", "remat", "attention", "input_size", "taps")
-"""Fields of a network's config that say how it is computed and not what it is."""
+"""Config fields that set how a network is computed; all others are its architecture."""
 
 
 class Network(NamedTuple):
-    """One of them.
+    """A network, here and in PyTorch's libraries.
 
     Attributes:
-      name: what it is called here.
-      model, config_class: our module and its config.
-      format: its name table and settings (``weights/flux.py`` and the like).
-      folder: of a diffusers pipeline; empty if it is part of none.
-      library, class_name: what ``model_index.json`` says of it.
-      stem: of its files in such a folder.
+      name: our name of the network.
+      model, config_class: our module and its config class.
+      format: module with its name table and the conversion of its settings, e.g.
+        ``weights/flux.py``.
+      folder: folder in a diffusers pipeline; empty if it is not part of pipelines.
+      library, class_name: PyTorch library and class, as in ``model_index.json``.
+      stem: file name of its weights in that folder, without suffix.
     """
 
     name: str
@@ -43,27 +44,27 @@ class Network(NamedTuple):
 
     @property
     def has_bfl_layout(self) -> bool:
-        """Black Forest Labs' code itself reads T5 and CLIP through transformers."""
+        """Whether BFL has its own layout of this network; T5 and CLIP only have transformers'."""
         return hasattr(self.format, "is_bfl")
 
     def abstract(self, config):
-        """The network of this config, as shapes."""
+        """Returns the network of this config with shapes for arrays."""
         return _abstract(self.model, config)
 
     def shapes(self, config) -> dict[str, tuple[int, ...]]:
-        """Of our parameters."""
+        """Returns the shapes of our parameters, by name."""
         return {name: leaf.shape for name, leaf in named_leaves(self.abstract(config)).items()}
 
-    def places(self, config) -> list[Place]:
-        """Every layer of every parameter, in the order in which files have them."""
+    def layer_keys(self, config) -> list[LayerKey]:
+        """Returns the keys of all layers of all parameters, in the order of files."""
         return in_layer_order(self.table(config, "bfl").pieces)
 
     def table(self, config, layout: str) -> Table:
-        """Its name table, laid out for this config."""
+        """Returns the name table for this config and layout ("bfl" or "diffusers")."""
         return Table(self.format.rows(config), self.shapes(config), layout)
 
 
-@functools.lru_cache(maxsize=32)  # an autoencoder takes a second
+@functools.lru_cache(maxsize=32)  # tracing an autoencoder takes a second
 def _abstract(model: type[nnx.Module], config):
     return nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
 
@@ -113,19 +114,19 @@ NETWORKS = {
         ),
     )
 }
-"""Those that make up a pipeline: what training makes, and what is converted."""
+"""The networks of a pipeline, which are trained and converted."""
 
 FEATURE_NETWORKS = {
     "dino": Network(
         "dino", Dino, DinoConfig, dino, "", "transformers", dino.TRANSFORMERS_CLASS, "model"
     )
 }
-"""Those that training looks at images through: read, and no part of what it makes."""
+"""Frozen feature networks of training, which are only read."""
 
 ALL_NETWORKS = NETWORKS | FEATURE_NETWORKS
 
 
 def architecture(config) -> dict[str, Any]:
-    """What a network is, without how it is computed."""
+    """Returns the settings of a config that define the network, without `COMPUTE_SETTINGS`."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in COMPUTE_SETTINGS}

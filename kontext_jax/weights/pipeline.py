@@ -1,4 +1,4 @@
-"""What a pipeline's folder holds beside its networks: scheduler, tokenizers, and the index."""
+"""The parts of a pipeline's folder beside its networks: scheduler, tokenizers and index."""
 
 import json
 import os
@@ -14,14 +14,14 @@ from kontext_jax.weights.networks import NETWORKS
 DIFFUSERS_VERSION = "0.35.0"  # the first with Kontext
 
 BFL_FILES = {"transformer": "transformer.safetensors", "autoencoder": "ae.safetensors"}
-"""What the single files are called in a folder of several networks."""
+"""Names of the single files in a folder of several networks in Black Forest Labs' layout."""
 
 TOKENIZERS = {"text_encoder": "tokenizer_2", "clip": "tokenizer"}
-"""Folders of the text encoders' tokenizers."""
+"""Folders of the tokenizers, by text encoder."""
 
 
 def write_scheduler(folder: Path, time: TimeConfig) -> None:
-    """diffusers' ``scheduler/scheduler_config.json`` of the same times."""
+    """Writes diffusers' ``scheduler/scheduler_config.json`` for a schedule of noise levels."""
     shifted = time.shift == "resolution"
     values = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -39,11 +39,11 @@ def write_scheduler(folder: Path, time: TimeConfig) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def time_of(folder: Path) -> TimeConfig:
-    """The times of a pipeline's scheduler; FLUX's own where there is none.
+def read_scheduler(folder: Path) -> TimeConfig:
+    """Returns the schedule of a pipeline's scheduler, or FLUX's if it has no scheduler.
 
     Raises:
-      WeightsError: the scheduler is another.
+      WeightsError: the scheduler is not supported.
     """
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
@@ -51,14 +51,14 @@ def time_of(folder: Path) -> TimeConfig:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise WeightsError(f"{path} is no JSON ({error}).") from error
+        raise WeightsError(f"{path} is not valid JSON ({error}).") from error
     dynamic, shift = values.get("use_dynamic_shifting", False), values.get("shift", 1.0)
     if values.get("_class_name") != "FlowMatchEulerDiscreteScheduler" or (
         not dynamic and shift != 1.0
     ):
         raise WeightsError(
-            f"{path} is a {values.get('_class_name')} with a fixed shift of {shift}; FLUX has a "
-            "FlowMatchEulerDiscreteScheduler, shifted by the resolution or not at all."
+            f"{path} is a {values.get('_class_name')} with a fixed shift of {shift}; supported is "
+            "FlowMatchEulerDiscreteScheduler with a shift by resolution or none."
         )
     return TimeConfig(
         shift="resolution" if dynamic else "none",
@@ -70,26 +70,31 @@ def time_of(folder: Path) -> TimeConfig:
 
 
 def write_tokenizer(source: str, folder: Path) -> None:
-    """Copies a tokenizer's folder; "byt5" is written out.
+    """Copies a tokenizer's folder, or writes ByT5's if ``source`` is "byt5".
 
     Raises:
-      FileNotFoundError: there is no such folder.
+      FileNotFoundError: the folder does not exist.
     """
     if source == "byt5":
-        # Imported here, for it is slow; it would also advise to install PyTorch.
+        # transformers is slow to import, and would advise to install PyTorch.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import ByT5Tokenizer
 
         ByT5Tokenizer().save_pretrained(folder)
         return
     if not Path(source).is_dir():
-        raise FileNotFoundError(f"There is no tokenizer folder {source!r} to copy.")
+        raise FileNotFoundError(f"The tokenizer folder {source!r} does not exist.")
     shutil.copytree(source, folder)
 
 
 def write_index(folder: Path, networks: Iterable[str]) -> None:
-    """``model_index.json`` of a FluxKontextPipeline; networks that are not there are null."""
-    there = set(networks)
+    """Writes ``model_index.json`` of a FluxKontextPipeline; networks it lacks are null.
+
+    Args:
+      folder: folder of the pipeline, with its tokenizers.
+      networks: names of the networks in the folder.
+    """
+    networks = set(networks)
     index: dict[str, Any] = {
         "_class_name": "FluxKontextPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -98,11 +103,11 @@ def write_index(folder: Path, networks: Iterable[str]) -> None:
         "image_encoder": [None, None],
     }
     for network in NETWORKS.values():
-        known = [network.library, network.class_name]
-        index[network.folder] = known if network.name in there else [None, None]
+        component = [network.library, network.class_name]
+        index[network.folder] = component if network.name in networks else [None, None]
     for name, tokenizer in TOKENIZERS.items():
         index[tokenizer] = [None, None]
-        if name in there:
+        if name in networks:
             index[tokenizer] = ["transformers", _tokenizer_class(folder / tokenizer)]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 

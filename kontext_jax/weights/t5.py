@@ -1,4 +1,4 @@
-"""T5 v1.1's encoder outside this package: transformers' names, and its ``config.json``."""
+"""T5 v1.1's encoder in transformers' files: tensor names and ``config.json``."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ MODEL_TYPES = ("t5",)
 
 
 def rows(config: T5Config) -> list[Row]:
-    """One row a parameter; there is one layout."""
+    """Returns the name table, which has one layout."""
     block = "encoder.block.{i}.layer"
     table = [
         Row("shared/embedding", "shared.weight"),
@@ -30,18 +30,18 @@ def rows(config: T5Config) -> list[Row]:
 
 
 def from_json(values: dict[str, Any]) -> T5Config:
-    """The config that transformers' ``config.json`` tells of.
+    """Returns the config that transformers' ``config.json`` describes.
 
     Raises:
       KeyError: a setting is missing.
-      ValueError: this is not T5 v1.1.
+      ValueError: a setting differs from T5 v1.1.
     """
     mlp = values.get("feed_forward_proj", "relu")
     epsilon = values.get("layer_norm_epsilon", 1e-6)
     if mlp != "gated-gelu" or epsilon != 1e-6:
         raise ValueError(
-            f"it has feed_forward_proj {mlp} and layer_norm_epsilon {epsilon}; T5 v1.1, which FLUX "
-            "reads prompts with, has gated-gelu and 1e-6."
+            f"it has feed_forward_proj {mlp} and layer_norm_epsilon {epsilon}; FLUX's text "
+            "encoder, T5 v1.1, has gated-gelu and 1e-6."
         )
     return T5Config(
         relative_attention_max_distance=values.get("relative_attention_max_distance", 128),
@@ -61,7 +61,7 @@ def from_json(values: dict[str, Any]) -> T5Config:
 
 
 def to_json(config: T5Config) -> dict[str, Any]:
-    """transformers' ``config.json``."""
+    """Returns the values of transformers' ``config.json``."""
     return {
         "architectures": [TRANSFORMERS_CLASS],
         "model_type": "t5",
@@ -86,10 +86,10 @@ def to_json(config: T5Config) -> dict[str, Any]:
     }
 
 
-def known_as(name: str) -> str | None:
-    """The name that the table has for a file's tensor; None for one that is not read.
+def canonical_name(name: str) -> str | None:
+    """Returns the table's name for a stored tensor, or None to skip the tensor.
 
-    Whole T5 models hold a decoder too, and some files the embedding a second time.
+    A full T5 also has a decoder, and some files store the embedding twice.
     """
     if name.startswith(("decoder.", "lm_head.")) or name == "encoder.embed_tokens.weight":
         return None

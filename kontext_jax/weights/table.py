@@ -1,17 +1,17 @@
-"""The language of the name tables: which PyTorch tensors make up each of our parameters.
+"""The language of the name tables, which map PyTorch's tensors to our parameters.
 
-A `Row` says it for one parameter in the two layouts there are, Black Forest Labs' and diffusers'.
-Ours follow BFL's names; diffusers cuts some into several tensors, side by side along what is our
-last axis. Names with ``{i}`` stand for one tensor a layer; ours are stacked along the first axis.
+A `Row` describes one parameter in both layouts, Black Forest Labs' (BFL's) and diffusers'. Our
+names follow BFL's. diffusers splits some parameters into several tensors along our last axis. A
+name with ``{i}`` stands for one tensor per layer; our parameter stacks them along its first axis.
 
-PyTorch keeps a linear map as (out, in) and a convolution as (out, in, height, width); ours are
-(in, out) and (height, width, in, out).
+PyTorch stores a linear kernel as (out, in) and a convolution kernel as (out, in, height, width);
+ours are (in, out) and (height, width, in, out).
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +20,16 @@ LAYOUTS = ("bfl", "diffusers")
 
 @dataclass(frozen=True)
 class Row:
-    """One of our parameters, and its tensors.
+    """One parameter and the tensors that store it.
 
     Attributes:
-      param: our name, such as ``double_blocks/img_attn/qkv/kernel``.
-      bfl: the tensor's name in BFL's layout; or in the only one there is.
-      diffusers: its name in diffusers'; a tuple where it is several tensors; empty if as in BFL's.
-      sizes: how wide these are along our last axis; empty if they are of equal width.
-      swapped: diffusers has the two halves of that axis the other way round.
-      pixelwise: BFL keeps this linear map as a 1 x 1 convolution.
+      param: name of our parameter, e.g. ``double_blocks/img_attn/qkv/kernel``.
+      bfl: name of the tensor in BFL's layout, or in the only layout if the network has one.
+      diffusers: name in diffusers' layout; a tuple if it is split into several tensors; empty if
+        it equals BFL's.
+      sizes: widths of these tensors along our last axis; empty if they are equal.
+      swapped: whether diffusers stores the two halves of the last axis in reverse order.
+      pixelwise: whether BFL stores this linear kernel as a 1 x 1 convolution.
     """
 
     param: str
@@ -40,13 +41,13 @@ class Row:
 
 
 class Piece(NamedTuple):
-    """One PyTorch tensor as part of one layer of one of our parameters.
+    """One PyTorch tensor, which stores a slice of one layer of a parameter.
 
     Attributes:
-      name, shape: of the tensor.
-      start, stop: what it holds of our last axis.
-      axes: the permutation of our axes that gives the tensor's.
-      swapped: the tensor's two halves are swapped, see `Row`.
+      name, shape: name and shape of the tensor.
+      start, stop: range of our last axis that it stores.
+      axes: permutation of our axes that gives the tensor's axes.
+      swapped: whether the tensor's two halves are swapped, see `Row`.
     """
 
     name: str
@@ -57,15 +58,15 @@ class Piece(NamedTuple):
     swapped: bool
 
     def to_tensor(self, ours: np.ndarray) -> np.ndarray:
-        """The tensor, from a whole layer of our parameter."""
+        """Returns the tensor, given the full layer of our parameter."""
         part = ours[..., self.start : self.stop]
         if self.swapped:
             part = _swap_halves(part)
         return np.ascontiguousarray(part.transpose(self.axes)).reshape(self.shape)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """Its part of our parameter's layer."""
-        squeezed = tensor.reshape(tensor.shape[: len(self.axes)])  # a 1 x 1 kernel has no extent
+        """Returns the slice of our parameter's layer that the tensor stores."""
+        squeezed = tensor.reshape(tensor.shape[: len(self.axes)])  # drops the axes of a 1 x 1
         part = squeezed.transpose(np.argsort(self.axes))
         return _swap_halves(part) if self.swapped else part
 
@@ -75,30 +76,30 @@ def _swap_halves(x: np.ndarray) -> np.ndarray:
     return np.concatenate([second, first], axis=-1)
 
 
-Place = tuple[str, int | None]
-"""A parameter and its layer; None where the parameter is not stacked."""
+LayerKey = tuple[str, int | None]
+"""(parameter, layer): one layer of a stacked parameter; layer None is an unstacked parameter."""
 
 
 class Table:
-    """All tensors of a network in one layout, by the `Place` they belong to."""
+    """All tensors of a network in one layout, by `LayerKey`."""
 
     def __init__(self, rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]], layout: str):
-        """Lays the rows out over the network's parameters.
+        """Matches the rows with the network's parameters.
 
         Args:
-          rows: one for each parameter.
-          shapes: of our parameters.
+          rows: one row per parameter.
+          shapes: shapes of our parameters, by name.
           layout: "bfl" or "diffusers".
 
         Raises:
-          ValueError: a parameter without a row or with two, or a row without a parameter: the table
-            is wrong.
+          ValueError: the table is wrong: a parameter has no row or two rows, or a row has no
+            parameter.
         """
-        described, wanted = Counter(row.param for row in rows), Counter(shapes.keys())
-        if described != wanted:
-            wrong = sorted((described - wanted) | (wanted - described))
+        described, expected = Counter(row.param for row in rows), Counter(shapes.keys())
+        if described != expected:
+            wrong = sorted((described - expected) | (expected - described))
             raise ValueError(f"The table does not describe the network: {', '.join(wrong)}.")
-        self.pieces: dict[Place, list[Piece]] = {}
+        self.pieces: dict[LayerKey, list[Piece]] = {}
         for row in rows:
             stacked = "{i}" in row.bfl
             for layer in range(shapes[row.param][0]) if stacked else [None]:
@@ -106,7 +107,7 @@ class Table:
                 self.pieces[row.param, layer] = _pieces(row, shape, layer, layout)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, by name."""
+        """Returns the shape of every tensor, by name."""
         return {piece.name: piece.shape for pieces in self.pieces.values() for piece in pieces}
 
 
@@ -131,39 +132,37 @@ def _pieces(row: Row, shape: tuple[int, ...], layer: int | None, layout: str) ->
 
 
 def linear(ours: str, bfl: str, diffusers: str | tuple[str, ...] = (), **kwargs) -> list[Row]:
-    """Kernel and bias of a linear map or convolution, or scale and bias of a norm with both."""
+    """Returns the rows of a linear map or convolution: kernel and bias."""
+    settings = {name: value for name, value in kwargs.items() if name != "pixelwise"}
     return kernel(ours, bfl, diffusers, **kwargs) + [
-        Row(f"{ours}/bias", f"{bfl}.bias", _with("bias", diffusers), **_but_pixelwise(kwargs))
+        Row(f"{ours}/bias", f"{bfl}.bias", _add_suffix(diffusers, "bias"), **settings)
     ]
 
 
 def kernel(ours: str, bfl: str, diffusers: str | tuple[str, ...] = (), **kwargs) -> list[Row]:
-    """A linear map without bias."""
-    return [Row(f"{ours}/kernel", f"{bfl}.weight", _with("weight", diffusers), **kwargs)]
+    """Returns the row of a linear map or convolution without bias."""
+    return [Row(f"{ours}/kernel", f"{bfl}.weight", _add_suffix(diffusers, "weight"), **kwargs)]
 
 
 def norm(ours: str, bfl: str, diffusers: str | tuple[str, ...] = ()) -> list[Row]:
-    """Scale and bias of a norm."""
+    """Returns the rows of a norm: scale and bias."""
     return [
-        Row(f"{ours}/scale", f"{bfl}.weight", _with("weight", diffusers)),
-        Row(f"{ours}/bias", f"{bfl}.bias", _with("bias", diffusers)),
+        Row(f"{ours}/scale", f"{bfl}.weight", _add_suffix(diffusers, "weight")),
+        Row(f"{ours}/bias", f"{bfl}.bias", _add_suffix(diffusers, "bias")),
     ]
 
 
-def _with(ending: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def _add_suffix(names: str | tuple[str, ...], suffix: str) -> str | tuple[str, ...]:
     if isinstance(names, str):
-        return f"{names}.{ending}"
-    return tuple(f"{name}.{ending}" for name in names)
+        return f"{names}.{suffix}"
+    return tuple(f"{name}.{suffix}" for name in names)
 
 
-def _but_pixelwise(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if name != "pixelwise"}
+def in_layer_order(keys: Iterable[LayerKey]) -> list[LayerKey]:
+    """Sorts keys layer by layer, as PyTorch's files are; unstacked parameters come first."""
+    return sorted(keys, key=_order)
 
 
-def in_layer_order(places: Iterable[Place]) -> list[Place]:
-    """Layer by layer, as PyTorch's own files are: first what is not stacked."""
-    return sorted(places, key=lambda place: _order(*place))
-
-
-def _order(param: str, layer: int | None) -> tuple:
+def _order(key: LayerKey) -> tuple:
+    param, layer = key
     return (layer is not None, param.split("/")[0], layer or 0, param)

@@ -1,16 +1,16 @@
-"""Tensors of the files that ``torch.save`` writes, without running them.
+"""Reads tensors from files of ``torch.save`` without unpickling them.
 
-The tensors stand in a pickle, which tells for each what it shows of which storage. A pickle is a
-program, and Python's unpickler calls whatever that names; so it is not used. `_interpret` knows the
-few operations that a dict of tensors takes, builds plain values, and calls nothing that a file
-names.
+A file describes its tensors in a pickle: each tensor is a view of a storage. A pickle is a program,
+and Python's unpickler calls anything that it names, so this module does not use it. `_interpret`
+supports only the operations that a dict of tensors needs, builds plain values, and calls nothing
+that a file names.
 
-Before version 1.6 a file is five pickles - a magic number, the version, the machine's sizes, the
-tensors, and the keys of their storages - and then the bytes of each storage; the layout is that of
-``_legacy_save`` in PyTorch's ``torch/serialization.py``. Since then it is a zip archive with a
-folder of ``data.pkl``, the tensors, ``data/<key>``, the bytes of a storage, ``byteorder``, and
-records that tensors do not need (``_save`` in the same file). Python 2 wrote names as bytes, and
-the oldest files call ``_rebuild_tensor``, as torchvision's VGG16 does.
+Before PyTorch 1.6, a file is five pickles (a magic number, the version, sizes of the machine, the
+tensors, and the keys of their storages), followed by the bytes of each storage; see
+``_legacy_save`` in PyTorch's ``torch/serialization.py``. Since then, a file is a zip archive of one
+folder with ``data.pkl`` (the tensors), ``data/<key>`` (the bytes of a storage), ``byteorder``, and
+records that tensors do not need; see ``_save`` in the same file. Python 2 wrote names as bytes, and
+the oldest files, such as torchvision's VGG16, call ``_rebuild_tensor``.
 """
 
 import io
@@ -37,7 +37,7 @@ STORAGE_DTYPES = {
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
     "torch LongStorage": np.dtype("<i8"),
 }
-"""Of the storages that are read."""
+"""Dtypes of the supported storages."""
 
 
 class _Storage(NamedTuple):
@@ -47,7 +47,7 @@ class _Storage(NamedTuple):
 
 
 class _View(NamedTuple):
-    """A tensor: which elements of a storage it shows, counted in elements."""
+    """A tensor as a strided view of a storage; offset and strides count elements."""
 
     storage: _Storage
     offset: int
@@ -56,35 +56,37 @@ class _View(NamedTuple):
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file of either kind, by name, in the dtypes they are stored in.
+    """Returns the tensors of a file of either format, by name, in their stored dtypes.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      WeightsError: it is another kind of file, is cut off, or holds anything but tensors.
+      FileNotFoundError: the file does not exist.
+      WeightsError: the file has another format, is truncated, or holds anything but tensors.
     """
-    content = path.read_bytes()  # which no claimed length makes allocate more
+    content = path.read_bytes()  # bounds all memory: lengths that the file claims allocate nothing
     read = _read_zip if content.startswith(ZIP_START) else _read_legacy
     try:
         return read(io.BytesIO(content))
     except WeightsError as error:
-        why = str(error)
+        reason = str(error)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, *_ZIP_ERRORS):
-        why = "it is cut off or mixed up"
-    raise WeightsError(f"{path} is not read: {why}. Give a dict of tensors that torch.save wrote.")
+        reason = "it is truncated or corrupt"
+    raise WeightsError(
+        f"Cannot read {path}: {reason}. Pass a file of torch.save with a dict of tensors."
+    )
 
 
 _ZIP_ERRORS = (EOFError, RuntimeError, zipfile.BadZipFile)
-"""What else zipfile raises; of RuntimeError's kinds for what is encrypted or not implemented."""
+"""Further errors of zipfile; RuntimeError for encrypted and unsupported (NotImplementedError)."""
 
 
 def _read_zip(file: io.BytesIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-            raise WeightsError("some of its records are compressed")
+            raise WeightsError("its records are compressed")
         pickles = [x.filename for x in records if re.fullmatch("[^/]+/data.pkl", x.filename)]
         if len(pickles) != 1:
-            raise WeightsError(f"it is a zip archive of {len(pickles)} data.pkl")
+            raise WeightsError(f"it is a zip archive with {len(pickles)} data.pkl")
         folder = pickles[0].removesuffix("data.pkl")
         if any(record.filename == f"{folder}byteorder" for record in records):
             if archive.read(f"{folder}byteorder") != b"little":
@@ -94,14 +96,14 @@ def _read_zip(file: io.BytesIO) -> dict[str, np.ndarray]:
         for storage in {view.storage for view in views.values()}:
             content = archive.read(f"{folder}data/{storage.key}")
             if len(content) != storage.size * storage.dtype.itemsize:
-                raise _other_size(storage)
+                raise _size_error(storage)
             data[storage] = np.frombuffer(content, storage.dtype)
     return {name: _elements(view, data[view.storage]) for name, view in views.items()}
 
 
 def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     if _interpret(file) != MAGIC or _interpret(file) != VERSION:
-        raise WeightsError("it does not start as such files do")
+        raise WeightsError("it has another format")
     if not _interpret(file)["little_endian"]:
         raise WeightsError("its numbers are big-endian")
     views, keys = _checked(_interpret(file)), _interpret(file)
@@ -110,7 +112,7 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
     for key in keys:
         storage = storages[key]
         if storage.size != int.from_bytes(rest[:8], "little"):
-            raise _other_size(storage)
+            raise _size_error(storage)
         end = 8 + storage.size * storage.dtype.itemsize
         data[storage], rest = np.frombuffer(rest[8:end], storage.dtype, storage.size), rest[end:]
     return {name: _elements(view, data[view.storage]) for name, view in views.items()}
@@ -119,24 +121,28 @@ def _read_legacy(file: io.BytesIO) -> dict[str, np.ndarray]:
 def _checked(views: Any) -> dict[str, _View]:
     names, values = views.keys(), views.values()
     if not all(isinstance(x, str) for x in names) or not all(isinstance(x, _View) for x in values):
-        raise WeightsError("it holds more than tensors and their names")
+        raise WeightsError("it holds more than named tensors")
     return views
 
 
-def _other_size(storage: _Storage) -> WeightsError:
-    return WeightsError(f"its storage {storage.key} is of another size than the tensors say")
+def _size_error(storage: _Storage) -> WeightsError:
+    return WeightsError(f"the size of its storage {storage.key} differs from what tensors declare")
 
 
 def _elements(view: _View, data: np.ndarray) -> np.ndarray:
-    """The tensor, copied; strides may be in any order, but no element is shown twice."""
-    reach = sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
-    reach = reach if math.prod(view.shape) else -1
+    """Returns a copy of the tensor.
+
+    Strides may be in any order. A tensor with more elements than its storage is refused, so that
+    overlapping views cannot allocate more memory than the file has.
+    """
+    last = sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
+    last = last if math.prod(view.shape) else -1
     if (
         min((view.offset, *view.shape, *view.strides)) < 0
-        or view.offset + reach >= len(data)
+        or view.offset + last >= len(data)
         or math.prod(view.shape) > len(data)
     ):
-        raise WeightsError("one of its tensors reaches beyond its storage")
+        raise WeightsError("one of its tensors exceeds its storage")
     strides = [stride * data.itemsize for stride in view.strides]
     return np.lib.stride_tricks.as_strided(data[view.offset :], view.shape, strides).copy()
 
@@ -152,7 +158,7 @@ def _rebuild_parameter(tensor: Any, *rest: Any) -> Any:
 
 
 class _Name(NamedTuple):
-    """A class or function that a file names; it stays a name."""
+    """The name of a class or function in a file; it is never looked up."""
 
     name: str
 
@@ -163,7 +169,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils _rebuild_tensor": _rebuild_tensor,
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
 }
-"""What a file may call, and what is called instead."""
+"""Our replacements of the functions that a file may call."""
 
 _MARK = object()
 
@@ -179,14 +185,14 @@ _NEW: dict[str, Callable[[], Any]] = {
 
 
 def _interpret(file: io.BytesIO) -> Any:
-    """The value of the pickle at the file's position, which is then behind it."""
+    """Returns the value of the pickle at the file's position, and moves the position behind it."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
     def pop_to_mark() -> list[Any]:
-        at = len(stack) - 1 - stack[::-1].index(_MARK)
-        values = stack[at + 1 :]
-        del stack[at:]
+        mark = len(stack) - 1 - stack[::-1].index(_MARK)
+        values = stack[mark + 1 :]
+        del stack[mark:]
         return values
 
     for operation, argument, _ in pickletools.genops(file):
@@ -217,20 +223,20 @@ def _interpret(file: io.BytesIO) -> Any:
                 stack.append(memo[argument])
             case "GLOBAL":
                 if argument not in _CALLS and argument not in STORAGE_DTYPES:
-                    raise WeightsError(f"it asks for {argument.replace(' ', '.')}")
+                    raise WeightsError(f"it refers to {argument.replace(' ', '.')}")
                 stack.append(_Name(argument))
             case "REDUCE":
                 arguments = stack.pop()
                 stack.append(_CALLS[stack.pop().name](*arguments))
             case "BINPERSID":
-                _, kind, key, _, size, *whole = stack.pop()
-                if whole not in ([], [None]):
-                    raise WeightsError("one of its storages is a part of another")
+                _, kind, key, _, size, *view_metadata = stack.pop()
+                if view_metadata not in ([], [None]):
+                    raise WeightsError("one of its storages is a view of another")
                 stack.append(_Storage(key, STORAGE_DTYPES[kind.name], size))
             case "BUILD":
-                stack.pop()  # the versions of the modules that the tensors are of
+                stack.pop()  # versions of the modules, which tensors do not need
             case "STOP":
                 return stack.pop()
             case name if name != "PROTO":
-                raise WeightsError(f"it has the operation {name}, which no dict of tensors takes")
-    raise AssertionError("genops ends at STOP or raises")
+                raise WeightsError(f"it has the operation {name}, which dicts of tensors never use")
+    raise AssertionError("genops ends at STOP or raises an error")

@@ -1,7 +1,7 @@
-"""Whether written networks compute in PyTorch what they compute here; needs the extra ``convert``.
+"""Compares written networks with PyTorch's on the same inputs; needs the extra ``convert``.
 
-A file can hold every bit under a wrong name. So each network is built a second time by diffusers or
-transformers, and both are given the same random inputs.
+A file can hold every bit under a wrong name. So diffusers or transformers builds each network
+again, and both networks get the same random inputs.
 """
 
 import dataclasses
@@ -33,58 +33,58 @@ except ImportError as error:
     ) from error
 
 TOLERANCE = 1e-3
-"""Largest difference, as a share of the largest output.
+"""Largest difference, relative to the largest output.
 
-float32 alone makes one of up to 1e-5 in networks of FLUX's depth or width. Tensors with one
-another's names make one of about 1, settings that are read otherwise mostly of 0.01 or more.
+In networks of FLUX's depth or width, float32 alone differs by up to 1e-5. Two tensors with swapped
+names differ by about 1, and settings that are read differently mostly by 0.01 or more.
 """
 
 Arrays = dict[str, np.ndarray]
 
 
 def verify(output: Path, readers: Mapping[str, Reader]) -> Iterator[str]:
-    """Compares one network after the other, and says of each how well it agrees.
+    """Compares the networks one by one, and yields a line on the agreement of each.
 
-    PyTorch reads diffusers' folders by itself; otherwise it gets our parameters under diffusers'
-    names. All is computed in float32 on the CPU, whatever the weights are stored in. PyTorch's
-    network is gone before ours is loaded, so that four bytes a parameter must fit into memory:
-    48 GB for FLUX's transformer.
+    PyTorch reads diffusers' folders itself; for other layouts it gets our parameters under
+    diffusers' names. Everything is computed in float32 on the CPU, whatever the stored dtype.
+    PyTorch's network is freed before ours is loaded, so memory has to hold four bytes per
+    parameter: 48 GB for FLUX's transformer.
 
     Args:
-      output: where the networks are.
-      readers: all of them, see ``places.open_networks``.
+      output: location of the networks.
+      readers: their readers, see `locations.open_networks`.
 
     Raises:
-      ValueError: diffusers has no such network.
-      WeightsError: PyTorch cannot make a network of what is there, or it computes something else.
+      ValueError: diffusers does not support a network's settings.
+      WeightsError: PyTorch cannot build a network from the weights, or its outputs differ.
     """
     for name, reader in readers.items():
         probe = PROBES[name]
         inputs = probe.inputs(reader.config, np.random.default_rng(0))
-        wanted = _run_pytorch(probe, reader, _folder(output, reader.network), inputs)
-        yield f"{name}: {_compare(name, _run_jax(probe, reader, inputs), wanted)}"
+        expected = _run_pytorch(probe, reader, _folder(output, reader.network), inputs)
+        yield f"{name}: {_compare(name, _run_jax(probe, reader, inputs), expected)}"
 
 
-def _compare(name: str, outputs: Arrays, wanted: Arrays) -> str:
-    found = []
-    for output, values in wanted.items():
+def _compare(name: str, outputs: Arrays, expected: Arrays) -> str:
+    errors = []
+    for output, values in expected.items():
         largest, difference = np.abs(values).max(), np.abs(outputs[output] - values).max()
-        if not difference <= TOLERANCE * largest:  # nor if one of them is no number
+        if not difference <= TOLERANCE * largest:  # also true of NaN
             raise WeightsError(
-                f"The {name} is not the same network in PyTorch: {output} differs by "
-                f"{difference:.1e} where the largest is {largest:.2g}. Do not use what was written."
+                f"The {name} differs in PyTorch: {output} is off by {difference:.1e} where the "
+                f"largest value is {largest:.2g}. Do not use the output."
             )
-        found.append((difference / max(largest, np.finfo(np.float32).tiny), difference, largest))
-    _, difference, largest = max(found)
+        errors.append((difference / max(largest, np.finfo(np.float32).tiny), difference, largest))
+    _, difference, largest = max(errors)
     return f"PyTorch and JAX agree to {difference:.1e} of outputs up to {largest:.2g}"
 
 
 class Probe(NamedTuple):
-    """How a kind of network is tried.
+    """Inputs and calls that compare one kind of network.
 
     Attributes:
-      inputs: random ones of its config, without an axis for the batch.
-      pytorch, jax: a network's outputs for them.
+      inputs: function from its config and a generator to random inputs without a batch axis.
+      pytorch, jax: functions from a network and batched inputs to its outputs.
     """
 
     inputs: Callable[[Any, np.random.Generator], Arrays]
@@ -96,21 +96,21 @@ def _run_jax(probe: Probe, reader: Reader, inputs: Arrays) -> Arrays:
     config = dataclasses.replace(reader.config, dtype="float32")
     mesh = make_mesh(MeshConfig(), jax.devices("cpu")[:1])
     network = load(reader, config, mesh, dtype=None)
-    rows = {name: x[None] for name, x in inputs.items()}
-    # Parameters in half precision meet float32.
+    batch = {name: x[None] for name, x in inputs.items()}
+    # Parameters in half precision are promoted to float32.
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("standard"):
-        return {name: np.asarray(x) for name, x in jax.jit(probe.jax)(network, rows).items()}
+        return {name: np.asarray(x) for name, x in jax.jit(probe.jax)(network, batch).items()}
 
 
 def _run_pytorch(probe: Probe, reader: Reader, folder: Path | None, inputs: Arrays) -> Arrays:
     network = _from_tensors(reader) if folder is None else _from_folder(reader, folder)
-    rows = {name: torch.from_numpy(x[None]) for name, x in inputs.items()}
+    batch = {name: torch.from_numpy(x[None]) for name, x in inputs.items()}
     with torch.inference_mode():
-        return {name: x.numpy() for name, x in probe.pytorch(network.eval(), rows).items()}
+        return {name: x.numpy() for name, x in probe.pytorch(network.eval(), batch).items()}
 
 
 def _folder(output: Path, network: Network) -> Path | None:
-    """The folder of diffusers' layout with this network, if it is in one."""
+    """Returns the network's folder if it is in diffusers' layout, else None."""
     folders = (output / network.folder, output)
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
@@ -127,7 +127,7 @@ def _from_folder(reader: Reader, folder: Path) -> torch.nn.Module:
     )
     wrong = [f"{what} {sorted(map(str, names))}" for what, names in report.items() if names]
     if wrong:
-        raise WeightsError(f"PyTorch does not find itself in {folder}: {'; '.join(wrong)}.")
+        raise WeightsError(f"PyTorch cannot load {folder}: {'; '.join(wrong)}.")
     return network
 
 
@@ -139,13 +139,13 @@ def _from_tensors(reader: Reader) -> torch.nn.Module:
     else:
         network = cls(cls.config_class(**values))
     table = kind.table(reader.config, "diffusers")
-    params = {kind.format.known_as(name): param for name, param in network.named_parameters()}
+    params = {kind.format.canonical_name(name): param for name, param in network.named_parameters()}
     if params.keys() != table.tensors().keys():
         wrong = sorted(map(str, params.keys() ^ table.tensors().keys()))
         raise WeightsError(f"PyTorch's {kind.name} has other tensors: {', '.join(wrong)}.")
     with torch.no_grad():
-        for place, pieces in table.pieces.items():
-            values = reader.read(place)
+        for key, pieces in table.pieces.items():
+            values = reader.read(key)
             for piece in pieces:
                 tensor = piece.to_tensor(values).astype(np.float32)
                 params[piece.name].copy_(torch.from_numpy(tensor))
@@ -157,7 +157,7 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def _transformer_inputs(config: FluxConfig, rng: np.random.Generator) -> Arrays:
-    """A target, a context, and a prompt; tokens lie as far apart as in large images."""
+    """Returns a target, a context and a prompt; tokens are as far apart as in large images."""
     target, context = (6, 4), (5, 3)
     geometry = GeometryConfig(sizes=(target, context), pixels_per_token=1)
     positions = position_ids(target, [context], geometry) * np.array([1, 10, 10], np.int32)
@@ -237,7 +237,7 @@ def _autoencoder_jax(network: Autoencoder, inputs: Mapping[str, jax.Array]) -> d
 
 
 def _text_encoder_inputs(config: T5Config, rng: np.random.Generator) -> Arrays:
-    """A prompt with an end (1) and pads (0), longer than the farthest distance that T5 tells."""
+    """Returns ids with an end (1) and pads (0), longer than the largest distance that T5 tells."""
     length = config.relative_attention_max_distance + 32
     ids = rng.integers(2, config.vocab_size, length, np.int32)
     ids[-8:] = 1, 0, 0, 0, 0, 0, 0, 0
@@ -255,7 +255,7 @@ def _text_encoder_jax(network: T5Encoder, inputs: Mapping[str, jax.Array]) -> di
 
 
 def _clip_inputs(config: ClipConfig, rng: np.random.Generator) -> Arrays:
-    """A prompt with an end, which also pads."""
+    """Returns ids padded with the end id."""
     ids = rng.integers(0, config.vocab_size - 1, config.max_positions, np.int32)
     ids += ids >= config.eos_id
     ids[2 * len(ids) // 3 :] = config.eos_id

@@ -1,4 +1,4 @@
-"""Rows against a naive loop, and the loader's position in the data."""
+"""Rows against a naive loop, and saving and restoring the loader's position."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from kontext_jax.data.pipeline import (
     RowAssembler,
     assemble,
     check_readable,
-    negatives,
+    empty_prompts,
     plan_of,
     prepare,
 )
@@ -37,7 +37,7 @@ NUM = 30
 
 
 def make(number: int) -> Triple:
-    """A triple of up to two contexts, all images of another size than the geometry's."""
+    """A triple with up to two contexts; no image has a size of the geometry."""
     rng = np.random.default_rng(number)
     image = lambda: rng.integers(0, 256, (20, [18, 37][rng.integers(2)], 3), np.uint8)  # noqa: E731
     contexts = tuple(image() for _ in range(number % 3))
@@ -61,23 +61,23 @@ def assert_same(a, b):
 
 
 def patches(batch) -> np.ndarray:
-    """The pixels of every token that an encoder would make of a row, in its order."""
-    found = []
+    """The pixels of all encoded tokens of a row, in the encoder's order."""
+    patches = []
     for key in sorted(batch.images):
-        for picture in batch.images[key]:
-            height, width = picture.shape[:2]
+        for image in batch.images[key]:
+            height, width = image.shape[:2]
             for r in range(0, height, 8):
-                found += [picture[r : r + 8, c : c + 8] for c in range(0, width, 8)]
-    return np.stack(found)
+                patches += [image[r : r + 8, c : c + 8] for c in range(0, width, 8)]
+    return np.stack(patches)
 
 
 def part(batch, segment: int) -> list[np.ndarray]:
-    """All that a row holds of one example, wherever in the row it lies."""
+    """A row's data of one example, wherever it is in the row."""
     image, text = batch.segments == segment, batch.text_segments == segment
-    by_place = (batch.positions, batch.is_target, batch.offsets)
+    per_token = (batch.positions, batch.is_target, batch.offsets)
     return [
         patches(batch)[batch.source[image]],
-        *(x[image] for x in by_place),
+        *(x[image] for x in per_token),
         batch.text_ids[text],
     ]
 
@@ -89,7 +89,7 @@ def row(config, number: int, **settings):
 
 
 def test_a_row_is_laid_out_token_by_token():
-    """Two examples around one that could not be read; every token followed to its pixels."""
+    """Two examples around an unreadable one; every token is traced to its pixels."""
     rng = np.random.default_rng(0)
     image = lambda w, h: rng.integers(0, 256, (h, w, 3), np.uint8)  # noqa: E731
     first = Example("a", image(16, 16), (image(32, 16), image(16, 16)), np.array([5, 6, 1]))
@@ -108,24 +108,24 @@ def test_a_row_is_laid_out_token_by_token():
     assert batch.image_segments["16x32"].tolist() == [1, 3]
 
     pixels = patches(batch)
-    place = 0
+    token = 0
     for segment, example in ((1, first), (3, third)):
         images = (example.target, *example.contexts)
         sizes = [(x.shape[1], x.shape[0]) for x in images]
         positions = iter(position_ids(sizes[0], sizes[1:], GEOMETRY))
         offset = 0
-        for i, picture in enumerate(images):
-            for r in range(0, picture.shape[0], 8):
-                for c in range(0, picture.shape[1], 8):
+        for i, image in enumerate(images):
+            for r in range(0, image.shape[0], 8):
+                for c in range(0, image.shape[1], 8):
                     np.testing.assert_array_equal(
-                        pixels[batch.source[place]], picture[r : r + 8, c : c + 8]
+                        pixels[batch.source[token]], image[r : r + 8, c : c + 8]
                     )
-                    assert batch.segments[place] == segment
-                    assert batch.is_target[place] == (i == 0)
-                    assert batch.offsets[place] == offset
-                    assert batch.positions[place].tolist() == next(positions).tolist()
-                    place, offset = place + 1, offset + 1
-    assert place == 4 + 8 + 4 + 8 == CONFIG.packing.image_tokens
+                    assert batch.segments[token] == segment
+                    assert batch.is_target[token] == (i == 0)
+                    assert batch.offsets[token] == offset
+                    assert batch.positions[token].tolist() == next(positions).tolist()
+                    token, offset = token + 1, offset + 1
+    assert token == 4 + 8 + 4 + 8 == CONFIG.packing.image_tokens
 
 
 def test_padding_is_marked_everywhere():
@@ -137,7 +137,7 @@ def test_padding_is_marked_everywhere():
     assert batch.example_ids.tolist() == [3, -1, -1]
 
 
-def test_clip_ids_lie_at_their_example_s_place():
+def test_clip_ids_are_in_the_place_of_their_example():
     config = dataclasses.replace(
         CONFIG, text=TextConfig(clip_tokenizer="some/folder", clip_max_tokens=4)
     )
@@ -150,36 +150,36 @@ def test_clip_ids_lie_at_their_example_s_place():
         assemble([examples[0]._replace(clip_ids=np.zeros(0, np.int32))], [0], {"16x16": 3}, config)
 
 
-def test_empty_prompts_are_laid_out_as_prompts_are():
-    """Whatever the examples' own prompts are; none for one that could not be read."""
+def test_empty_prompts_are_laid_out_like_prompts():
+    """Independent of the examples' prompts, and without a prompt for an unreadable example."""
     image = np.zeros((16, 16, 3), np.uint8)
     examples = [Example("a", image, (), np.full(n, 7)) for n in (5, 2, 9)]
     empty = {"text_ids": np.array([4, 1]), "clip_ids": np.zeros(0, np.int32)}
-    shown = assemble([examples[0], None, examples[2]], [5, 6, 7], {"16x16": 3}, CONFIG)
+    prompted = assemble([examples[0], None, examples[2]], [5, 6, 7], {"16x16": 3}, CONFIG)
     blank = examples[0]._replace(**empty)
     expected = assemble([blank, None, blank], [5, 6, 7], {"16x16": 3}, CONFIG)
-    row = shown.replace(negative=negatives(shown, **empty))
+    row = prompted.replace(negative=empty_prompts(prompted, **empty))
     assert_same(unprompted(row), expected.replace(images=row.images))
 
 
-def test_batches_carry_empty_prompts_if_asked(config):
-    asked = row(config, 2, negatives=True, caption_dropout=0.5)
-    assert_same(unprompted(asked), row(config, 2, caption_dropout=1.0))
+def test_batches_carry_empty_prompts_if_requested(config):
+    batch = row(config, 2, negatives=True, caption_dropout=0.5)
+    assert_same(unprompted(batch), row(config, 2, caption_dropout=1.0))
     assert row(config, 2).negative is None
 
 
 @pytest.mark.parametrize("change", ["image", "text", "number"])
-def test_what_does_not_fit_is_refused(change):
+def test_examples_that_do_not_fit_are_refused(change):
     number = 4 if change == "number" else 1
     size = (16, 32 if change == "image" else 16)
     contexts = (np.zeros((*size, 3), np.uint8),) * (3 if change == "image" else 0)
     ids = np.ones(33 if change == "text" else 2, np.int64)
     examples = [Example("big", np.zeros((*size, 3), np.uint8), contexts, ids)] * number
-    with pytest.raises(ValueError, match="Example big does not fit into what is left"):
+    with pytest.raises(ValueError, match="Example big does not fit into the rest of its row"):
         assemble(examples, range(number), {"16x16": 4, "16x32": 4}, CONFIG)
 
 
-def test_images_take_their_nearest_size():
+def test_images_are_resized_to_their_nearest_size():
     tokenizer = Tokenizer(CONFIG.text)
     example = prepare(make(5), tokenizer, GEOMETRY)
     for image, raw in zip(
@@ -190,7 +190,7 @@ def test_images_take_their_nearest_size():
     assert example.clip_ids.shape == (0,)
 
 
-def test_an_epoch_shows_all_examples_with_ids_of_their_own(config):
+def test_every_epoch_has_all_examples_under_new_ids(config):
     loader = load(dataclasses.replace(config, batch_size=1))
     rows = loader.plan.num_rows
     ids = [
@@ -201,7 +201,7 @@ def test_an_epoch_shows_all_examples_with_ids_of_their_own(config):
     loader.close()
 
 
-def test_batches_stack_the_plan_s_rows_in_order(config):
+def test_batches_stack_the_rows_of_the_plan_in_order(config):
     loader = load(config)
     for step in range(3):
         expected = [row(config, 4 * step + r) for r in range(4)]
@@ -209,7 +209,7 @@ def test_batches_stack_the_plan_s_rows_in_order(config):
     loader.close()
 
 
-def test_a_loader_goes_on_where_another_stopped(config):
+def test_a_loader_resumes_where_another_stopped(config):
     loader = load(config)
     for _ in range(3):
         next(loader)
@@ -225,7 +225,7 @@ def test_a_loader_goes_on_where_another_stopped(config):
     loader.close(), other.close()
 
 
-def test_the_data_set_may_move_and_be_read_ahead_otherwise(config, tmp_path):
+def test_the_data_set_may_move_and_prefetch_may_change(config, tmp_path):
     loader = load(config)
     next(loader)
     folder = shutil.copytree(config.path, tmp_path / "moved")
@@ -235,34 +235,34 @@ def test_the_data_set_may_move_and_be_read_ahead_otherwise(config, tmp_path):
     loader.close(), moved.close()
 
 
-def test_two_hosts_read_what_one_would(config):
+def test_two_hosts_read_the_same_as_one(config):
     one = load(config)
     two = [load(config, process_index=i, process_count=2) for i in range(2)]
     for _ in range(3):
         halves = [next(loader) for loader in two]
-        whole = next(one)
+        both = next(one)
         ids = lambda *batches: sorted(  # noqa: E731
             tuple(r) for b in batches for r in b.example_ids.tolist()
         )
         assert all(len(half.example_ids) == 2 for half in halves)
-        assert ids(*halves) == ids(whole)
+        assert ids(*halves) == ids(both)
     assert two[0].state() == two[1].state() == one.state()
     state = two[0].state()
     expected = next(one)
-    alone = load(config)  # the two hosts' run goes on on one
+    alone = load(config)  # resumes the two hosts' run on one
     alone.restore(state)
     assert_same(next(alone), expected)
     for loader in (one, alone, *two):
         loader.close()
 
 
-def test_prompts_that_are_dropped_are_dropped_for_clip_too(config, flux_tokenizers):
+def test_dropped_prompts_are_also_dropped_for_clip(config, flux_tokenizers):
     text = TextConfig(clip_tokenizer=str(flux_tokenizers / "tokenizer"), clip_max_tokens=9)
     for dropout in (0.0, 1.0):
         batch = row(config, 0, text=text, caption_dropout=dropout)
-        is_there = batch.example_ids >= 0
-        assert is_there.any() and (batch.clip_ids[is_there, 0] == 518).all()
-        assert (batch.clip_ids[is_there, 1] == 519).all() == bool(dropout)
+        exists = batch.example_ids >= 0
+        assert exists.any() and (batch.clip_ids[exists, 0] == 518).all()
+        assert (batch.clip_ids[exists, 1] == 519).all() == bool(dropout)
 
 
 @pytest.mark.slow
@@ -283,48 +283,48 @@ def test_a_worker_process_reads_the_same(config):
         ({"text": TextConfig(max_tokens=9), "context_dropout": 0.1}, "context_dropout and text"),
     ],
 )
-def test_a_position_in_other_data_is_refused(config, change, named):
+def test_a_position_from_other_settings_is_refused(config, change, named):
     loader = load(config)
     other = load(dataclasses.replace(config, **change))
-    with pytest.raises(ValueError, match=f"is for another {named} than this run reads"):
+    with pytest.raises(ValueError, match=f"saved with a different {named}, so"):
         other.restore(loader.state())
     loader.close(), other.close()
 
 
-def test_another_seed_is_refused_and_another_order(config):
+def test_another_seed_gives_another_order_and_is_refused(config):
     loader, other = load(config), load(config, seed=1)
     assert next(loader).example_ids.tolist() != next(other).example_ids.tolist()
-    with pytest.raises(ValueError, match="is for another seed"):
+    with pytest.raises(ValueError, match="saved with a different seed"):
         other.restore(loader.state())
     loader.close(), other.close()
 
 
 def test_other_data_is_refused(config, tmp_path):
-    """The same sizes and prompts, but one picture is another."""
+    """One image differs; all sizes and prompts are the same."""
     altered = [make(number) for number in range(NUM)]
     altered[4] = altered[4]._replace(target=255 - altered[4].target)
     store.write({"train": altered}, tmp_path / "set")
     loader, other = load(config), load(dataclasses.replace(config, path=str(tmp_path / "set")))
-    with pytest.raises(ValueError, match="is for another data than this run reads"):
+    with pytest.raises(ValueError, match="saved with a different data, so"):
         other.restore(loader.state())
     loader.close(), other.close()
 
 
-def test_rows_planned_by_other_code_are_refused(config, monkeypatch):
+def test_a_position_from_another_plan_is_refused(config, monkeypatch):
     loader = load(config)
     monkeypatch.setattr(packing, "WINDOW", 1)
     other = load(config)
-    with pytest.raises(ValueError, match="is for another plan than this run reads"):
+    with pytest.raises(ValueError, match="saved with a different plan, so"):
         other.restore(loader.state())
     loader.close(), other.close()
 
 
-def test_a_data_set_that_is_not_there(config):
-    with pytest.raises(FileNotFoundError, match=r"no data set in /nowhere/set: make one"):
+def test_a_missing_data_set_is_named(config):
+    with pytest.raises(FileNotFoundError, match=r"no data set in /nowhere/set: build one"):
         load(dataclasses.replace(config, path="/nowhere/set"))
 
 
-def test_a_corrupt_record_is_left_out_and_counted(config, tmp_path, monkeypatch, caplog):
+def test_a_corrupt_record_is_skipped_and_counted(config, tmp_path, monkeypatch, caplog):
     good = store.encode_png
     broken = make(7).target
     monkeypatch.setattr(
@@ -336,22 +336,22 @@ def test_a_corrupt_record_is_left_out_and_counted(config, tmp_path, monkeypatch,
     corrupt = dataclasses.replace(config, path=str(tmp_path / "set"))
     plan = plan_of(TripleSource(config.path, "train"), config, seed=0)
     [number] = [k for k in range(plan.num_rows) if 7 in plan[k][1]]
-    whole, rest = row(config, number), row(corrupt, number)
+    complete, partial = row(config, number), row(corrupt, number)
     assert 'Skipped a record. Record 7 ("triple/7")' in caplog.text
-    assert whole.skipped == 0 and rest.skipped == 1
-    gone = whole.example_ids == 7
-    assert rest.example_ids.tolist() == np.where(gone, -1, whole.example_ids).tolist()
-    assert np.sum(whole.example_ids >= 0) >= 2  # others share its row
-    for segment, is_gone in enumerate(gone, start=1):
-        if is_gone:
-            assert segment not in {*rest.segments, *rest.text_segments}
-            assert segment not in np.concatenate(list(rest.image_segments.values()))
+    assert complete.skipped == 0 and partial.skipped == 1
+    missing = complete.example_ids == 7
+    assert partial.example_ids.tolist() == np.where(missing, -1, complete.example_ids).tolist()
+    assert np.sum(complete.example_ids >= 0) >= 2  # others share its row
+    for segment, is_missing in enumerate(missing, start=1):
+        if is_missing:
+            assert segment not in {*partial.segments, *partial.text_segments}
+            assert segment not in np.concatenate(list(partial.image_segments.values()))
         else:
-            assert_same(part(rest, segment), part(whole, segment))
+            assert_same(part(partial, segment), part(complete, segment))
 
 
-def test_a_few_unreadable_records_are_no_reason_to_stop():
-    check_readable(10, 50, CONFIG)  # one percent, of a thousand at least
+def test_a_run_stops_only_if_too_many_records_are_unreadable():
+    check_readable(10, 50, CONFIG)  # one percent of at least a thousand
     check_readable(30, 3000, CONFIG)
     with pytest.raises(
         ValueError, match="31 of 3000 records could not be read, more than data.max"
@@ -359,36 +359,37 @@ def test_a_few_unreadable_records_are_no_reason_to_stop():
         check_readable(31, 3000, CONFIG)
 
 
-def shown(config, epochs: int, **dropout):
-    """For each example shown: whether with its prompt, and whether with its contexts."""
+def after_dropout(config, epochs: int, **dropout):
+    """(id, has its prompt, has its contexts) of every example with contexts, in order of ids."""
     config = dataclasses.replace(config, **dropout)
     source = TripleSource(config.path, "train")
     plan = plan_of(source, config, seed=0)
     rows = RowAssembler(source, plan, config, seed=0)
-    found = []
+    examples = []
     for number in range(epochs * plan.num_rows):
         batch = rows[number]
         for segment, example in enumerate(batch.example_ids, start=1):
-            if example >= 0 and example % NUM % 3:  # those that have contexts
-                mine = batch.segments == segment
+            if example >= 0 and example % NUM % 3:  # has contexts
+                in_example = batch.segments == segment
                 prompt = np.sum(batch.text_segments == segment) > 1
-                found.append((int(example), bool(prompt), not batch.is_target[mine].all()))
-    return sorted(found)
+                has_contexts = not batch.is_target[in_example].all()
+                examples.append((int(example), bool(prompt), has_contexts))
+    return sorted(examples)
 
 
 def test_prompts_and_contexts_are_dropped_independently(config):
-    found = shown(config, 15, caption_dropout=0.4, context_dropout=0.6)
-    assert len(found) == 15 * NUM * 2 // 3
-    prompts, contexts = np.array(found)[:, 1], np.array(found)[:, 2]
-    deviation = 0.5 / len(found) ** 0.5
+    examples = after_dropout(config, 15, caption_dropout=0.4, context_dropout=0.6)
+    assert len(examples) == 15 * NUM * 2 // 3
+    prompts, contexts = np.array(examples)[:, 1], np.array(examples)[:, 2]
+    deviation = 0.5 / len(examples) ** 0.5
     assert abs(np.mean(prompts) - 0.6) < 3 * deviation
     assert abs(np.mean(contexts) - 0.4) < 3 * deviation
     assert abs(np.mean(prompts * contexts) - 0.24) < 3 * deviation
-    # Drawn anew in every epoch, and the same whenever drawn.
-    assert len({(example % NUM, prompt) for example, prompt, _ in found}) == 2 * NUM * 2 // 3
-    epoch = [one for one in found if one[0] < NUM]
-    assert epoch == shown(config, 1, caption_dropout=0.4, context_dropout=0.6)
+    # Drawn independently in every epoch, but reproducibly.
+    assert len({(example % NUM, prompt) for example, prompt, _ in examples}) == 2 * NUM * 2 // 3
+    epoch = [example for example in examples if example[0] < NUM]
+    assert epoch == after_dropout(config, 1, caption_dropout=0.4, context_dropout=0.6)
 
 
 def test_nothing_is_dropped_unless_asked_for(config):
-    assert all(prompt and context for _, prompt, context in shown(config, 1))
+    assert all(prompt and context for _, prompt, context in after_dropout(config, 1))

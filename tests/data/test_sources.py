@@ -1,7 +1,9 @@
-"""Reading: what comes out is what went in, and a broken record is named and nothing more."""
+"""Reading: triples round-trip, and a broken record is named without affecting the others."""
 
 import io
 import pickle
+import threading
+import time
 from concurrent import futures
 
 import grain
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from kontext_jax.data import store
-from kontext_jax.data.index import index_path
+from kontext_jax.data.index import Index, index_path
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.types import Triple
 
@@ -18,7 +20,7 @@ NUM = 12
 
 
 def make(number: int) -> Triple:
-    """A triple with 0, 1 or 2 contexts, each image of a size of its own."""
+    """A triple with 0, 1 or 2 contexts, each image of a different size."""
     rng = np.random.default_rng(number)
 
     def image(height: int, width: int) -> np.ndarray:
@@ -36,10 +38,12 @@ def make(number: int) -> Triple:
     )
 
 
-def assert_same(made: Triple, read: Triple) -> None:
+def assert_same(written: Triple, read: Triple) -> None:
     for field in ("id", "prompt", "category", "details"):
-        assert getattr(made, field) == getattr(read, field)
-    for a, b in zip((made.target, *made.contexts), (read.target, *read.contexts), strict=True):
+        assert getattr(written, field) == getattr(read, field)
+    for a, b in zip(
+        (written.target, *written.contexts), (read.target, *read.contexts), strict=True
+    ):
         assert b.dtype == np.uint8
         np.testing.assert_array_equal(a, b)
 
@@ -68,7 +72,7 @@ def test_index_out_of_range(path, index):
         TripleSource(path, "train")[index]
 
 
-def test_a_record_has_the_prompt_and_leaves_images_encoded(path):
+def test_a_record_has_the_prompt_and_encoded_images(path):
     source = TripleSource(path, "train")
     for index in (0, -1):
         record, triple = source.record(index), source[index]
@@ -95,7 +99,7 @@ def test_the_index_is_in_reading_order(path, scanned):
     assert index.prompt_bytes.tolist() == [len(triple.prompt.encode()) for triple in triples]
 
 
-def test_fingerprint_is_that_of_the_contents(path, tmp_path):
+def test_fingerprint_depends_on_the_contents_alone(path, tmp_path):
     original = TripleSource(path, "train").fingerprint
     assert original != TripleSource(path, "validation").fingerprint
 
@@ -114,9 +118,9 @@ def test_fingerprint_is_that_of_the_contents(path, tmp_path):
     assert TripleSource(tmp_path / "edited", "train").fingerprint != original
 
 
-def test_pickled_without_its_index(path):
+def test_a_source_is_pickled_without_its_index(path):
     source = TripleSource(path, "train")
-    assert source.fingerprint and source[3]  # what is cached and open must not be in the way
+    assert source.fingerprint and source[3]  # cached values and open files must not break pickling
     copy = pickle.loads(pickle.dumps(source))
     assert not {"index", "fingerprint"} & vars(copy).keys()
     assert copy.fingerprint == source.fingerprint
@@ -135,8 +139,31 @@ def test_threads_and_grain_read_the_same(path):
         assert_same(make(number), triple)
 
 
+def test_threads_compute_the_index_once(path, monkeypatch):
+    source, num_threads = TripleSource(path, "train"), 16
+    loads, barrier, load = [], threading.Barrier(num_threads), Index.load
+
+    def slow_load(file):
+        loads.append(file)
+        time.sleep(0.05)  # lets other threads in
+        return load(file)
+
+    monkeypatch.setattr(Index, "load", slow_load)
+
+    def read(_):
+        barrier.wait()
+        return source.fingerprint, source.index
+
+    with futures.ThreadPoolExecutor(num_threads) as pool:
+        fingerprints, indices = zip(*pool.map(read, range(num_threads)), strict=True)
+    assert loads == [index_path(path, "train")]
+    assert all(index is source.index for index in indices)
+    assert set(fingerprints) == {source.index.fingerprint()}
+    assert pickle.loads(pickle.dumps(source)).fingerprint == source.fingerprint
+
+
 @pytest.mark.parametrize("broken", ["target", "context"])
-def test_a_broken_image_is_named_and_the_others_read(tmp_path, monkeypatch, broken):
+def test_a_broken_image_is_named_and_others_are_readable(tmp_path, monkeypatch, broken):
     good = store.encode_png
     shape = make(4).target.shape if broken == "target" else make(4).contexts[0].shape
     monkeypatch.setattr(
@@ -163,7 +190,7 @@ def _flip_bytes(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage", [_flip_bytes, lambda content: content[: len(content) // 2], lambda content: b""]
 )
-def test_a_damaged_shard_harms_its_own_records_only(tmp_path, damage):
+def test_a_damaged_shard_affects_only_its_records(tmp_path, damage):
     large = [
         make(number)._replace(
             target=np.random.default_rng(number).integers(0, 256, (96, 96, 3), np.uint8)
@@ -184,9 +211,9 @@ def test_a_damaged_shard_harms_its_own_records_only(tmp_path, damage):
     assert corrupt and set(corrupt) <= {4, 5, 6, 7}
 
 
-def test_what_cannot_be_opened_is_named(path, tmp_path):
+def test_missing_or_empty_data_is_named(path, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no data set in .*nowhere: make one .*data\.build"
+        FileNotFoundError, match=r"no data set in .*nowhere: build one .*data\.build"
     ):
         TripleSource(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match='no split "test"; it has: train, validation'):
@@ -196,11 +223,11 @@ def test_what_cannot_be_opened_is_named(path, tmp_path):
     with pytest.raises(ValueError, match='The split "validation" of .* is empty'):
         TripleSource(path, "validation")
     next(path.glob("triples-train*-00001-of-*")).unlink()
-    with pytest.raises(FileNotFoundError, match="lacks its file triples-train"):
+    with pytest.raises(FileNotFoundError, match="lacks the file triples-train"):
         TripleSource(path, "train")
 
 
-def test_a_data_set_of_another_schema_is_refused(path):
+def test_a_data_set_with_another_schema_is_refused(path):
     features = path / "features.json"
     features.write_text(features.read_text().replace('"contexts"', '"inputs"'))
     with pytest.raises(ValueError, match="lack the fields contexts"):
@@ -217,8 +244,8 @@ def test_damaged_json_is_named_with_its_folder(path, name, damage):
         TripleSource(path, "train")
 
 
-def test_images_of_other_modes_are_read_as_they_look(tmp_path, monkeypatch):
-    """Such as other programs may write: of 16 bits, or turned by a note, by which nothing goes."""
+def test_images_of_other_modes_are_converted(tmp_path, monkeypatch):
+    """Other programs may write 16 bits, or an EXIF rotation, which is ignored."""
 
     def encode(image):
         exif, buffer = Image.Exif(), io.BytesIO()
@@ -236,5 +263,5 @@ def test_images_of_other_modes_are_read_as_they_look(tmp_path, monkeypatch):
 
 def test_the_index_of_another_data_set_is_refused(path):
     index_path(path, "validation").replace(index_path(path, "train"))
-    with pytest.raises(ValueError, match=f"lists 1 records where the split has {NUM}"):
+    with pytest.raises(ValueError, match=f"lists 1 records, but the split has {NUM}: delete"):
         _ = TripleSource(path, "train").index

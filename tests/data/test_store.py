@@ -1,4 +1,4 @@
-"""Writing: what is refused, and that nothing half-written ever stays."""
+"""Writing: invalid input is refused, and no incomplete data set remains."""
 
 import json
 
@@ -10,6 +10,8 @@ from kontext_jax.data.index import Index, Row, index_path
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.types import Triple
 
+NOT_RGB = '"x": the target has shape .*; it must be an RGB image'
+
 
 def triple(name: str = "a", **changes) -> Triple:
     image = np.full((4, 6, 3), 7, np.uint8)
@@ -18,9 +20,9 @@ def triple(name: str = "a", **changes) -> Triple:
 
 def test_files_of_a_data_set(tmp_path):
     splits = {"train": map(triple, "abcde"), "validation": [triple("z")]}
-    store.write(splits, tmp_path / "made" / "set", num_shards=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    assert sorted(path.name for path in (tmp_path / "made" / "set").iterdir()) == [
+    store.write(splits, tmp_path / "parent" / "set", num_shards=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["parent"]
+    assert sorted(path.name for path in (tmp_path / "parent" / "set").iterdir()) == [
         "dataset_info.json",
         "features.json",
         "index-train.npz",
@@ -29,23 +31,23 @@ def test_files_of_a_data_set(tmp_path):
         "triples-train.array_record-00001-of-00002",
         "triples-validation.array_record-00000-of-00001",
     ]
-    info = json.loads((tmp_path / "made" / "set" / "dataset_info.json").read_text())
+    info = json.loads((tmp_path / "parent" / "set" / "dataset_info.json").read_text())
     assert {split["name"]: split["shardLengths"] for split in info["splits"]} == {
         "train": ["2", "3"],
         "validation": ["1"],
     }
 
 
-def test_number_of_shards_follows_from_the_size(tmp_path, monkeypatch):
+def test_the_number_of_shards_depends_on_the_size(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD_BYTES", 1000)
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     store.write({"train": [triple(name, target=noise) for name in "abc"]}, tmp_path / "set")
     assert len(list((tmp_path / "set").glob("triples-train*"))) == 3
-    assert [made.id for made in TripleSource(tmp_path / "set", "train")] == ["a", "b", "c"]
+    assert [triple.id for triple in TripleSource(tmp_path / "set", "train")] == ["a", "b", "c"]
 
 
 def test_splits_are_consumed_lazily(tmp_path):
-    """No split is ever whole in memory: each triple is spooled before the next is asked for."""
+    """No split is held in memory: each triple is spooled before the next is requested."""
 
     def counting():
         for number in range(3):
@@ -66,28 +68,37 @@ def test_splits_are_consumed_lazily(tmp_path):
         ({"a-b": [triple()]}, '"a-b" cannot name a split'),
         ({"train": [triple("twin"), triple("b"), triple("twin")]}, '"twin" is used twice'),
         ({"train": [triple("twin")], "validation": [triple("twin")]}, '"twin" is used twice'),
-        ({"train": [triple("")]}, "id must be a string that is not empty"),
-        ({"train": [triple("x", category="tiny")]}, "\"x\": its category is 'tiny', not one of"),
-        ({"train": [triple("x", prompt=None)]}, '"x": its prompt is None'),
-        ({"train": [triple("x", target=np.zeros((4, 4), np.uint8))]}, '"x": its target is not'),
-        ({"train": [triple("x", target=np.zeros((4, 4, 4), np.uint8))]}, '"x": its target is not'),
-        ({"train": [triple("x", target=np.zeros((4, 4, 3)))]}, '"x": its target .* float64'),
-        ({"train": [triple("x", target=np.zeros((0, 4, 3), np.uint8))]}, '"x": its target is not'),
-        ({"train": [triple("x", target=None)]}, '"x": its target is not'),
+        ({"train": [triple("")]}, "id must be a non-empty string"),
+        ({"train": [triple("x", category="tiny")]}, "\"x\": the category is 'tiny', not one of"),
+        ({"train": [triple("x", prompt=None)]}, '"x": the prompt is None'),
+        (
+            {"train": [triple("x", target=np.zeros((4, 4), np.uint8))]},
+            NOT_RGB,
+        ),
+        (
+            {"train": [triple("x", target=np.zeros((4, 4, 4), np.uint8))]},
+            NOT_RGB,
+        ),
+        ({"train": [triple("x", target=np.zeros((4, 4, 3)))]}, '"x": the target .* float64'),
+        (
+            {"train": [triple("x", target=np.zeros((0, 4, 3), np.uint8))]},
+            NOT_RGB,
+        ),
+        ({"train": [triple("x", target=None)]}, NOT_RGB),
         (
             {"train": [triple("x", contexts=(triple().target, np.zeros((4, 4, 1), np.uint8)))]},
-            '"x": its context 1 is not an RGB image',
+            '"x": context 1 has shape .*; it must be an RGB image',
         ),
     ],
 )
-def test_bad_triples_are_refused_and_leave_nothing(tmp_path, splits, message):
+def test_invalid_triples_are_refused_and_nothing_remains(tmp_path, splits, message):
     with pytest.raises(ValueError, match=message):
         store.write(splits, tmp_path / "set")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("the disk is full"), KeyboardInterrupt()])
-def test_a_failure_half_way_leaves_nothing(tmp_path, failure):
+def test_nothing_remains_after_a_failure(tmp_path, failure):
     def failing():
         yield triple("a")
         raise failure
@@ -97,7 +108,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, failure):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_of_tfds_leaves_nothing(tmp_path, monkeypatch):
+def test_nothing_remains_after_a_failure_in_tfds(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -107,7 +118,7 @@ def test_a_failure_of_tfds_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_output_is_refused_and_left_alone(tmp_path):
+def test_an_existing_output_is_refused_and_unchanged(tmp_path):
     (tmp_path / "set").mkdir()
     with pytest.raises(FileExistsError, match="choose another --output or delete it"):
         store.write({"train": [triple()]}, tmp_path / "set")
@@ -136,13 +147,13 @@ def test_the_digest_covers_every_field():
     assert len(digests) == 1 + len(changed)
 
 
-def test_an_index_is_read_as_it_was_saved(tmp_path):
+def test_an_index_round_trips(tmp_path):
     store.write({"train": [triple("a"), triple("ü", prompt="ü" * 9)]}, tmp_path / "set")
     path = index_path(tmp_path / "set", "train")
     index = Index.load(path)
-    index.save(tmp_path / "again.npz")
+    index.save(tmp_path / "copy.npz")
     assert index.ids.tolist() == ["a", "ü"] and index.prompt_bytes.tolist() == [11, 18]
-    assert Index.load(tmp_path / "again.npz").fingerprint() == index.fingerprint()
+    assert Index.load(tmp_path / "copy.npz").fingerprint() == index.fingerprint()
 
 
 def _png(shade: int = 7) -> bytes:

@@ -8,7 +8,7 @@ def solid(value: int, side: int = 32) -> np.ndarray:
     return np.full((side, side, 3), value, np.uint8)
 
 
-def test_pictures_stand_in_their_columns():
+def test_images_are_drawn_in_their_columns():
     rows = [
         SheetRow([solid(10), solid(20)], "two contexts", [solid(30)], solid(40)),
         SheetRow([], "none", [solid(50, 16)], solid(60)),
@@ -20,12 +20,12 @@ def test_pictures_stand_in_their_columns():
     assert [sheet[middle + 72, x, 0] for x in (40, 112, 292, 364)] == [255, 255, 50, 60]
 
 
-def test_the_column_of_truths_is_there_if_any_is_known():
-    unknown = SheetRow([solid(10)], "a", [solid(30)], None)
-    sheet = draw_sheet([unknown, SheetRow([solid(10)], "b", [solid(30)], solid(40))], cell=64)
+def test_the_target_column_is_drawn_if_any_row_has_a_target():
+    without = SheetRow([solid(10)], "a", [solid(30)], None)
+    sheet = draw_sheet([without, SheetRow([solid(10)], "b", [solid(30)], solid(40))], cell=64)
     assert sheet.shape[1] == 8 + 3 * 72 + 248
     assert [sheet[26 + 32 + row, -40, 0] for row in (0, 72)] == [255, 40]
-    assert draw_sheet([unknown], cell=64).shape[1] == 8 + 2 * 72 + 248
+    assert draw_sheet([without], cell=64).shape[1] == 8 + 2 * 72 + 248
 
 
 def test_instructions_are_drawn_and_wrapped():

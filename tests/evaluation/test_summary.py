@@ -13,13 +13,13 @@ from kontext_jax.evaluation.summary import (
     HEADLINE,
     MAIN,
     OVER_TURNS,
-    alike,
     count_of,
     estimate_of,
-    first_cell,
     goodness,
+    groups_varying,
     interval_of,
     metrics_of,
+    pick_headline_cell,
     points_of,
     target_of,
 )
@@ -79,8 +79,8 @@ def test_alike_are_those_that_differ_in_one_setting():
         "d": about(step=2),
         "copy": about(baseline="copy"),
     }
-    assert alike(cells, "num_steps") == [["a", "b"], ["c"], ["d"]]
-    assert alike(cells, "step") == [["a", "d"], ["b"], ["c"]]
+    assert groups_varying(cells, "num_steps") == [["a", "b"], ["c"], ["d"]]
+    assert groups_varying(cells, "step") == [["a", "d"], ["b"], ["c"]]
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
@@ -98,13 +98,13 @@ def test_the_headline_is_about_the_last_step_of_the_first_run():
     raw = about(params="params", step=7)
     steps = {f"{step}": about(step=step) for step in (5, 10, 2)}
     copy = {"copy": about(baseline="copy", step=None)}
-    assert first_cell(steps | {"other": other, "raw": raw}) == "10"
-    assert first_cell({"other": other} | steps) == "other"
-    assert first_cell({"raw": raw} | steps) == "raw"
-    assert first_cell(copy | steps) == "copy"
+    assert pick_headline_cell(steps | {"other": other, "raw": raw}) == "10"
+    assert pick_headline_cell({"other": other} | steps) == "other"
+    assert pick_headline_cell({"raw": raw} | steps) == "raw"
+    assert pick_headline_cell(copy | steps) == "copy"
     few = about(sampler={"num_steps": 1, "guidance": 2.5})
-    assert first_cell({"few": few} | steps) == "few"
-    assert first_cell({"pipeline": about(step=None)} | copy) == "pipeline"
+    assert pick_headline_cell({"few": few} | steps) == "few"
+    assert pick_headline_cell({"pipeline": about(step=None)} | copy) == "pipeline"
 
 
 def test_the_target_is_of_losses_in_the_way_of_mlperf():

@@ -1,4 +1,4 @@
-"""Cells: grids name what differs, runs are pinned to the step they have, bad ones are named."""
+"""Grids name what varies, runs are pinned to a step, and errors name the cell."""
 
 import dataclasses
 from contextlib import closing
@@ -14,7 +14,7 @@ from kontext_jax.training.train_state import TrainState
 
 
 def save(workdir: Path, *steps: int) -> str:
-    """A run with checkpoints of these steps."""
+    """Writes a run with checkpoints at the given steps."""
     zero = jnp.zeros((), jnp.int32)
     with closing(Checkpointer(workdir, CheckpointConfig(keep=9))) as checkpointer:
         for step in steps:
@@ -24,7 +24,7 @@ def save(workdir: Path, *steps: int) -> str:
     return str(workdir)
 
 
-def test_a_grid_has_every_combination_once():
+def test_a_grid_has_one_cell_per_combination():
     cells = grid(
         "runs/flow",
         params=("ema", "params"),
@@ -56,7 +56,7 @@ def test_a_grid_has_every_combination_once():
     assert cell.name == "flow params consistency 4 steps guidance 2.5 cfg 3"
 
 
-def test_a_grid_names_only_what_differs():
+def test_grid_names_list_only_the_settings_that_vary():
     assert [cell.name for cell in grid("runs/flow")] == ["flow"]
     assert [cell.name for cell in grid("runs/flow@300")] == ["flow@300"]
     cells = grid("runs/flow@all", num_steps=(1, 2), cfg_scale=(4.0,))
@@ -80,24 +80,24 @@ def test_a_grid_names_only_what_differs():
         ({"sampler": SamplerConfig(strength=0.5)}, "cell 'x': sampler.strength .* the truth"),
     ],
 )
-def test_bad_settings_are_named(settings, message):
+def test_errors_name_the_cell_and_the_setting(settings, message):
     with pytest.raises(ValueError, match=message):
         Cell(**{"name": "x", "checkpoint": "runs/x"} | settings)
 
 
-def test_a_copy_needs_no_checkpoint_and_the_student_s_shift_may_be_set():
+def test_a_copy_needs_no_checkpoint_and_the_shift_can_be_set():
     assert resolve([Cell(name="copy", baseline="copy")]) == [Cell(name="copy", baseline="copy")]
     assert Cell(name="x", checkpoint="x", shift="resolution").shift == "resolution"
 
 
-def test_cells_of_the_same_networks_can_share_them():
+def test_cells_that_differ_only_in_sampling_share_networks():
     cell = Cell(name="a", checkpoint="x")
     sampler = SamplerConfig(num_steps=1)
     same = dataclasses.replace(cell, name="b", shift="none", sets=("s",), sampler=sampler)
-    assert same.networks == cell.networks
-    assert dataclasses.replace(cell, baseline="reconstruction").networks == cell.networks
+    assert same.networks_key == cell.networks_key
+    assert dataclasses.replace(cell, baseline="reconstruction").networks_key == cell.networks_key
     for other in ({"checkpoint": "y"}, {"params": "params"}, {"baseline": "untrained"}):
-        assert dataclasses.replace(cell, **other).networks != cell.networks
+        assert dataclasses.replace(cell, **other).networks_key != cell.networks_key
 
 
 def test_the_latest_checkpoint_is_pinned(tmp_path):
@@ -108,7 +108,7 @@ def test_the_latest_checkpoint_is_pinned(tmp_path):
     assert resolve([cell]) == [cell]
 
 
-def test_a_step_stays_and_all_are_spelled_out(tmp_path):
+def test_a_given_step_is_kept_and_all_expands_to_every_step(tmp_path):
     run = save(tmp_path / "run", 3, 12)
     cells = resolve(
         [
@@ -125,7 +125,7 @@ def test_a_step_stays_and_all_are_spelled_out(tmp_path):
     assert [cell.sets for cell in cells] == [(), ("s",), ("s",)]
 
 
-def test_a_run_whose_folder_ends_like_a_step(tmp_path):
+def test_a_run_s_folder_may_end_in_at_and_a_number(tmp_path):
     run = save(tmp_path / "run@5", 7)
     (cell,) = resolve([Cell(name="x", checkpoint=run)])
     assert cell.checkpoint == f"{run}@7"
@@ -134,38 +134,38 @@ def test_a_run_whose_folder_ends_like_a_step(tmp_path):
     assert (cell.name, cell.checkpoint) == ("x @7", f"{run}@7")
 
 
-def test_what_is_no_run_is_left_as_it_is(tmp_path):
+def test_a_location_that_is_not_a_run_is_unchanged(tmp_path):
     (tmp_path / "pipeline").mkdir()
     cell = Cell(name="x", checkpoint=str(tmp_path / "pipeline"))
     assert resolve([cell]) == [cell]
     raw = Cell(name="mine", checkpoint=str(tmp_path / "pipeline"), params="params")
-    with pytest.raises(ValueError, match="cell 'mine': .*pipeline is no run, and has no raw param"):
+    with pytest.raises(ValueError, match="cell 'mine': .*pipeline is not a run and has only one set of"):
         resolve([cell, raw])
 
 
-def test_a_missing_run_or_step_is_named_with_its_cell(tmp_path):
+def test_an_error_about_a_missing_checkpoint_names_the_cell(tmp_path):
     run = save(tmp_path / "run", 3, 12)
     (tmp_path / "begun/checkpoints").mkdir(parents=True)
-    for place, message in (
+    for location, message in (
         (f"{tmp_path}/begun@all", "no checkpoint"),
-        (f"{run}@4", "steps 3, 12, and no 4"),
+        (f"{run}@4", "steps 3, 12, but not 4"),
         (f"{tmp_path}/none@4", "no run with checkpoints in .*none'"),
         (f"{tmp_path}/none@all", "no run with checkpoints in .*none'"),
     ):
         with pytest.raises(FileNotFoundError, match=f"^cell 'mine': .*{message}"):
-            resolve([Cell(name="x", checkpoint=run), Cell(name="mine", checkpoint=place)])
+            resolve([Cell(name="x", checkpoint=run), Cell(name="mine", checkpoint=location)])
 
 
-def test_names_are_apart_as_folders_too(tmp_path):
+def test_names_must_give_different_folders(tmp_path):
     assert folder_name("flow, 2 steps & more") == "flow_2_steps_more"
     assert folder_name("a-b.c@12") == "a-b.c@12"
     run = save(tmp_path / "run", 3)
     copy = Cell(name="x @3", baseline="copy")
     for other in ("x @3", "x, @3"):
-        with pytest.raises(ValueError, match=r"cells need names of their own; 'x,? @3' is there"):
+        with pytest.raises(ValueError, match=r"cell names must be unique; 'x,? @3' is used"):
             resolve([copy, Cell(name=other, checkpoint=run)])
-    with pytest.raises(ValueError, match="'x @3' is there twice"):
+    with pytest.raises(ValueError, match="'x @3' is used twice"):
         resolve([copy, Cell(name="x", checkpoint=f"{run}@all")])
     check_names(["a b", "a-b", "ab"], "set")
-    with pytest.raises(ValueError, match="sets need names of their own; 'a b'"):
+    with pytest.raises(ValueError, match="set names must be unique; 'a b'"):
         check_names(["a b", "c", "a/b"], "set")

@@ -1,4 +1,4 @@
-"""What validation needs is there, or the message names the setting. See test_train for numbers."""
+"""Errors of validation's settings; tests/test_train.py tests its metrics."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from kontext_jax.evaluation.validation import make_validation
 from kontext_jax.sharding import make_mesh
 
 
-def test_a_split_that_is_missing_is_named_with_its_setting(world_folder):
+def test_the_error_of_a_missing_split_names_its_setting(world_folder):
     config = Config(
         data=DataConfig(path=str(world_folder)), validation=ValidationConfig(every=1, split="test")
     )

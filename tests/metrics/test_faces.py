@@ -1,6 +1,6 @@
-"""Each step of AuraFace by hand and against OpenCV; all of it with networks that are built here.
+"""AuraFace step by step, by hand and against OpenCV, and end to end with synthetic networks.
 
-dlib's encoder is tested with its own weights, on photographs that scikit-image has.
+dlib's encoder is tested with its own weights on scikit-image's photographs.
 """
 
 import importlib.util
@@ -24,16 +24,16 @@ from kontext_jax.metrics.faces import (
     DlibFaces,
     Faces,
     IdentityEncoder,
-    aligned,
+    align_face,
     decode,
-    distinct,
     letterbox,
     similarity_transform,
+    suppress_overlaps,
 )
 
 
-def turned(scale: float, degrees: float, x: float, y: float) -> np.ndarray:
-    """A matrix that scales, turns and then shifts."""
+def similarity(scale: float, degrees: float, x: float, y: float) -> np.ndarray:
+    """An affine matrix that scales, rotates and then shifts."""
     angle = np.radians(degrees)
     a, b = scale * np.cos(angle), scale * np.sin(angle)
     return np.array([[a, -b, x], [b, a, y]])
@@ -44,7 +44,7 @@ def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """As the paper has it (IEEE PAMI 13(4), equations 40 to 42)."""
+    """The paper's solution (IEEE PAMI 13(4), equations 40 to 42)."""
     mean_x, mean_y = source.mean(axis=0), target.mean(axis=0)
     covariance = (target - mean_y).T @ (source - mean_x) / len(source)
     u, singular, v = np.linalg.svd(covariance)
@@ -54,70 +54,70 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([scale * rotation, mean_y - scale * rotation @ mean_x])
 
 
-def test_a_similarity_is_found_again():
-    matrix = turned(1.7, 200, -30, 12)
-    found = similarity_transform(TEMPLATE, apply(matrix, TEMPLATE))
-    np.testing.assert_allclose(found, matrix, rtol=0, atol=1e-12)
+def test_similarity_transform_recovers_a_similarity():
+    matrix = similarity(1.7, 200, -30, 12)
+    result = similarity_transform(TEMPLATE, apply(matrix, TEMPLATE))
+    np.testing.assert_allclose(result, matrix, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mirror", [1, -1])
-def test_the_nearest_similarity_is_umeyamas_and_never_mirrors(mirror):
-    """Mirrored points have a nearest similarity too: a poor one, that is no reflection."""
+def test_similarity_transform_matches_umeyama_and_never_reflects(mirror):
+    """The best similarity for mirrored points fits badly, but is not a reflection."""
     rng = np.random.default_rng(0)
     target = 3 * TEMPLATE * [mirror, 1] + rng.normal(0, 5, TEMPLATE.shape)
-    found = similarity_transform(TEMPLATE, target)
-    np.testing.assert_allclose(found, umeyama(TEMPLATE, target), rtol=0, atol=1e-10)
-    assert np.linalg.det(found[:, :2]) > 0
+    result = similarity_transform(TEMPLATE, target)
+    np.testing.assert_allclose(result, umeyama(TEMPLATE, target), rtol=0, atol=1e-10)
+    assert np.linalg.det(result[:, :2]) > 0
 
 
-def slopes(height: int, width: int) -> np.ndarray:
-    """Red rises to the right, green downwards, by half a level a pixel."""
+def gradients(height: int, width: int) -> np.ndarray:
+    """Red rises to the right and green downwards, by half a level per pixel."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x / 2, y / 2, np.full_like(x, 200.0)], axis=-1)
 
 
 @pytest.mark.parametrize("degrees", [0, 25, -90])
-def test_the_crop_has_each_pixel_from_its_place(degrees):
-    image = slopes(300, 400).round().astype(np.uint8)
-    matrix = turned(0.8, degrees, 150, 140)
-    crop = aligned(image, apply(matrix, TEMPLATE))
+def test_the_crop_samples_the_right_positions(degrees):
+    image = gradients(300, 400).round().astype(np.uint8)
+    matrix = similarity(0.8, degrees, 150, 140)
+    crop = align_face(image, apply(matrix, TEMPLATE))
     y, x = np.mgrid[:112, :112]
-    places = apply(matrix, np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(112, 112, 2)
-    np.testing.assert_allclose(crop[..., :2], places / 2, rtol=0, atol=1.0)  # rounded twice
-    assert abs((crop[..., :2] - places / 2).mean()) < 0.03  # half a pixel would be 0.25
+    positions = apply(matrix, np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(112, 112, 2)
+    np.testing.assert_allclose(crop[..., :2], positions / 2, rtol=0, atol=1.0)  # rounded twice
+    assert abs((crop[..., :2] - positions / 2).mean()) < 0.03  # half a pixel would be 0.25
     assert (crop[..., 2] == 200).all()
 
 
-def test_of_a_face_unlike_the_template_the_points_are_nearest_in_the_crop():
-    """Scaled as `umeyama` of the picture's points says, and not its opposite of the template's."""
-    points = apply(turned(2, 0, 60, 30), TEMPLATE)
+def test_alignment_minimises_the_error_in_the_crop_and_not_in_the_image():
+    """For points unlike the template, the inverse of the opposite fit has a different scale."""
+    points = apply(similarity(2, 0, 60, 30), TEMPLATE)
     points += np.random.default_rng(0).normal(0, 10, points.shape)
-    there = umeyama(points, TEMPLATE)
-    crop = aligned(slopes(300, 400).round().astype(np.uint8), points).astype(float)
-    scale, other = np.hypot(*there[:, 0]), 1 / np.hypot(*umeyama(TEMPLATE, points)[:, 0])
-    assert scale < 0.96 * other
-    rise = (crop[60:, 60:, :2] - crop[:-60, :-60, :2]).mean(axis=(0, 1)) / 60  # red's and green's
-    expected = np.linalg.solve(there[:, :2], [0.5, 0.5])
+    to_crop = umeyama(points, TEMPLATE)
+    crop = align_face(gradients(300, 400).round().astype(np.uint8), points).astype(float)
+    scale, opposite = np.hypot(*to_crop[:, 0]), 1 / np.hypot(*umeyama(TEMPLATE, points)[:, 0])
+    assert scale < 0.96 * opposite
+    rise = (crop[60:, 60:, :2] - crop[:-60, :-60, :2]).mean(axis=(0, 1)) / 60  # red and green
+    expected = np.linalg.solve(to_crop[:, :2], [0.5, 0.5])
     np.testing.assert_allclose(rise, expected, rtol=0, atol=0.005)
 
 
-def test_the_crop_is_black_outside_the_picture():
-    crop = aligned(np.full((50, 50, 3), 255, np.uint8), TEMPLATE + [-20, -10])
+def test_the_crop_is_black_outside_the_image():
+    crop = align_face(np.full((50, 50, 3), 255, np.uint8), TEMPLATE + [-20, -10])
     inside = np.zeros((112, 112), bool)
     inside[10:60, 20:70] = True
     assert (crop[inside] == 255).all() and (crop[~inside] == 0).all()
 
 
-def test_the_crop_is_opencvs_but_for_its_coarser_places():
-    """OpenCV rounds places to 1/32 of a pixel. Part of the crop lies outside the picture."""
+def test_the_crop_matches_opencv_to_one_level():
+    """OpenCV rounds positions to 1/32 of a pixel. Part of the crop lies outside the image."""
     cv2 = pytest.importorskip("cv2", reason="compares with opencv-python")
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     image = np.asarray(Image.fromarray(noise).resize((240, 180), Image.Resampling.BICUBIC))
-    points = apply(turned(1.3, 15, 60, 10), TEMPLATE)
+    points = apply(similarity(1.3, 15, 60, 10), TEMPLATE)
     points += np.random.default_rng(1).normal(0, 8, points.shape)
-    there = umeyama(points, TEMPLATE)
-    expected = cv2.warpAffine(image, there, (112, 112), borderValue=0.0).astype(int)
-    assert np.abs(aligned(image, points) - expected).max() <= 1
+    to_crop = umeyama(points, TEMPLATE)
+    expected = cv2.warpAffine(image, to_crop, (112, 112), borderValue=0.0).astype(int)
+    assert np.abs(align_face(image, points) - expected).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_the_crop_is_opencvs_but_for_its_coarser_places():
         (333, 1001, (212, 640)),
     ],
 )
-def test_the_square_has_the_picture_in_its_corner(height, width, new):
+def test_letterbox_puts_the_resized_image_into_the_corner(height, width, new):
     image = np.random.default_rng(0).integers(1, 256, (height, width, 3), np.uint8)
     square, scale = letterbox(image)
     assert square.shape == (DETECTION_SIDE, DETECTION_SIDE, 3) and scale == new[0] / height
@@ -140,7 +140,7 @@ def test_the_square_has_the_picture_in_its_corner(height, width, new):
 
 
 @pytest.mark.parametrize("size", [(1000, 500), (200, 300), (333, 1001)])
-def test_the_square_is_opencvs_to_a_level(size):
+def test_letterbox_matches_opencv_to_one_level(size):
     cv2 = pytest.importorskip("cv2", reason="compares with opencv-python")
     image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     square, scale = letterbox(image)
@@ -149,27 +149,28 @@ def test_the_square_is_opencvs_to_a_level(size):
     assert np.abs(square[:height, :width] - expected).max() <= 1
 
 
-def nothing() -> list[np.ndarray]:
-    """A detector's outputs without a face, each value of its own."""
+def empty_outputs() -> list[np.ndarray]:
+    """Random detector outputs with every score below the threshold."""
     rng = np.random.default_rng(0)
     rows = [(DETECTION_SIDE // stride) ** 2 * ANCHORS for stride in STRIDES]
     return [0.49 * rng.random((n, width), np.float32) for width in (1, 4, 10) for n in rows]
 
 
-def test_no_score_no_face():
-    found = decode(nothing())
-    assert found.boxes.shape == (0, 4) and found.points.shape == (0, 5, 2) and not distinct(found)
+def test_low_scores_give_no_faces():
+    found = decode(empty_outputs())
+    assert found.boxes.shape == (0, 4) and found.points.shape == (0, 5, 2)
+    assert not suppress_overlaps(found)
 
 
 @pytest.mark.parametrize("level", range(3), ids="stride {}".format)
 @pytest.mark.parametrize("anchor", range(2))
-def test_a_guess_is_measured_from_its_cell_in_strides(level, anchor):
+def test_boxes_and_points_are_relative_to_their_cell_in_strides(level, anchor):
     stride, row, column = STRIDES[level], 3, 7
-    outputs = nothing()
-    place = (row * (DETECTION_SIDE // stride) + column) * ANCHORS + anchor
-    outputs[level][place] = 0.75
-    outputs[3 + level][place] = [1, 2, 3, 4]
-    outputs[6 + level][place] = np.arange(10) - 4
+    outputs = empty_outputs()
+    index = (row * (DETECTION_SIDE // stride) + column) * ANCHORS + anchor
+    outputs[level][index] = 0.75
+    outputs[3 + level][index] = [1, 2, 3, 4]
+    outputs[6 + level][index] = np.arange(10) - 4
     found = decode(outputs)
     x, y = stride * column, stride * row
     box = [x - stride, y - 2 * stride, x + 3 * stride, y + 4 * stride]
@@ -179,8 +180,8 @@ def test_a_guess_is_measured_from_its_cell_in_strides(level, anchor):
 
 
 def test_a_batch_axis_makes_no_difference():
-    outputs = nothing()
-    outputs[1][100] = 0.5  # the threshold itself counts
+    outputs = empty_outputs()
+    outputs[1][100] = 0.5  # exactly the threshold counts
     found, batched = decode(outputs), decode([output[None] for output in outputs])
     assert len(found.scores) == 1
     for one, other in zip(found, batched, strict=True):
@@ -195,30 +196,31 @@ def with_boxes(boxes: list, scores: list) -> Faces:
     ("side", "shift", "kept"),
     [
         (11, 0, [1]),
-        (11, 4, [1]),  # 7/15 are shared
+        (11, 4, [1]),  # the overlap is 7/15
         (11, 5, [1, 0]),  # 6/16
         (11, 11, [1, 0]),
-        (5, 2, [1]),  # 3/7; a pixel less of each were 2/6
+        (5, 2, [1]),  # 3/7; without the last pixels it would be 2/6
     ],
 )
-def test_of_overlapping_faces_the_surer_stays(side, shift, kept):
-    """Sides are counted with the last pixel."""
+def test_of_overlapping_faces_the_most_confident_is_kept(side, shift, kept):
+    """Boxes include their last pixels."""
     last = side - 1
     found = with_boxes([[shift, 0, shift + last, last], [0, 0, last, last]], [0.6, 0.9])
-    assert distinct(found) == kept
+    assert suppress_overlaps(found) == kept
 
 
-def test_a_face_that_went_hides_no_other():
-    """The second hides the third, but goes for the first, which does not."""
+def test_a_suppressed_face_suppresses_no_other():
+    """The second overlaps the third, but is itself suppressed by the first, which does not."""
     found = with_boxes([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]], [0.9, 0.8, 0.7])
-    assert distinct(found) == [0, 2]
+    assert suppress_overlaps(found) == [0, 2]
 
 
-def test_a_small_face_within_a_large_one_is_another():
-    assert distinct(with_boxes([[0, 0, 100, 100], [10, 10, 30, 30]], [0.6, 0.9])) == [1, 0]
+def test_a_small_face_inside_a_large_one_is_kept():
+    found = with_boxes([[0, 0, 100, 100], [10, 10, 30, 30]], [0.6, 0.9])
+    assert suppress_overlaps(found) == [1, 0]
 
 
-def test_missing_files_are_named_with_their_source(tmp_path):
+def test_missing_files_are_reported_with_their_source(tmp_path):
     (tmp_path / DETECTOR).touch()
     message = f"lacks {RECOGNISER}: copy them from https://huggingface.co/fal/AuraFace-v1"
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
@@ -227,7 +229,7 @@ def test_missing_files_are_named_with_their_source(tmp_path):
         AuraFace(tmp_path / "nowhere")
 
 
-def test_without_onnxruntime_the_error_names_it(tmp_path, monkeypatch):
+def test_missing_onnxruntime_is_reported_with_its_fix(tmp_path, monkeypatch):
     for name in (DETECTOR, RECOGNISER):
         (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -235,7 +237,7 @@ def test_without_onnxruntime_the_error_names_it(tmp_path, monkeypatch):
         AuraFace(tmp_path)
 
 
-def test_cosine_is_of_the_angle():
+def test_auraface_similarity_is_the_cosine():
     encoder = object.__new__(AuraFace)
     assert isinstance(encoder, IdentityEncoder) and encoder.metric == "auraface"
     a, b = np.array([3, 4], np.float32), np.array([30, 40], np.float32)
@@ -245,10 +247,10 @@ def test_cosine_is_of_the_angle():
     assert encoder.similarity(a, np.array([1, 0], np.float32)) == pytest.approx(0.6, abs=1e-15)
 
 
-# Networks of AuraFace's inputs and outputs, that find red squares and average colours.
+# Synthetic networks shaped like AuraFace: red squares are faces, and mean colours are vectors.
 
 CENTRE = np.array([320, 160])
-"""Of the face, in the detector's square: the corner of a cell of 16 pixels, and so of 8."""
+"""The face's centre in the detector's square: a corner of a 16-pixel and of an 8-pixel cell."""
 
 
 def write(path: Path, nodes: list, constants: dict, side: int, outputs: list[str]) -> None:
@@ -266,9 +268,9 @@ def write(path: Path, nodes: list, constants: dict, side: int, outputs: list[str
 
 
 def write_detector(path: Path, points: np.ndarray) -> None:
-    """Its score is the red of a cell, the second guess's is 1/4 less.
+    """Scores are the red of a cell, minus 1/4 for the second anchor.
 
-    Cells of 8 pixels have boxes of 4 pixels; those of 16 have boxes of 160 and the ``points``.
+    8-pixel cells have boxes of 4 pixels, 16-pixel cells boxes of 160 pixels and the ``points``.
     """
     nodes, outputs = [], [f"{name}{s}" for name in ("score", "box", "points") for s in STRIDES]
     constants = {"0": np.array(0), "rows": np.array([-1, 1]), "1/4": np.array([0.25], np.float32)}
@@ -290,7 +292,7 @@ def write_detector(path: Path, points: np.ndarray) -> None:
 
 
 def write_recogniser(path: Path) -> None:
-    """The mean colours of 4 x 4 fields of the crop: red's first."""
+    """Vectors are the mean colours of 4 x 4 patches of the crop, red first."""
     nodes = [
         ("AveragePool", (["pixels"], ["means"]), {"kernel_shape": [28, 28], "strides": [28, 28]}),
         ("Flatten", (["means"], ["vector"]), {}),
@@ -299,34 +301,34 @@ def write_recogniser(path: Path) -> None:
 
 
 def pattern(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A face, as it looks in the crop; without red."""
+    """The face as a function of positions in the crop; it has no red."""
     green = 128 + 100 * np.sin(x / 15) * np.cos(y / 25)
     blue = 128 + 100 * np.cos(x / 30 + 1) * np.sin(y / 20)
     return np.stack([np.zeros_like(green), green, blue], axis=-1)
 
 
-def picture_of(matrix: np.ndarray, height: int = 320, width: int = 160) -> np.ndarray:
-    """A picture, half the detector's size, with the face where the matrix takes it, marked red."""
+def draw_face(matrix: np.ndarray, height: int = 320, width: int = 160) -> np.ndarray:
+    """An image of half the detector's size with the face warped by the matrix and a red mark."""
     y, x = np.mgrid[:height, :width]
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
-    places = apply(inverse, np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(height, width, 2)
-    image = pattern(places[..., 0], places[..., 1])
+    positions = apply(inverse, np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(height, width, 2)
+    image = pattern(positions[..., 0], positions[..., 1])
     left, top = CENTRE // 2
     image[top : top + 8, left : left + 8, 0] = 255
     return image.round().astype(np.uint8)
 
 
 @pytest.mark.parametrize("size", [(160, 320), (320, 200)], ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize("matrix", [turned(0.75, 0, 110, 30), turned(0.7, 20, 115, 25)])
-def test_the_largest_face_is_found_and_embedded_from_wherever_it_lies(tmp_path, matrix, size):
+@pytest.mark.parametrize("matrix", [similarity(0.75, 0, 110, 30), similarity(0.7, 20, 115, 25)])
+def test_the_largest_face_is_detected_aligned_and_embedded(tmp_path, matrix, size):
     pytest.importorskip("onnxruntime", reason="runs AuraFace's steps with onnxruntime")
     write_detector(tmp_path / DETECTOR, 2 * apply(matrix, TEMPLATE))
     write_recogniser(tmp_path / RECOGNISER)
     encoder = AuraFace(tmp_path)
-    image = picture_of(matrix, *size)
+    image = draw_face(matrix, *size)
 
     found = encoder.detect(image)
-    assert len(found.scores) == 5  # the cell of 16 pixels, and the four of 8 in it; each once
+    assert len(found.scores) == 5  # the 16-pixel cell and its four 8-pixel cells, once each
     large = np.flatnonzero(found.boxes[:, 2] - found.boxes[:, 0] > 10)
     assert found.boxes[large].tolist() == [[*(CENTRE - 80) / 2, *(CENTRE + 80) / 2]]
     np.testing.assert_allclose(found.points[large[0]], apply(matrix, TEMPLATE), atol=1e-4)
@@ -335,35 +337,35 @@ def test_the_largest_face_is_found_and_embedded_from_wherever_it_lies(tmp_path, 
     expected = pattern(x, y).reshape(4, 28, 4, 28, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
     vector = encoder.embed(image)
     assert vector.dtype == np.float32 and vector.shape == (48,)
-    seen = 127.5 * vector.reshape(3, 4, 4) + 127.5
-    np.testing.assert_allclose(seen[1:], expected[1:], rtol=0, atol=0.5)  # levels of 255
-    assert (seen[0] > 1).any() and (seen[0] < 60).all()  # the mark alone
+    means = 127.5 * vector.reshape(3, 4, 4) + 127.5
+    np.testing.assert_allclose(means[1:], expected[1:], rtol=0, atol=0.5)  # levels of 255
+    assert (means[0] > 1).any() and (means[0] < 60).all()  # only the mark is red
 
     assert encoder.embed(np.zeros_like(image)) is None
     assert encoder.similarity(vector, vector) == pytest.approx(1)
 
 
-def test_a_detector_of_other_outputs_is_refused(tmp_path):
+def test_a_detector_with_other_outputs_is_rejected(tmp_path):
     pytest.importorskip("onnxruntime", reason="loads networks with onnxruntime")
     for name in (DETECTOR, RECOGNISER):
         write_recogniser(tmp_path / name)
-    with pytest.raises(ValueError, match="has 1 outputs, not 9: take fal/AuraFace-v1's"):
+    with pytest.raises(ValueError, match="has 1 outputs, not 9: use fal/AuraFace-v1's"):
         AuraFace(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid 1\n"])
 @pytest.mark.parametrize("broken", [DETECTOR, RECOGNISER])
-def test_files_that_are_no_networks_are_named(tmp_path, broken, content):
+def test_files_that_are_not_networks_are_named(tmp_path, broken, content):
     pytest.importorskip("onnxruntime", reason="loads networks with onnxruntime")
     for name in (DETECTOR, RECOGNISER):
         write_recogniser(tmp_path / name)
     (tmp_path / broken).write_bytes(content)
-    message = f"{tmp_path / broken}, of {len(content)} bytes, is no ONNX network that can be read: "
-    with pytest.raises(ValueError, match=re.escape(message) + ".*copy it anew from https://"):
+    message = f"{tmp_path / broken} ({len(content)} bytes) is not a readable ONNX network: "
+    with pytest.raises(ValueError, match=re.escape(message) + "copy the file again from https://"):
         AuraFace(tmp_path)
 
 
-def test_without_dlib_or_its_weights_the_error_names_them(monkeypatch):
+def test_missing_dlib_or_weights_are_reported_with_their_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "dlib", None)
     with pytest.raises(ImportError, match=r"needs dlib-bin .*pip install -e '.\[faces\]'"):
         DlibFaces()
@@ -373,7 +375,7 @@ def test_without_dlib_or_its_weights_the_error_names_them(monkeypatch):
         DlibFaces()
 
 
-def test_dlibs_similarity_is_one_less_the_distance():
+def test_dlib_similarity_is_one_minus_the_distance():
     encoder = object.__new__(DlibFaces)
     assert isinstance(encoder, IdentityEncoder) and encoder.metric == "dlib_similarity"
     a, b = np.zeros(128), np.full(128, 0.5 / np.sqrt(128))
@@ -391,7 +393,7 @@ def dlib_faces():
 
 @pytest.fixture(scope="module")
 def photographs():
-    return pytest.importorskip("skimage.data", reason="photographs are scikit-image's")
+    return pytest.importorskip("skimage.data", reason="the photographs are scikit-image's")
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +401,7 @@ def astronaut(photographs):
     return photographs.astronaut()
 
 
-def test_dlib_finds_the_same_face_and_tells_others(dlib_faces, photographs, astronaut):
+def test_dlib_recognises_the_same_face_and_distinguishes_others(dlib_faces, photographs, astronaut):
     vector = dlib_faces.embed(astronaut)
     assert vector.shape == (128,)
     darker = dlib_faces.embed((0.6 * astronaut).astype(np.uint8))
@@ -421,13 +423,13 @@ def enlarged(faces_of_25: np.ndarray) -> list[np.ndarray]:
     return images
 
 
-def test_dlib_takes_the_largest_face(dlib_faces, photographs, astronaut):
+def test_dlib_embeds_the_largest_face(dlib_faces, photographs, astronaut):
     other = enlarged(photographs.lfw_subset()[:1])[0]
-    picture = np.zeros((512, 512 + 280, 3), np.uint8)
-    picture[:, :512], picture[100:380, 512:] = astronaut, other
-    found = dlib_faces.embed(picture)
-    assert dlib_faces.distance(found, dlib_faces.embed(other)) < 0.2
-    assert dlib_faces.distance(found, dlib_faces.embed(astronaut)) > 0.6
+    image = np.zeros((512, 512 + 280, 3), np.uint8)
+    image[:, :512], image[100:380, 512:] = astronaut, other
+    vector = dlib_faces.embed(image)
+    assert dlib_faces.distance(vector, dlib_faces.embed(other)) < 0.2
+    assert dlib_faces.distance(vector, dlib_faces.embed(astronaut)) > 0.6
 
 
 def test_dlib_finds_no_face_in_a_cat(dlib_faces, photographs):

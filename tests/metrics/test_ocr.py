@@ -1,4 +1,4 @@
-"""The scores against counts by hand; the reader on words that Pillow draws."""
+"""OCR scores against edits counted by hand; the reader on words drawn by Pillow."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from kontext_jax.metrics.ocr import Reader, accuracy, contains, in_lines, normalise
+from kontext_jax.metrics.ocr import Reader, accuracy, contains, normalise, reading_order
 
 
 @pytest.mark.parametrize(
@@ -21,16 +21,16 @@ from kontext_jax.metrics.ocr import Reader, accuracy, contains, in_lines, normal
         ("e\u0301", "é"),
     ],
 )
-def test_text_is_compared_without_case_space_and_width(text, plain):
+def test_normalise_removes_case_spaces_and_width_variants(text, plain):
     assert normalise(text) == plain
 
 
-def test_signs_count():
+def test_punctuation_counts():
     assert accuracy("50", "50%") == pytest.approx(2 / 3) and not contains("50 off", "50% off")
 
 
 @pytest.mark.parametrize(
-    ("read", "wanted", "expected"),
+    ("read", "target", "expected"),
     [
         ("hello", "HELLO", 1),
         ("", "HELLO", 0),
@@ -43,14 +43,14 @@ def test_signs_count():
         ("ehllo", "hello", 3 / 5),  # a swap is two edits
     ],
 )
-def test_accuracy_is_one_less_edits_over_the_longer_text(read, wanted, expected):
-    assert accuracy(read, wanted) == pytest.approx(expected, abs=1e-15)
+def test_accuracy_is_one_minus_edits_over_the_longer_length(read, target, expected):
+    assert accuracy(read, target) == pytest.approx(expected, abs=1e-15)
     if read:
-        assert accuracy(wanted, read) == pytest.approx(expected, abs=1e-15)
+        assert accuracy(target, read) == pytest.approx(expected, abs=1e-15)
 
 
-def test_edits_are_the_fewest():
-    """Against all ways to align two texts: each is a common subsequence, and the rest is edited."""
+def test_the_edit_distance_is_minimal():
+    """Compared with a search over all alignments of two texts."""
 
     def fewest(a, b):
         if not a or not b:
@@ -65,15 +65,15 @@ def test_edits_are_the_fewest():
         assert accuracy(a, b) == pytest.approx(expected, abs=1e-15), (a, b)
 
 
-def test_contained_words_are_whole_and_may_stand_among_others():
+def test_contains_ignores_surrounding_words_but_no_error():
     assert contains("GRAND\nOPENING today", "Grand opening")
     assert not contains("GRAND\nOPENINC today", "Grand opening")
     assert not contains("", "Grand opening")
 
 
 @pytest.mark.parametrize("score", [accuracy, contains])
-def test_no_words_cannot_be_scored(score):
-    with pytest.raises(ValueError, match="There are no words that the picture should have"):
+def test_empty_expected_text_is_rejected(score):
+    with pytest.raises(ValueError, match="The expected text is empty: give the words"):
         score("hello", " \n")
 
 
@@ -83,74 +83,75 @@ def box(left: float, top: float, width: float = 30, height: float = 10) -> list[
 
 
 def order(*boxes) -> list[list[int]]:
-    return in_lines(np.array(boxes, np.float64))
+    return reading_order(np.array(boxes, np.float64))
 
 
-def test_boxes_are_read_line_by_line_though_they_are_not_level():
+def test_slightly_offset_boxes_share_a_line():
     boxes = [box(50, 34), box(0, 31), box(80, 2), box(40, -2), box(0, 0), box(0, 60)]
     assert order(*boxes) == [[4, 3, 2], [1, 0], [5]]
     assert order(*boxes[::-1]) == [[1, 2, 3], [4, 5], [0]]
 
 
-def test_small_text_beside_large_is_on_its_line():
+def test_small_text_next_to_large_text_shares_its_line():
     assert order(box(100, 0, 20, 8), box(0, 0, 90, 60), box(100, 80, 20, 8)) == [[1, 0], [2]]
 
 
-def test_a_slanted_box_reaches_over_all_its_corners():
+def test_a_slanted_box_extends_over_all_its_corners():
     slanted = [[0, 0], [100, 20], [98, 30], [-2, 10]]  # its middle is at 15
     assert order(box(110, 22), slanted) == [[1, 0]]
     assert order(box(110, 26), slanted) == [[1], [0]]
 
 
-def test_without_the_package_the_error_names_it(monkeypatch):
+def test_a_missing_package_is_reported_with_its_fix(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
     message = re.escape("pip install -e '.[ocr]'")
     with pytest.raises(ImportError, match=f"needs rapidocr-onnxruntime .*{message}"):
         Reader()
 
 
-class Listener:
-    """In place of the package: keeps what it is given, and says nothing or `found`."""
+class FakeOcr:
+    """Stands in for RapidOCR: records its input and returns `boxes`."""
 
-    found = None
+    boxes = None
 
     def __call__(self, image):
         self.image = image
-        return self.found, None
+        return self.boxes, None
 
 
 @pytest.fixture
-def listener(monkeypatch):
+def fake_reader(monkeypatch):
     module = type(sys)("rapidocr_onnxruntime")
-    module.RapidOCR = Listener
+    module.RapidOCR = FakeOcr
     monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", module)
     return Reader()
 
 
 @pytest.mark.parametrize(
-    ("size", "larger"), [((64, 96), (256, 384)), ((300, 64), (1200, 256)), ((256, 300), (256, 300))]
+    ("size", "enlarged"),
+    [((64, 96), (256, 384)), ((300, 64), (1200, 256)), ((256, 300), (256, 300))],
 )
-def test_small_pictures_are_enlarged_and_all_get_a_border(listener, size, larger):
+def test_small_images_are_enlarged_and_all_get_a_border(fake_reader, size, enlarged):
     image = np.full((*size, 3), (10, 20, 200), np.uint8)
-    assert listener.read(image) == ""
-    given = listener._read.image
-    height, width = larger
-    assert given.shape == (height + 128, width + 128, 3) and given.dtype == np.uint8
-    assert (given[64:-64, 64:-64] == (200, 20, 10)).all()  # BGR
-    assert given.astype(int).sum() == height * width * 230 + (given.size - height * width * 3) * 255
+    assert fake_reader.read(image) == ""
+    fed = fake_reader._read.image
+    height, width = enlarged
+    assert fed.shape == (height + 128, width + 128, 3) and fed.dtype == np.uint8
+    assert (fed[64:-64, 64:-64] == (200, 20, 10)).all()  # BGR
+    assert fed.astype(int).sum() == height * width * 230 + (fed.size - height * width * 3) * 255
 
 
-def test_what_is_found_is_joined_in_reading_order(listener):
+def test_boxes_are_joined_in_reading_order(fake_reader):
     texts = [("c", box(0, 50)), ("b", box(40, 2)), ("a", box(0, 0))]
-    listener._read.found = [[corners, text, 0.9] for text, corners in texts]
-    assert listener.read(np.zeros((8, 8, 3), np.uint8)) == "a b\nc"
+    fake_reader._read.boxes = [[corners, text, 0.9] for text, corners in texts]
+    assert fake_reader.read(np.zeros((8, 8, 3), np.uint8)) == "a b\nc"
 
 
 def drawn(text: str, size: int, colours=("white", "black")) -> np.ndarray:
     image = Image.new("RGB", (size, size), colours[0])
     font = ImageFont.load_default(size // (4 if len(text) < 8 else 6))
-    place = (size / 2, size / 2)
-    ImageDraw.Draw(image).multiline_text(place, text, colours[1], font, anchor="mm")
+    centre = (size / 2, size / 2)
+    ImageDraw.Draw(image).multiline_text(centre, text, colours[1], font, anchor="mm")
     return np.asarray(image)
 
 
@@ -162,12 +163,12 @@ def reader():
 
 @pytest.mark.parametrize("text", ["HELLO", "Choose joy", "SALE 50%", "FREE\nWIFI", "OPEN 24/7"])
 def test_the_reader_reads_drawn_words_exactly(reader, text):
-    seen = reader.read(drawn(text, 256))
-    assert accuracy(seen, text) == 1.0 and contains(seen, text)
-    assert seen.count("\n") == text.count("\n")
+    read = reader.read(drawn(text, 256))
+    assert accuracy(read, text) == 1.0 and contains(read, text)
+    assert read.count("\n") == text.count("\n")
 
 
-def test_the_reader_reads_small_and_coloured_pictures_and_edges(reader):
+def test_the_reader_handles_small_coloured_and_tightly_cropped_images(reader):
     assert accuracy(reader.read(drawn("COOL", 64)), "COOL") == 1.0
     assert accuracy(reader.read(drawn("COOL", 256, ("navy", "yellow"))), "COOL") == 1.0
     assert reader.read(np.full((256, 256, 3), 90, np.uint8)) == ""
@@ -176,6 +177,6 @@ def test_the_reader_reads_small_and_coloured_pictures_and_edges(reader):
     assert accuracy(reader.read(tight), "STREET") == 1.0
 
 
-def test_the_reader_sees_a_wrong_letter(reader):
-    seen = reader.read(drawn("HALLO", 256))
-    assert accuracy(seen, "HELLO") == pytest.approx(0.8) and not contains(seen, "HELLO")
+def test_the_reader_detects_a_wrong_letter(reader):
+    read = reader.read(drawn("HALLO", 256))
+    assert accuracy(read, "HELLO") == pytest.approx(0.8) and not contains(read, "HELLO")

@@ -1,4 +1,4 @@
-"""Against the formulas, place by place; scikit-image 0.26 gives the same to 1e-15."""
+"""Pixel metrics against their formulas; scikit-image 0.26 agrees to 1e-15."""
 
 import numpy as np
 import pytest
@@ -13,16 +13,16 @@ def pair():
     return np.clip(image + rng.normal(0, 30, image.shape), 0, 255).astype(np.uint8), image
 
 
-def test_errors_are_of_pixels_of_0_to_1():
+def test_errors_are_for_pixels_in_0_to_1():
     black, grey = np.zeros((2, 2, 3), np.uint8), np.full((2, 2, 3), 51, np.uint8)
     assert l1(grey, black) == pytest.approx(0.2) and l2(grey, black) == pytest.approx(0.04)
-    assert l1(black, grey) == l1(grey, black)  # no wrapping around of unsigned numbers
+    assert l1(black, grey) == l1(grey, black)  # unsigned differences do not wrap around
     assert psnr(grey, black) == pytest.approx(-10 * np.log10(0.04))
     assert psnr(grey, grey) == float("inf")
 
 
-def test_ssim_is_its_formula_at_every_whole_window(pair):
-    image, truth = (x.astype(np.float64) for x in pair)
+def test_ssim_averages_its_formula_over_every_complete_window(pair):
+    image, reference = (x.astype(np.float64) for x in pair)
     offset = np.arange(11) - 5
     window = np.exp(-(offset[:, None] ** 2 + offset**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -31,7 +31,7 @@ def test_ssim_is_its_formula_at_every_whole_window(pair):
         for left in range(17 - 10):
             for channel in range(3):
                 box = np.s_[top : top + 11, left : left + 11, channel]
-                x, y = image[box], truth[box]
+                x, y = image[box], reference[box]
                 mean_x, mean_y = (window * x).sum(), (window * y).sum()
                 variances = (window * (x - mean_x) ** 2).sum() + (window * (y - mean_y) ** 2).sum()
                 covariance = (window * (x - mean_x) * (y - mean_y)).sum()
@@ -43,10 +43,10 @@ def test_ssim_is_its_formula_at_every_whole_window(pair):
 
 
 @pytest.mark.parametrize("shape", [(11, 11), (74, 13), (75, 12), (139, 20)])
-def test_ssim_leaves_out_no_window_of_a_tall_picture(shape):
-    """Which is looked at in bands: one window, one band, one row more, and two bands and a row."""
+def test_ssim_in_bands_covers_every_window(shape):
+    """Heights are one window, one band, one band and a row, and two bands and a row."""
     rng = np.random.default_rng(1)
-    image, truth = rng.integers(0, 256, (2, *shape, 3), np.uint8)
+    image, reference = rng.integers(0, 256, (2, *shape, 3), np.uint8)
     weights = np.exp(-np.square(np.arange(11) - 5) / (2 * 1.5**2))
     window = np.outer(weights, weights) / weights.sum() ** 2
 
@@ -54,7 +54,7 @@ def test_ssim_leaves_out_no_window_of_a_tall_picture(shape):
         boxes = np.lib.stride_tricks.sliding_window_view(x, (11, 11), axis=(0, 1))
         return np.einsum("...ij,ij->...", boxes, window)
 
-    x, y = image.astype(np.float64), truth.astype(np.float64)
+    x, y = image.astype(np.float64), reference.astype(np.float64)
     mean_x, mean_y = mean(x), mean(y)
     variances = mean(x * x) - mean_x**2 + mean(y * y) - mean_y**2
     covariance = mean(x * y) - mean_x * mean_y
@@ -62,13 +62,13 @@ def test_ssim_leaves_out_no_window_of_a_tall_picture(shape):
     values = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     values = values * (2 * covariance + c2) / (variances + c2)
     assert values.shape == (shape[0] - 10, shape[1] - 10, 3)
-    assert ssim(image, truth) == pytest.approx(values.mean(), abs=1e-12)
+    assert ssim(image, reference) == pytest.approx(values.mean(), abs=1e-12)
 
 
-def test_other_sizes_are_refused(pair):
-    image, truth = pair
+def test_different_and_too_small_sizes_are_rejected(pair):
+    image, reference = pair
     for metric in (l1, l2, psnr, ssim):
-        with pytest.raises(ValueError, match="do not compare"):
-            metric(image[:12, :12], truth)
-    with pytest.raises(ValueError, match="sides of 11 pixels"):
-        ssim(image[:10], truth[:10])
+        with pytest.raises(ValueError, match="must have the same shape"):
+            metric(image[:12, :12], reference)
+    with pytest.raises(ValueError, match="at least 11 pixels a side"):
+        ssim(image[:10], reference[:10])

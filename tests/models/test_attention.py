@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kontext_jax import sharding
-from kontext_jax.models.attention import attention, choose
+from kontext_jax.models.attention import attention, choose_kernel
 from kontext_jax.models.layers import remat
 
 SEGMENTS = np.array([[1, 1, 2, 2, 2, 0], [3, 0, 1, 3, 1, 1]])
@@ -19,24 +19,24 @@ def qkv():
 
 
 def expected_attention(q, k, v, segments, bias=None, scale=None, causal=False):
-    """Each token of an example over the tokens of that example, one at a time."""
+    """Attention of each token to the tokens of its example, one token at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = np.full(q.shape, np.nan)
     for b, s, h in np.ndindex(q.shape[:3]):
-        mine = np.flatnonzero(segments[b] == segments[b, s])
-        mine = mine[mine <= s] if causal else mine
-        logits = scale * k[b, mine, h] @ q[b, s, h]
+        visible = np.flatnonzero(segments[b] == segments[b, s])
+        visible = visible[visible <= s] if causal else visible
+        logits = scale * k[b, visible, h] @ q[b, s, h]
         if bias is not None:
-            logits = logits + np.asarray(bias, np.float64)[b, h, s, mine]
+            logits = logits + np.asarray(bias, np.float64)[b, h, s, visible]
         weights = np.exp(logits - logits.max())
-        out[b, s, h] = weights / weights.sum() @ v[b, mine, h]
+        out[b, s, h] = weights / weights.sum() @ v[b, visible, h]
     return out
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("scale", [None, 1.0])
-def test_softmax_within_segments(qkv, with_bias, scale):
+def test_matches_the_reference(qkv, with_bias, scale):
     bias = None
     if with_bias:
         bias = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 6, 6)), jnp.float32)
@@ -45,13 +45,13 @@ def test_softmax_within_segments(qkv, with_bias, scale):
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
-def test_causal_within_segments(qkv):
+def test_causal_attention_matches_the_reference(qkv):
     out = attention(*qkv, jnp.asarray(SEGMENTS), causal=True)
     expected = expected_attention(*qkv, SEGMENTS, causal=True)
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
-def test_no_token_of_another_segment_counts_whatever_it_is(qkv):
+def test_tokens_of_other_segments_have_no_effect(qkv):
     q, k, v = qkv
     segments = jnp.asarray(SEGMENTS)
     other = (segments != 1)[:, :, None, None]
@@ -62,15 +62,15 @@ def test_no_token_of_another_segment_counts_whatever_it_is(qkv):
     )
 
 
-def test_all_padding_is_finite_with_a_finite_gradient(qkv):
+def test_padding_alone_has_finite_outputs_and_gradients(qkv):
     segments = jnp.zeros((2, 6), jnp.int32)
     assert np.isfinite(attention(*qkv, segments)).all()
     grads = jax.grad(lambda *x: jnp.sum(jnp.square(attention(*x, segments))), argnums=(0, 1, 2))
     assert all(np.isfinite(grad).all() for grad in grads(*qkv))
 
 
-def test_bfloat16_takes_its_softmax_in_float32(qkv):
-    """Large logits, close to one another: rounded to bfloat16 they would be equal."""
+def test_softmax_of_bfloat16_inputs_is_float32(qkv):
+    """The logits are large and close to one another: rounded to bfloat16 they would be equal."""
     key = jnp.zeros((1, 2, 1, 2)).at[0, :, 0, 0].set(jnp.array([16.0, 16.125]))
     query = jnp.full((1, 2, 1, 2), 16.0)
     value = jnp.array([0.0, 1.0]).reshape(1, 2, 1, 1) * jnp.ones((1, 2, 1, 2))
@@ -81,8 +81,8 @@ def test_bfloat16_takes_its_softmax_in_float32(qkv):
 
 
 @pytest.mark.parametrize("segments", [SEGMENTS, np.ones_like(SEGMENTS)], ids=["packed", "full"])
-def test_cudnn_gets_a_mask_where_there_is_one(qkv, segments, monkeypatch):
-    """Which must be right; that the kernel is, only a GPU can tell."""
+def test_cudnn_gets_the_right_mask(qkv, segments, monkeypatch):
+    """Replaces cuDNN's kernel by XLA's; only a GPU could test the kernel itself."""
     plain = jax.nn.dot_product_attention
 
     def on_cpu(*args, implementation, **kwargs):
@@ -98,8 +98,8 @@ def test_cudnn_gets_a_mask_where_there_is_one(qkv, segments, monkeypatch):
 
 
 @pytest.mark.parametrize(("policy", "calls"), [("full", 4), ("save_attention", 2)])
-def test_what_is_kept_spares_the_backward_pass_cudnn_s_forward(policy, calls, monkeypatch):
-    """Traced as on a GPU; with a mask and without."""
+def test_saved_attention_avoids_a_second_cudnn_forward_pass(policy, calls, monkeypatch):
+    """Traced as on a GPU; both the branch with a mask and the one without count."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda capability: True)
@@ -129,24 +129,27 @@ def test_what_is_kept_spares_the_backward_pass_cudnn_s_forward(policy, calls, mo
         ("cpu", 128, "bfloat16", "xla"),
     ],
 )
-def test_the_kernel_is_the_platform_s_if_it_takes_such_heads(
+def test_auto_is_the_fused_kernel_if_it_supports_the_shape(
     platform, head_dim, dtype, kernel, monkeypatch
 ):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    assert choose(jnp.zeros((2, 4, 2, head_dim), dtype)) == kernel
-    odd = choose(jnp.zeros((2, 5, 2, head_dim), dtype))
-    assert odd == (kernel if kernel == "splash" else "xla")  # it fills up
+    assert choose_kernel(jnp.zeros((2, 4, 2, head_dim), dtype)) == kernel
+    odd = choose_kernel(jnp.zeros((2, 5, 2, head_dim), dtype))
+    assert odd == (kernel if kernel == "splash" else "xla")  # splash pads
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"kernel": "flash"}, "attention 'flash' is not one of auto, xla, splash, cudnn."),
-        ({"kernel": "splash"}, "needs heads of a multiple of 128 channels, not 4."),
-        ({"kernel": "splash", "causal": True}, "knows no bias and no causal mask; take 'xla'."),
-        ({"kernel": "cudnn"}, "attention 'cudnn' runs on GPUs only; take 'auto'."),
+        ({"kernel": "splash"}, "needs a multiple of 128 channels per head, not 4."),
+        (
+            {"kernel": "splash", "causal": True},
+            "supports neither a bias nor a causal mask; use 'xla'.",
+        ),
+        ({"kernel": "cudnn"}, "attention 'cudnn' runs only on GPUs; use 'auto'."),
     ],
 )
-def test_a_kernel_that_cannot_do_it_is_refused(qkv, arguments, message):
+def test_unsupported_kernels_are_refused(qkv, arguments, message):
     with pytest.raises(ValueError, match=message):
         attention(*qkv, jnp.asarray(SEGMENTS), **arguments)

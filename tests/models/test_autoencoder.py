@@ -1,4 +1,4 @@
-"""The autoencoder against formulas written out in NumPy, float64."""
+"""The autoencoder against references in NumPy float64."""
 
 import math
 import time
@@ -16,16 +16,16 @@ TINY = ae.AutoencoderConfig.tiny()
 
 
 def filled(make, seed=0):
-    """A module with every parameter off its start, so that scales and biases count too.
+    """A module with random parameters, so that scales and biases have an effect.
 
-    Drawn by NumPy: compiling an initialiser for each shape takes longer than all tests together.
+    NumPy draws them: compiling an initialiser for each shape takes longer than all tests together.
     """
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         fan_in = math.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 25
-        start = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return jnp.asarray(start + rng.normal(size=leaf.shape) * fan_in**-0.5, leaf.dtype)
+        mean = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(mean + rng.normal(size=leaf.shape) * fan_in**-0.5, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(make))
 
@@ -59,7 +59,7 @@ def group_norm(x, norm):
 
 
 def convolve(x, layer, stride=1, before=1, after=1):
-    """Explicit loops over output pixels; ``before`` and ``after`` zeros on each side."""
+    """Loops over output pixels; pads with ``before`` and ``after`` zeros along each side."""
     kernel, bias = float64(layer.kernel), float64(layer.bias)
     size = kernel.shape[0]
     x = np.pad(x, ((0, 0), (before, after), (before, after), (0, 0)))
@@ -95,7 +95,7 @@ def test_every_parameter_names_its_axes(model):
         assert {axis for axis in axes if axis is not None} <= set(RULES)
 
 
-def test_shapes_of_both_ways(model, images):
+def test_shapes_and_dtypes_of_encode_and_decode(model, images):
     latents = jax.eval_shape(lambda m, x: m.encode(x), model, images)
     assert latents.shape == (2, 2, 4, 6)
     assert (TINY.downsample, TINY.token_channels, TINY.pixels_per_token) == (4, 24, 8)
@@ -126,7 +126,7 @@ def test_group_norm_rounds_once():
 
 
 @pytest.mark.parametrize("outputs", [8, 16])
-def test_resnet_block_is_its_formula(outputs):
+def test_resnet_block_matches_its_formula(outputs):
     block = filled(lambda: ae.ResnetBlock(TINY, 8, outputs, rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).normal(size=(2, 5, 4, 8)).astype(np.float32)
     h = convolve(swish(group_norm(x.astype(np.float64), block.norm1)), block.conv1)
@@ -135,7 +135,7 @@ def test_resnet_block_is_its_formula(outputs):
     np.testing.assert_allclose(block(jnp.asarray(x)), shortcut + h, atol=2e-5)
 
 
-def test_attention_block_is_its_formula():
+def test_attention_block_matches_its_formula():
     block = filled(lambda: ae.AttnBlock(TINY, 16, rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).normal(size=(2, 3, 4, 16)).astype(np.float32)
 
@@ -150,7 +150,7 @@ def test_attention_block_is_its_formula():
     np.testing.assert_allclose(block(jnp.asarray(x)), expected, atol=2e-5)
 
 
-def test_downsample_pads_below_and_to_the_right():
+def test_downsample_pads_only_below_and_to_the_right():
     step = filled(lambda: ae.Downsample(TINY, 8, rngs=nnx.Rngs(0)))
     x = np.random.default_rng(1).normal(size=(2, 6, 8, 8)).astype(np.float32)
     expected = convolve(x.astype(np.float64), step.conv, stride=2, before=0, after=1)
@@ -206,11 +206,11 @@ def test_gradients_reach_every_parameter(images):
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         assert bool(jnp.all(jnp.isfinite(grad))), name
-        # A bias of the keys moves all logits of a query alike: it has no gradient.
+        # A bias of the keys shifts all logits of a query equally, so it has no gradient.
         assert ".k.bias" in name or float(jnp.max(jnp.abs(grad))) > 1e-6, name
 
 
-def test_gradients_are_the_same_rematerialised():
+def test_gradients_do_not_depend_on_remat():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 8)), jnp.float32)
     grad = jax.jit(jax.grad(lambda level: jnp.mean(jnp.square(level(x)))))
     grads = []
@@ -224,7 +224,7 @@ def test_gradients_are_the_same_rematerialised():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_pack_latents_is_its_loop_and_unpack_its_inverse():
+def test_pack_latents_matches_a_loop_and_unpack_inverts_it():
     latents = np.random.default_rng(0).normal(size=(2, 4, 6, 5)).astype(np.float32)
     expected = np.zeros((2, 6, 20), np.float32)
     for row, column, channel in np.ndindex(4, 6, 5):
@@ -236,7 +236,7 @@ def test_pack_latents_is_its_loop_and_unpack_its_inverse():
     np.testing.assert_array_equal(ae.unpack_latents(packed, (4, 6)), latents)
 
 
-def test_bytes_survive_the_way_to_pixels_and_back():
+def test_to_uint8_inverts_to_pixels_and_clips():
     values = jnp.arange(256, dtype=jnp.uint8)
     images = jnp.broadcast_to(values.reshape(16, 16, 1), (16, 16, 3))
     pixels = ae.to_pixels(images)
@@ -249,16 +249,16 @@ def test_bytes_survive_the_way_to_pixels_and_back():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"channels": 20}, "channels 20 does not divide into num_groups 8"),
+        ({"channels": 20}, "channels 20 must be a multiple of num_groups 8"),
         ({"channel_multipliers": (1, 0)}, r"channel_multipliers \(1, 0\)"),
         ({"remat": "save_named"}, r"remat 'save_named' is not one of full, none\."),
     ],
 )
-def test_wrong_sizes_are_named(wrong, message):
+def test_invalid_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ae.AutoencoderConfig.tiny(**wrong)
 
 
-def test_images_must_divide_into_cells(model):
+def test_sides_of_images_must_be_multiples_of_a_cell(model):
     with pytest.raises(ValueError, match="10 x 16 pixels need sides divisible by 4"):
         model.encode(jnp.zeros((1, 10, 16, 3)))

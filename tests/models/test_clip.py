@@ -1,4 +1,4 @@
-"""CLIP's text encoder against a forward pass written out in NumPy, float64."""
+"""CLIP's text encoder against a reference in NumPy float64."""
 
 import math
 
@@ -14,7 +14,7 @@ from kontext_jax.sharding import RULES
 
 TINY = ClipConfig.tiny()
 BOS, EOS = 518, 519
-LENGTHS = (0, 1, 7, 14)  # words of a prompt; the last one fills its row
+LENGTHS = (0, 1, 7, 14)  # words of the prompts; the last prompt fills its row
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def encode(model, ids):
 
 
 def prompts(length: int = 16) -> np.ndarray:
-    """A row a prompt: start, words, end, and the end again as padding."""
+    """One prompt per row: start, words, end, and end tokens as padding."""
     rng = np.random.default_rng(0)
     ids = np.full((len(LENGTHS), length), EOS, np.int32)
     ids[:, 0] = BOS
@@ -58,7 +58,7 @@ def layer_norm(x, scale, bias):
 
 
 def reference(model, ids: np.ndarray) -> np.ndarray:
-    """One prompt through the encoder, all of its vectors: head by head, query by query."""
+    """The vectors of all tokens of one prompt, head by head and query by query."""
 
     def of_layer(module, layer):
         names = ("kernel", "bias") if hasattr(module, "kernel") else ("scale", "bias")
@@ -106,56 +106,57 @@ def test_every_parameter_names_its_axes(fresh):
         assert {axis for axis in axes if axis is not None} <= set(RULES)
 
 
-def test_weights_start_as_openai_s(fresh):
+def test_initial_scales_match_openai(fresh):
     width, layers = TINY.hidden_size, TINY.num_layers
     attention, mlp = fresh.blocks.attention, fresh.blocks.mlp
-    write = (2 * layers * width) ** -0.5
+    output_std = (2 * layers * width) ** -0.5
     for param, std in (
         (fresh.token_embedding.embedding, 0.02),
         (fresh.position_embedding, 0.01),
         (attention.q.kernel, width**-0.5),
         (attention.k.kernel, width**-0.5),
         (attention.v.kernel, width**-0.5),
-        (attention.out_proj.kernel, write),
+        (attention.out_proj.kernel, output_std),
         (mlp.fc1.kernel, (2 * width) ** -0.5),
-        (mlp.fc2.kernel, write),
+        (mlp.fc2.kernel, output_std),
     ):
         assert float(jnp.std(param[...])) == pytest.approx(std, rel=0.1)
 
 
-def test_the_encoder_is_its_formula_at_the_first_end(model):
+def test_encoder_matches_the_numpy_reference_at_the_first_end_token(model):
     ids = prompts()
     out = encode(model, ids)
     assert out.shape == (len(LENGTHS), 32) and out.dtype == jnp.float32
     for row, words in enumerate(LENGTHS):
         vectors = reference(model, ids[row])
         np.testing.assert_allclose(out[row], vectors[1 + words], atol=2e-5)
-        if words < 14:  # the pads behind are ends too
+        if words < 14:  # the padding consists of end tokens too
             assert np.abs(out[row] - vectors[-1]).max() > 0.1
 
 
-def test_padding_further_changes_nothing(model):
+def test_more_padding_does_not_change_the_vectors(model):
     np.testing.assert_allclose(encode(model, prompts(16)), encode(model, prompts(40)), atol=1e-5)
 
 
-def test_tokens_behind_the_end_do_not_count_and_those_before_it_do(model):
+def test_vectors_depend_only_on_tokens_up_to_the_end_token(model):
     ids = prompts()
     out = encode(model, ids)
-    behind, before = ids.copy(), ids.copy()
+    after, before = ids.copy(), ids.copy()
     for row, words in enumerate(LENGTHS):
-        behind[row, words + 2 :] = 3
-        before[row, words] += 1 if words else -1  # a word, or the start where there is none
-    np.testing.assert_array_equal(encode(model, behind), out)
+        after[row, words + 2 :] = 3
+        before[row, words] += 1 if words else -1  # a word, or else the start token
+    np.testing.assert_array_equal(encode(model, after), out)
     assert np.abs(encode(model, before) - out).max(axis=1).min() > 1e-3
 
 
 @pytest.mark.parametrize("length", [0, 78])
-def test_what_has_no_positions_is_refused(fresh, length):
-    with pytest.raises(ValueError, match=f"reads 1 to 77 tokens a prompt, not {length}: see text"):
+def test_prompts_without_tokens_or_too_long_are_refused(fresh, length):
+    message = f"needs 1 to 77 tokens per prompt, not {length}: set text.clip_tokenizer"
+    with pytest.raises(ValueError, match=message):
         fresh(jnp.zeros((2, length), jnp.int32))
 
 
-def test_gradients_are_the_same_rematerialised(model):
+def test_gradients_do_not_depend_on_remat(model):
     ids = jnp.asarray(prompts())
     grad = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(ids)))))
     grads = [grad(with_config(model, remat=remat)) for remat in REMAT_POLICIES]
@@ -180,11 +181,11 @@ def test_bfloat16_keeps_float32_parameters(fresh):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"num_heads": 5}, "hidden_size 32 does not divide by num_heads 5"),
-        ({"eos_id": 520}, "eos_id 520 is not below vocab_size 520"),
+        ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
+        ({"eos_id": 520}, "eos_id 520 must be below vocab_size 520"),
         ({"remat": "some"}, "remat 'some' is not one of full, none"),
     ],
 )
-def test_wrong_sizes_are_named(wrong, message):
+def test_invalid_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ClipConfig.tiny(**wrong)

@@ -1,4 +1,4 @@
-"""CLIP's image encoder against a forward pass written out in NumPy, float64."""
+"""CLIP's image encoder against a reference in NumPy float64."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from kontext_jax.models.clip_vision import (
     ClipPairConfig,
     ClipVision,
     ClipVisionConfig,
-    middle_square,
+    resize_and_crop,
 )
 from kontext_jax.sharding import RULES
 
@@ -32,7 +32,7 @@ def model(random_network):
 
 @pytest.fixture(scope="module")
 def images():
-    """As large as the network's input, so that nothing is resized."""
+    """Images of the network's input size, so that they are not resized."""
     return np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
 
 
@@ -59,7 +59,7 @@ def layer_norm(x, norm, layer=slice(None)):
 
 
 def reference(model, image: np.ndarray) -> np.ndarray:
-    """One image's vector: patch by patch, head by head."""
+    """The vector of one image, patch by patch and head by head."""
 
     def affine(x, linear, layer):
         return x @ float64(linear.kernel)[layer] + float64(linear.bias)[layer]
@@ -86,7 +86,7 @@ def reference(model, image: np.ndarray) -> np.ndarray:
     return layer_norm(x[0], model.final_norm) @ float64(model.projection.kernel)
 
 
-def test_the_network_is_its_formula(model, images):
+def test_encoder_matches_the_numpy_reference(model, images):
     maps, pooled = run(model, images)
     assert maps == () and pooled.shape == (2, 24) and pooled.dtype == jnp.float32
     for image, vector in zip(images, pooled, strict=True):
@@ -113,34 +113,35 @@ def pillow(image: np.ndarray, size: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "shape", [(16, 16), (40, 16), (16, 19), (37, 53), (90, 61), (7, 12), (5, 5)], ids=str
 )
-def test_the_middle_square_is_pillow_s(shape):
-    """Larger and smaller than 16 pixels, with even, odd and rounded margins."""
+def test_resize_and_crop_matches_pillow(shape):
+    """Images larger and smaller than 16 pixels, with even, odd and rounded margins."""
     image = np.random.default_rng(0).uniform(-1.2, 1.2, (*shape, 3)).astype(np.float32)
     image = image.clip(-1, 1)
-    found = jax.jit(middle_square, static_argnums=1)(image[None], 16)
-    assert found.shape == (1, 16, 16, 3) and found.dtype == jnp.float32
-    np.testing.assert_allclose(found[0], pillow(image, 16), atol=1e-5)
+    cropped = jax.jit(resize_and_crop, static_argnums=1)(image[None], 16)
+    assert cropped.shape == (1, 16, 16, 3) and cropped.dtype == jnp.float32
+    np.testing.assert_allclose(cropped[0], pillow(image, 16), atol=1e-5)
 
 
-def test_what_is_seen_is_the_middle_or_all_squeezed(model):
+def test_wide_images_are_cropped_or_squeezed(model):
     wide = np.random.default_rng(1).uniform(-1, 1, (1, 16, 32, 3)).astype(np.float32)
     cropped = run(model, wide).pooled
     np.testing.assert_allclose(cropped, run(model, wide[:, :, 8:24]).pooled, atol=1e-5)
-    whole = with_config(model, crop=False)
-    squeezed = run(whole, wide).pooled
+    uncropped = with_config(model, crop=False)
+    squeezed = run(uncropped, wide).pooled
     square = jax.image.resize(wide, (1, 16, 16, 3), "cubic")
-    np.testing.assert_allclose(squeezed, run(whole, square).pooled, atol=1e-5)
+    np.testing.assert_allclose(squeezed, run(uncropped, square).pooled, atol=1e-5)
     assert np.abs(squeezed - cropped).max() > 0.1
 
 
-def test_the_pair_s_vectors_of_texts_are_projected(random_network):
+def test_vectors_of_texts_are_projected(random_network):
     config = ClipPairConfig(text=ClipConfig.tiny(), vision=TINY)
     pair = random_network(lambda: ClipPair(config, rngs=nnx.Rngs(0)))
     ids = np.array([[518, 3, 9, 519], [518, 7, 519, 519]], np.int32)
-    found, ends = jax.jit(lambda pair, ids: (pair.read(ids), pair.text(ids)))(pair, ids)
-    assert found.shape == (2, 24)
-    expected = float64(ends) @ float64(pair.text_projection.kernel)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    encode = jax.jit(lambda pair, ids: (pair.encode_text(ids), pair.text(ids)))
+    vectors, unprojected = encode(pair, ids)
+    assert vectors.shape == (2, 24)
+    expected = float64(unprojected) @ float64(pair.text_projection.kernel)
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -174,12 +175,12 @@ def test_bfloat16_keeps_float32_parameters(model, images):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_heads": 5}, "hidden_size 32 does not divide by num_heads 5"),
+        ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
         ({"image_size": 20}, "image_size 20 must be a multiple of patch_size 8"),
         ({"image_size": 0}, "image_size 0 must be a multiple of patch_size 8"),
         ({"remat": "some"}, "remat 'some' is not one of full, none"),
     ],
 )
-def test_wrong_sizes_are_named(wrong, message):
+def test_invalid_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ClipVisionConfig.tiny(**wrong)

@@ -1,4 +1,4 @@
-"""DINOv2 against a forward pass written out in NumPy, float64."""
+"""DINOv2 against a reference in NumPy float64."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def model(random_network):
 
 @pytest.fixture(scope="module")
 def images():
-    """As large as the network's input, so that nothing is resized."""
+    """Images of the network's input size, so that they are not resized."""
     return np.random.default_rng(0).uniform(-1, 1, (2, 28, 28, 3)).astype(np.float32)
 
 
@@ -50,7 +50,7 @@ def layer_norm(x, scale, bias):
 
 
 def reference(model, image: np.ndarray):
-    """The outputs of all blocks and of the class token: patch by patch, head by head."""
+    """Outputs of all blocks, and the class token's vector, patch by patch and head by head."""
 
     def of_layer(module, layer):
         names = ("kernel", "bias") if hasattr(module, "kernel") else ("scale", "bias")
@@ -96,19 +96,19 @@ def reference(model, image: np.ndarray):
 
 
 @pytest.mark.parametrize("taps", [(0, 2), (1, 3), ()], ids=str)
-def test_the_network_is_its_formula(model, images, taps):
-    """With positions of 3 x 3 patches on 2 x 2; the last tap may be at the last block."""
+def test_network_matches_the_numpy_reference(model, images, taps):
+    """With positions for 3 x 3 patches resampled to 2 x 2; also with a tap at the last block."""
     maps, pooled = run(with_config(model, taps=taps), images)
     assert [x.shape for x in maps] == [(2, 2, 2, 32)] * len(taps) and pooled.shape == (2, 32)
     for i, image in enumerate(images):
         outputs, vector = reference(model, image)
-        for found, tap in zip(maps, taps, strict=True):
-            np.testing.assert_allclose(found[i], outputs[tap], atol=5e-5)
+        for feature_map, tap in zip(maps, taps, strict=True):
+            np.testing.assert_allclose(feature_map[i], outputs[tap], atol=5e-5)
         np.testing.assert_allclose(pooled[i], vector, atol=5e-5)
 
 
-def test_positions_are_resampled_as_pytorch_does_it():
-    """By the cubic with a = -0.75, which is -0.09375 and 0.59375 half-way; without smoothing."""
+def test_bicubic_weights_match_pytorch():
+    """The cubic with a = -0.75 has values -0.09375 and 0.59375 half-way; no antialiasing."""
     far, near = -0.09375, 0.59375
     expected = [[far + near, near, far, 0], [0, far, near, near + far]]
     np.testing.assert_array_equal(bicubic_weights(4, 2), np.float32(expected))
@@ -116,30 +116,30 @@ def test_positions_are_resampled_as_pytorch_does_it():
     np.testing.assert_allclose(bicubic_weights(37, 16).sum(axis=1), np.ones(16), atol=1e-6)
 
 
-def test_the_trained_size_has_the_positions_as_they_are(model):
+def test_positions_are_not_resampled_at_the_trained_size(model):
     grid = run(with_config(model, input_size=42), jnp.zeros((1, 42, 42, 3))).maps[0]
     assert grid.shape == (1, 3, 3, 32)
     np.testing.assert_array_equal(model._positions(3), model.position_embeddings[...])
 
 
-def test_images_of_other_sizes_are_brought_to_the_network_s(model):
-    """A colour has no size."""
+def test_images_of_other_sizes_are_resized(model):
+    """Images of one colour have the same features at all sizes."""
     outputs = [run(model, jnp.full((1, *size, 3), 0.3)) for size in [(28, 28), (50, 9)]]
     for a, b in zip(*map(jax.tree.leaves, outputs), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_gradients_reach_every_pixel_and_are_the_same_rematerialised(model):
+def test_gradients_reach_every_pixel_and_do_not_depend_on_remat(model):
     images = np.random.default_rng(1).uniform(-1, 1, (1, 40, 40, 3)).astype(np.float32)
 
     def loss(images, model):
         return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(model(images)))
 
     grad = jax.jit(jax.grad(loss))
-    wanted, *others = (grad(images, with_config(model, remat=remat)) for remat in REMAT_POLICIES)
-    assert np.abs(wanted).min() > 0
-    for found in others:
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    expected, *others = (grad(images, with_config(model, remat=remat)) for remat in REMAT_POLICIES)
+    assert np.abs(expected).min() > 0
+    for other in others:
+        np.testing.assert_allclose(other, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_gradients_reach_every_pixel_and_are_the_same_rematerialised(model):
     ids=["vits14", "vitb14", "vitl14"],
 )
 def test_the_presets_have_the_published_sizes(config, count):
-    """But for the vector that stands in for hidden patches, which is not part of it here."""
+    """Published counts include the mask token, which this network does not have."""
     abstract = jax.eval_shape(lambda: Dino(config, rngs=nnx.Rngs(0)))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
     assert parameters + config.hidden_size == count
@@ -180,13 +180,13 @@ def test_bfloat16_keeps_float32_parameters(model, images):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_heads": 5}, "hidden_size 32 does not divide by num_heads 5"),
-        ({"input_size": 30}, "input_size 30 must be a multiple of a patch's 14 pixels"),
-        ({"trained_size": 0}, "trained_size 0 must be a multiple of a patch's 14 pixels"),
-        ({"taps": (4,)}, r"taps \(4,\) must be numbers of blocks, 0 to 3"),
+        ({"num_heads": 5}, "hidden_size 32 must be a multiple of num_heads 5"),
+        ({"input_size": 30}, "input_size 30 must be a multiple of 14, the patch size"),
+        ({"trained_size": 0}, "trained_size 0 must be a multiple of 14, the patch size"),
+        ({"taps": (4,)}, r"taps \(4,\) must be ascending indices of blocks, from 0 to 3"),
         ({"remat": "some"}, "remat 'some' is not one of full, none"),
     ],
 )
-def test_wrong_sizes_are_named(wrong, message):
+def test_invalid_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         DinoConfig.tiny(**wrong)

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite against a forward pass written out in NumPy, float64."""
+"""EfficientNet-Lite against a reference in NumPy float64."""
 
 import math
 
@@ -21,7 +21,7 @@ def model(random_network):
 
 @pytest.fixture(scope="module")
 def images():
-    """As large as the network's input, so that nothing is resized."""
+    """Images of the network's input size, so that they are not resized."""
     return np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
 
 
@@ -31,18 +31,18 @@ def run(model, images):
 
 
 def convolve(conv: nnx.Conv, x: np.ndarray, stride: int = 1, depthwise: bool = False):
-    """One output pixel after the other; ``x`` is one image."""
+    """The convolution of one image, pixel by pixel."""
     kernel, bias = (np.asarray(p[...], np.float64) for p in (conv.kernel, conv.bias))
     size, out = len(kernel), -(-len(x) // stride)
     padding = max((out - 1) * stride + size - len(x), 0)
     x = np.pad(x, [(padding // 2, padding - padding // 2)] * 2 + [(0, 0)])
     y = np.zeros((out, out, len(bias)))
     for i, j in np.ndindex(out, out):
-        seen = x[i * stride : i * stride + size, j * stride : j * stride + size]
+        window = x[i * stride : i * stride + size, j * stride : j * stride + size]
         if depthwise:
-            y[i, j] = (seen * kernel[:, :, 0]).sum(axis=(0, 1)) + bias
+            y[i, j] = (window * kernel[:, :, 0]).sum(axis=(0, 1)) + bias
         else:
-            y[i, j] = np.einsum("hwi,hwio->o", seen, kernel) + bias
+            y[i, j] = np.einsum("hwi,hwio->o", window, kernel) + bias
     return y
 
 
@@ -51,7 +51,7 @@ def relu6(x):
 
 
 def reference(model, image):
-    """The outputs of all blocks, the pooled vector, and the logits."""
+    """Outputs of all blocks, the pooled vector, and the logits."""
     x = ((image.astype(np.float64) + 1) * 127.5 - 127) / 128
     x = relu6(convolve(model.stem, x, stride=2))
     outputs = []
@@ -67,20 +67,20 @@ def reference(model, image):
     return outputs, pooled, pooled @ kernel + bias
 
 
-def test_the_network_is_its_formula(model, images):
+def test_network_matches_the_numpy_reference(model, images):
     maps, pooled = run(model, images)
     logits = jax.jit(lambda model, images: model.logits(images))(model, images)
     assert [x.shape[1:] for x in maps] == [(8, 8, 8), (4, 4, 12), (2, 2, 16)]
     for i, image in enumerate(images):
-        outputs, vector, wanted = reference(model, image)
-        for found, tap in zip(maps, TINY.taps, strict=True):
-            np.testing.assert_allclose(found[i], outputs[tap], atol=2e-5)
+        outputs, vector, expected_logits = reference(model, image)
+        for feature_map, tap in zip(maps, TINY.taps, strict=True):
+            np.testing.assert_allclose(feature_map[i], outputs[tap], atol=2e-5)
         np.testing.assert_allclose(pooled[i], vector, atol=2e-5)
-        np.testing.assert_allclose(logits[i], wanted, atol=2e-5)
+        np.testing.assert_allclose(logits[i], expected_logits, atol=2e-5)
 
 
-def test_images_of_other_sizes_are_brought_to_the_network_s(model):
-    """A colour has no size."""
+def test_images_of_other_sizes_are_resized(model):
+    """Images of one colour have the same features at all sizes."""
     sizes = [(16, 16), (5, 9), (64, 40)]
     outputs = [run(model, jnp.full((1, *size, 3), 0.3)) for size in sizes]
     for other in outputs[1:]:
@@ -94,7 +94,7 @@ def test_gradients_reach_every_pixel(model):
 
 
 def test_lite0_has_the_published_sizes():
-    """4,652,008 parameters, of which folding leaves one of two numbers a channel of each norm."""
+    """4,652,008 parameters; folding removes one of a norm's two parameters per channel."""
     config = EfficientNetConfig.lite0()
     abstract = jax.eval_shape(lambda: EfficientNet(config, rngs=nnx.Rngs(0)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
@@ -122,6 +122,8 @@ def test_bfloat16_keeps_float32_parameters(images):
     assert {x.dtype for x in jax.tree.leaves(run(model, images))} == {jnp.dtype("bfloat16")}
 
 
-def test_wrong_taps_are_named():
-    with pytest.raises(ValueError, match=r"taps \(4,\) must be numbers of blocks, 0 to 3"):
+def test_invalid_taps_are_refused():
+    with pytest.raises(
+        ValueError, match=r"taps \(4,\) must be ascending indices of blocks, from 0 to 3"
+    ):
         EfficientNetConfig.tiny(taps=(4,))

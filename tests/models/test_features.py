@@ -1,4 +1,4 @@
-"""How images come to feature networks, and vectors from them."""
+"""Preprocessing of images for feature networks, and batched pooled features."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def pixels(*shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [7, 16, 40], ids="to {} pixels".format)
-def test_images_are_resized_as_pillow_does_it(size):
+def test_standardise_resizes_like_pillow(size):
     image = pixels(1, 24, 18, 3)
     out = jax.jit(standardise, static_argnums=(1, 2, 3))(image, size, MEAN, STD)
     assert out.shape == (1, size, size, 3) and out.dtype == jnp.float32
@@ -32,15 +32,16 @@ def test_images_are_resized_as_pillow_does_it(size):
         np.testing.assert_allclose(out[0, :, :, channel], expected, atol=1e-5)
 
 
-def test_images_of_the_right_size_are_scaled_alone():
+def test_standardise_only_scales_images_of_the_right_size():
     image = jnp.broadcast_to(jnp.array([-1.0, 0.0, 1.0]), (2, 8, 8, 3))
     out = standardise(image, 8, MEAN, STD)
     np.testing.assert_array_equal(out, np.broadcast_to([-1, 1, 0.4375], out.shape))
 
 
 @pytest.mark.parametrize("taps", [(0, 4), (-1, 2), (2, 1), (1, 1)], ids=str)
-def test_taps_that_are_no_blocks_are_named(taps):
-    with pytest.raises(ValueError, match=r"taps \(.*\) must be numbers of blocks, 0 to 3, in ris"):
+def test_invalid_taps_are_refused(taps):
+    message = r"taps \(.*\) must be ascending indices of blocks, from 0 to 3\."
+    with pytest.raises(ValueError, match=message):
         check_taps(taps, 4)
 
 
@@ -49,8 +50,8 @@ KINDS = {Dino: DinoConfig.tiny(), EfficientNet: EfficientNetConfig.tiny()}
 
 @pytest.mark.parametrize("batch_size", [3, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_vectors_come_in_the_images_order_whatever_their_sizes(random_network, kind, batch_size):
-    """On eight devices, over which neither the images nor a batch of three divide."""
+def test_vectors_are_in_the_order_of_images_of_several_sizes(random_network, kind, batch_size):
+    """Neither the number of images nor a batch of three is a multiple of the eight devices."""
     mesh, rng = make_mesh(MeshConfig()), np.random.default_rng(0)
     network = random_network(lambda: kind(KINDS[kind], rngs=nnx.Rngs(0)))
     network = jax.device_put(network, shardings_of(network, mesh))
@@ -59,11 +60,11 @@ def test_vectors_come_in_the_images_order_whatever_their_sizes(random_network, k
     vectors = pooled_features(network, images, mesh, batch_size)
     assert vectors.shape == (18, {Dino: 32, EfficientNet: 24}[kind])
     assert vectors.dtype == np.float32
-    alone = jax.jit(lambda network, image: network(to_pixels(image[None])).pooled[0])
+    vector_of = jax.jit(lambda network, image: network(to_pixels(image[None])).pooled[0])
     for image, vector in zip(images, vectors, strict=True):
-        np.testing.assert_allclose(vector, alone(network, image), atol=1e-5)
+        np.testing.assert_allclose(vector, vector_of(network, image), atol=1e-5)
 
 
-def test_no_images_are_refused():
+def test_an_empty_list_of_images_is_refused():
     with pytest.raises(ValueError, match="There are no images to compute features of"):
         pooled_features(lambda images: None, [], make_mesh(MeshConfig()))

@@ -1,4 +1,4 @@
-"""FLUX against a forward pass written out in NumPy, float64, and at its true size in shapes."""
+"""FLUX against a reference in NumPy float64, and the shapes of its full-size train step."""
 
 from collections import Counter
 
@@ -91,7 +91,7 @@ def sinusoids(t):
 
 
 def rotate(x, ids, axes_dim):
-    """One head's vectors, rotated in neighbouring pairs."""
+    """RoPE of one head's vectors, on pairs of adjacent channels."""
     out = np.empty_like(x)
     for s, position in enumerate(ids):
         angles = np.concatenate(
@@ -106,7 +106,7 @@ def rotate(x, ids, axes_dim):
 
 
 def attend(q, k, v, ids, config):
-    """q, k, v are [tokens, heads, channels]; the heads' results lie side by side."""
+    """Attention of q, k, v [tokens, heads, channels]; results of heads are concatenated."""
     heads = []
     for h in range(config.num_heads):
         logits = rotate(q[:, h], ids, config.axes_dim) @ rotate(k[:, h], ids, config.axes_dim).T
@@ -116,7 +116,7 @@ def attend(q, k, v, ids, config):
 
 
 def expected_forward(model, latents, text, pooled, t, ids, guidance=None):
-    """One example, from flux.md's formulas."""
+    """The forward pass for one example, from the published formulas."""
     config = model.config
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), by_name(model))
     double = jax.tree.map(lambda x: x[0], p["double_blocks"])
@@ -165,7 +165,7 @@ def expected_forward(model, latents, text, pooled, t, ids, guidance=None):
 
 
 @pytest.mark.parametrize("guidance", [None, (2.5, 4.0)], ids=["schnell", "dev"])
-def test_forward_is_flux(make, inputs, guidance):
+def test_forward_matches_the_numpy_reference(make, inputs, guidance):
     model = make(guidance_embed=guidance is not None)
     if guidance:
         inputs = inputs | {"guidance": jnp.array(guidance)[:, None]}
@@ -179,8 +179,8 @@ def test_forward_is_flux(make, inputs, guidance):
         np.testing.assert_allclose(out[i], expected, atol=2e-5 * np.abs(expected).max())
 
 
-def test_time_and_guidance_are_rounded_on_request(make, inputs):
-    """In bfloat16, 1000 t of t = 0.825821 is 824."""
+def test_timestep_dtype_rounds_the_time(make, inputs):
+    """In bfloat16, 1000 t is 824 for t = 0.825821."""
     model = make()
     rounded = make(timestep_dtype="bfloat16")
     odd = forward(rounded, inputs | {"t": jnp.full((2, 1), 0.825821)})
@@ -188,7 +188,7 @@ def test_time_and_guidance_are_rounded_on_request(make, inputs):
     np.testing.assert_allclose(odd, even, atol=1e-4)
 
 
-def test_context_reaches_the_target_by_place_and_content(make, inputs):
+def test_target_depends_on_contents_and_positions_of_context(make, inputs):
     model = make()
     out = forward(model, inputs)[:, :TARGET]
     brighter = inputs["latents"].at[:, TARGET:].add(1.0)
@@ -214,20 +214,19 @@ def assert_close(tree, other, tolerance=1e-4):
         np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance * np.abs(a).max())
 
 
-def test_recomputing_changes_nothing(make, inputs, monkeypatch):
-    """Nor does it that blocks are looped over, where few of them on CPUs are written out."""
+def test_gradients_do_not_depend_on_the_remat_policy_or_on_unrolling(make, inputs, monkeypatch):
 
     def gradients(policy):
         return jax.jit(jax.grad(loss))(make(remat=policy, depth=2, depth_single=2), inputs)
 
-    kept = gradients("none")
+    unrolled = gradients("none")
     monkeypatch.setattr(flux, "MAX_UNROLLED", 0)
     for policy in ("full", "save_attention", "save_named", "offload"):
-        assert_close(kept, gradients(policy))
+        assert_close(unrolled, gradients(policy))
 
 
-def test_the_fused_kernel_on_a_mesh_is_plain_attention_on_one_device(random_network, monkeypatch):
-    """Of packed rows with padding. Rows, queries and heads are split, and blocks looped over."""
+def test_fused_kernel_on_a_mesh_matches_plain_attention_on_one_device(random_network, monkeypatch):
+    """Packed rows with padding; rows, queries and heads are sharded, and blocks are scanned."""
     text_segments, segments = (
         jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], lengths, axis=1), jnp.int32)
         for lengths in ([40, 20, 4], [130, 110, 16])
@@ -266,14 +265,14 @@ def test_the_fused_kernel_on_a_mesh_is_plain_attention_on_one_device(random_netw
 
 
 def operations(jaxpr) -> Counter:
-    """How often the program, loops counted once, multiplies matrices or moves between memories."""
+    """Counts matmuls and transfers between memories in a program; loop bodies count once."""
     count = Counter()
     for equation in jaxpr.eqns:
         params = equation.params
         if equation.primitive.name == "dot_general":
             (contracted, _), (batch, _) = params["dimension_numbers"]
-            # Norms on CPUs multiply by a column of ones, and rotations by a square of a head's
-            # size; that is no work to speak of.
+            # Skip the products with a column of ones (norms on CPUs) and with a square matrix of
+            # a head's size (RoPE): their cost is negligible.
             sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
             if np.prod(sizes) > 1 and (16, 16) not in [x.aval.shape for x in equation.invars]:
                 count["attention" if batch else "linear"] += 1
@@ -285,17 +284,19 @@ def operations(jaxpr) -> Counter:
 
 
 @pytest.mark.parametrize(
-    ("policy", "linear", "attention", "kept", "moves"),
+    ("policy", "linear", "attention", "saved", "moves"),
     [
         ("none", 0, 0, None, 0),
-        ("full", 13, 4, 0, 0),  # 10 maps and 3; two products of each attention
+        ("full", 13, 4, 0, 0),  # 10 + 3 linear maps; two products per attention
         ("save_attention", 13, 2, 2, 0),
         ("save_named", 0, 2, 10 + 9, 0),
         ("offload", 0, 2, 10 + 9, 2 * (11 + 4)),
     ],
 )
-def test_what_each_policy_recomputes_and_keeps(inputs, policy, linear, attention, kept, moves):
-    """Beyond what "none" computes, and beyond what "full" keeps, in widths a token."""
+def test_remat_policies_recompute_and_save_as_documented(
+    inputs, policy, linear, attention, saved, moves
+):
+    """Operations in addition to "none"; saved widths per token in addition to "full"."""
 
     def abstract(policy):
         return jax.eval_shape(lambda: Flux(config_of(remat=policy), rngs=nnx.Rngs(0)))
@@ -308,16 +309,16 @@ def test_what_each_policy_recomputes_and_keeps(inputs, policy, linear, attention
         stacked = [x for x in jax.tree.leaves(pullback) if x.ndim > 3 and x.shape[2] > 1]
         return sum(x.size for x in stacked) / (2 * (TARGET + CONTEXT + TEXT) * 32)
 
-    more = computed(policy)
-    more.subtract(computed("none"))
+    extra = computed(policy)
+    extra.subtract(computed("none"))
     expected = {"linear": linear, "attention": attention, "moves": moves}
-    assert {name: more[name] for name in expected} == expected
-    if kept is not None:
-        assert widths(policy) - widths("full") == kept
+    assert {name: extra[name] for name in expected} == expected
+    if saved is not None:
+        assert widths(policy) - widths("full") == saved
 
 
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_names_of_activations_are_no_work(inputs, policy, monkeypatch):
+def test_names_of_activations_do_not_change_the_program(inputs, policy, monkeypatch):
     def program():
         model = jax.eval_shape(lambda: Flux(config_of(remat=policy), rngs=nnx.Rngs(0)))
         return jax.jit(jax.grad(lambda model, inputs: loss(model, inputs))).lower(model, inputs)
@@ -328,16 +329,16 @@ def test_names_of_activations_are_no_work(inputs, policy, monkeypatch):
     assert program().as_text() == named
 
 
-def test_starts_by_predicting_nothing(inputs):
+def test_new_model_predicts_zero(inputs):
     model = Flux(config_of(), rngs=nnx.Rngs(0))
     assert not np.any(forward(model, inputs))
 
 
-@pytest.mark.parametrize(("guidance_embed", "wants"), [(True, "needs"), (False, "has no")])
-def test_guidance_that_is_missing_or_not_wanted(make, inputs, guidance_embed, wants):
-    given = {} if guidance_embed else {"guidance": jnp.ones((2, 1))}
-    with pytest.raises(ValueError, match=f"This FLUX {wants} guidance input"):
-        forward(make(guidance_embed=guidance_embed), inputs | given)
+@pytest.mark.parametrize(("guidance_embed", "verb"), [(True, "needs a"), (False, "has no")])
+def test_missing_or_unsupported_guidance_is_refused(make, inputs, guidance_embed, verb):
+    guidance = {} if guidance_embed else {"guidance": jnp.ones((2, 1))}
+    with pytest.raises(ValueError, match=f"This FLUX {verb} guidance input"):
+        forward(make(guidance_embed=guidance_embed), inputs | guidance)
 
 
 @pytest.mark.parametrize(
@@ -345,11 +346,11 @@ def test_guidance_that_is_missing_or_not_wanted(make, inputs, guidance_embed, wa
     [
         ({"axes_dim": (4, 6, 8)}, r"axes_dim \(4, 6, 8\) must be even numbers .* 16 channels"),
         ({"axes_dim": (5, 5, 6)}, r"axes_dim \(5, 5, 6\) must be even"),
-        ({"hidden_size": 33}, "hidden_size 33 does not divide into 2 heads"),
+        ({"hidden_size": 33}, "hidden_size 33 must be a multiple of num_heads 2"),
         ({"remat": "some"}, "remat 'some' is not one of full, none"),
     ],
 )
-def test_settings_that_do_not_go_together(sizes, message):
+def test_inconsistent_settings_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         config_of(**sizes)
 
@@ -359,14 +360,14 @@ def test_settings_that_do_not_go_together(sizes, message):
     [(FluxConfig.dev(), 11_901_408_320), (FluxConfig.schnell(), 11_891_178_560)],
     ids=["dev", "schnell"],
 )
-def test_parameter_counts_are_black_forest_labs(config, count):
+def test_parameter_counts_match_the_published_models(config, count):
     model = jax.eval_shape(lambda: Flux(config, rngs=nnx.Rngs(0)))
     assert sum(x.size for x in jax.tree.leaves(model)) == count
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=16)], ids=["full", "lora"])
-def test_the_train_step_of_kontext_dev_has_shapes(lora):
-    """At 1024 pixels: 4096 tokens to make, 4096 of context, 512 of text."""
+def test_train_step_of_kontext_dev_preserves_shapes_of_the_state(lora):
+    """At 1024 pixels: 4096 target tokens, 4096 context tokens, 512 text tokens."""
     objective = FlowMatching(FlowMatchingConfig(lora=lora))
     optimizers = {"model": make_optimizer(OptimConfig(), num_steps=10)}
     state, _ = abstract_state(objective, optimizers, make_mesh(MeshConfig()))

@@ -1,4 +1,4 @@
-"""FID's InceptionV3 against a forward pass written out in NumPy, float64."""
+"""FID's InceptionV3 against a reference in NumPy float64."""
 
 import math
 import re
@@ -17,14 +17,14 @@ TINY = InceptionConfig.tiny()
 
 @pytest.fixture(scope="module")
 def model(random_network):
-    """With kernels so large that what images differ in is still there behind all the ReLUs."""
+    """A network with large kernels, so that differences of images survive all the ReLUs."""
     model = random_network(lambda: Inception(TINY, rngs=nnx.Rngs(0)))
     return jax.tree.map(lambda leaf: 1.8 * leaf if leaf.ndim == 4 else leaf, model)
 
 
 @pytest.fixture(scope="module")
 def images():
-    """As large as the network's input, so that nothing is resized; unlike one another."""
+    """Two different images of the network's input size, so that they are not resized."""
     rng = np.random.default_rng(0)
     grey = rng.uniform(-0.5, 0.5, (2, 1, 1, 3))
     return (grey + rng.uniform(-0.5, 0.5, (2, 107, 107, 3))).astype(np.float32)
@@ -36,7 +36,7 @@ def run(model, images):
 
 
 def windows(x: np.ndarray, size, stride: int, padding, fill: float) -> np.ndarray:
-    """All that a window sees in an image: [h w C i j]."""
+    """All windows of an image: [h w C i j]."""
     margins = [(padding[0], padding[0]), (padding[1], padding[1]), (0, 0)]
     x = np.pad(x, margins, constant_values=fill)
     return np.lib.stride_tricks.sliding_window_view(x, size, (0, 1))[::stride, ::stride]
@@ -44,8 +44,8 @@ def windows(x: np.ndarray, size, stride: int, padding, fill: float) -> np.ndarra
 
 def conv(x: np.ndarray, conv: nnx.Conv, stride: int = 1, padding=(0, 0)) -> np.ndarray:
     kernel, bias = (np.asarray(p[...], np.float64) for p in (conv.kernel, conv.bias))
-    seen = windows(x, kernel.shape[:2], stride, padding, 0.0)
-    return np.maximum(np.einsum("yxcij,ijco->yxo", seen, kernel, optimize=True) + bias, 0)
+    x = windows(x, kernel.shape[:2], stride, padding, 0.0)
+    return np.maximum(np.einsum("yxcij,ijco->yxo", x, kernel, optimize=True) + bias, 0)
 
 
 def mean_pool(x: np.ndarray) -> np.ndarray:
@@ -69,12 +69,12 @@ def block_b(m, x):
 
 
 def block_c(m, x):
-    line, column = dict(padding=(0, 3)), dict(padding=(3, 0))
-    once = conv(conv(x, m.branch7x7_1), m.branch7x7_2, **line)
+    row, column = dict(padding=(0, 3)), dict(padding=(3, 0))
+    once = conv(conv(x, m.branch7x7_1), m.branch7x7_2, **row)
     once = conv(once, m.branch7x7_3, **column)
     twice = conv(conv(x, m.branch7x7dbl_1), m.branch7x7dbl_2, **column)
-    twice = conv(conv(twice, m.branch7x7dbl_3, **line), m.branch7x7dbl_4, **column)
-    twice = conv(twice, m.branch7x7dbl_5, **line)
+    twice = conv(conv(twice, m.branch7x7dbl_3, **row), m.branch7x7dbl_4, **column)
+    twice = conv(twice, m.branch7x7dbl_5, **row)
     return [conv(x, m.branch1x1), once, twice, conv(mean_pool(x), m.branch_pool)]
 
 
@@ -114,7 +114,7 @@ def reference(m, image):
     return x.mean(axis=(0, 1))
 
 
-def test_the_network_is_its_formula(model, images):
+def test_network_matches_the_numpy_reference(model, images):
     maps, pooled = run(model, images)
     expected = np.stack([reference(model, image) for image in images])
     assert maps == () and pooled.shape == (2, 128) and pooled.dtype == jnp.float32
@@ -123,19 +123,19 @@ def test_the_network_is_its_formula(model, images):
 
 
 def bilinear(image: np.ndarray, size: int) -> np.ndarray:
-    """Between the four nearest pixels, the outermost repeated, however far it shrinks."""
+    """Bilinear interpolation without antialiasing; pixels at the edges are repeated."""
     for axis in (0, 1):
         length = image.shape[axis]
-        at = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
-        low = np.floor(at).astype(int)
-        high, share = np.minimum(low + 1, length - 1), (at - low).reshape(-1, 1, 1)
+        centres = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
+        low = np.floor(centres).astype(int)
+        high, weight = np.minimum(low + 1, length - 1), (centres - low).reshape(-1, 1, 1)
         rows = np.moveaxis(image, axis, 0)
-        image = np.moveaxis((1 - share) * rows[low] + share * rows[high], 0, axis)
+        image = np.moveaxis((1 - weight) * rows[low] + weight * rows[high], 0, axis)
     return image
 
 
 @pytest.mark.parametrize("shape", [(250, 107), (40, 300)], ids=str)
-def test_images_of_other_sizes_are_resized_without_smoothing(model, shape):
+def test_images_of_other_sizes_are_resized_without_antialiasing(model, shape):
     image = np.random.default_rng(1).uniform(-1, 1, (*shape, 3)).astype(np.float32)
     resized = bilinear(image.astype(np.float64), 107).astype(np.float32)
     expected = run(model, resized[None]).pooled
@@ -143,8 +143,8 @@ def test_images_of_other_sizes_are_resized_without_smoothing(model, shape):
     np.testing.assert_allclose(run(model, image[None]).pooled, expected, atol=1e-4 * scale)
 
 
-def test_fid_s_network_has_the_published_sizes():
-    """torchvision's 23,834,568 parameters without the auxiliary classifier, less its classifier."""
+def test_fid_network_has_the_published_sizes():
+    """torchvision's 23,834,568 parameters include the classifier but not the auxiliary one."""
     abstract = jax.eval_shape(lambda: Inception(InceptionConfig(), rngs=nnx.Rngs(0)))
     shapes = [leaf.shape for leaf in jax.tree.leaves(abstract)]
     biases = [shape for shape in shapes if len(shape) == 1]
@@ -178,6 +178,6 @@ def test_bfloat16_keeps_float32_parameters(images):
         ({"thinning": 32}, "thinning 32 must be 1, 2, 4, 8 or 16."),
     ],
 )
-def test_wrong_settings_are_named(setting, message):
+def test_invalid_settings_are_refused(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         InceptionConfig(**setting)

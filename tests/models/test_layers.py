@@ -1,4 +1,4 @@
-"""The layers against formulas written out in NumPy, float64."""
+"""The layers against references in NumPy float64."""
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ def rotated(x, positions):
     return np.asarray(layers.apply_rope(x[None], rotation)[0], np.float64)
 
 
-def test_rope_turns_neighbouring_channels():
-    """Pair k of an axis of d channels by position * 10000 ** (-2 k / d), as complex numbers."""
+def test_rope_rotates_pairs_of_channels():
+    """Pair k of an axis with d channels rotates by position * 10000 ** (-2 k / d)."""
     positions = np.array([[0, 0, 0], [1, 30, 7], [3, MAX_POSITION - 1, 1000]])
     x = normal(3, 2, 16)
     angles = np.concatenate(
@@ -30,18 +30,18 @@ def test_rope_turns_neighbouring_channels():
         axis=1,
     )
     pairs = np.asarray(x, np.float64)[..., 0::2] + 1j * np.asarray(x, np.float64)[..., 1::2]
-    turned = pairs * np.exp(1j * angles)[:, None]
+    expected = pairs * np.exp(1j * angles)[:, None]
     result = rotated(x, positions)
-    np.testing.assert_allclose(result[..., 0::2], turned.real, atol=1e-6)
-    np.testing.assert_allclose(result[..., 1::2], turned.imag, atol=1e-6)
-    np.testing.assert_array_equal(result[0], x[0])  # (0, 0, 0) turns nothing: text
+    np.testing.assert_allclose(result[..., 0::2], expected.real, atol=1e-6)
+    np.testing.assert_allclose(result[..., 1::2], expected.imag, atol=1e-6)
+    np.testing.assert_array_equal(result[0], x[0])  # position (0, 0, 0), that of text
 
 
-def test_rope_sees_differences_of_positions_only():
+def test_rope_depends_only_on_differences_of_positions():
     q, k = normal(1, 1, 16), normal(1, 1, 16, seed=1)
 
-    def score(at, other):
-        return np.sum(rotated(q, np.array([at])) * rotated(k, np.array([other])))
+    def score(query, key):
+        return np.sum(rotated(q, np.array([query])) * rotated(k, np.array([key])))
 
     base = score([0, 3, 5], [1, 9, 2])
     np.testing.assert_allclose(score([4, 103, 25], [5, 109, 22]), base, atol=1e-5)
@@ -56,15 +56,15 @@ def test_timestep_embedding_has_cosines_first():
     assert layers.timestep_embedding(t)[0, 0].tolist() == [1.0] * 128 + [0.0] * 128
 
 
-def test_layer_norm():
+def test_layer_norm_matches_its_formula():
     x = np.asarray(3 * normal(2, 5, 16) + 2, np.float64)
     centred = x - x.mean(-1, keepdims=True)
     expected = centred / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(layers.layer_norm(jnp.asarray(x, jnp.float32)), expected, atol=2e-6)
 
 
-def test_eps_of_the_norms():
-    """A signal of 1e-3 has the mean square 1e-6: eps halves it."""
+def test_eps_of_the_norms_is_1e_6():
+    """A signal of 1e-3 has a mean square of 1e-6, to which eps adds as much again."""
     x = 1e-3 * jnp.array([[[1.0, -1.0]]])
     np.testing.assert_allclose(np.abs(layers.layer_norm(x)), 2**-0.5, rtol=1e-5)
     norm = layers.RMSNorm(2, ("embed",), rngs=nnx.Rngs(0))
@@ -72,7 +72,7 @@ def test_eps_of_the_norms():
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 16), (2, 5, 3, 16)])
-def test_rms_norm_and_its_gradient(shape):
+def test_rms_norm_and_its_gradient_match_the_formula(shape):
     norm = layers.RMSNorm(16, ("embed",), rngs=nnx.Rngs(0))
     norm.scale[...] = normal(16, seed=1)
     x, weights = normal(*shape), normal(*shape, seed=2)
@@ -85,7 +85,7 @@ def test_rms_norm_and_its_gradient(shape):
 
 
 def test_rms_norm_rounds_once():
-    """In bfloat16 the scale is applied before the rounding."""
+    """The scale is applied before rounding to bfloat16."""
     norm = layers.RMSNorm(64, ("embed",), rngs=nnx.Rngs(0))
     norm.scale[...] = 1 + 0.1 * normal(64, seed=1)
     x = normal(8, 64).astype(jnp.bfloat16)
@@ -95,7 +95,7 @@ def test_rms_norm_rounds_once():
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_linear_is_its_formula_with_its_gradients(use_bias):
+def test_linear_and_its_gradients_match_the_formula(use_bias):
     make = lambda: layers.Linear(  # noqa: E731
         6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"), use_bias=use_bias
     )
@@ -116,14 +116,14 @@ def test_linear_is_its_formula_with_its_gradients(use_bias):
         assert linear.bias is None
 
 
-def test_linear_computes_in_its_dtype_and_keeps_float32():
+def test_linear_computes_in_its_dtype_with_float32_parameters():
     linear = layers.Linear(6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype("bfloat16"))
     assert linear(normal(3, 6)).dtype == jnp.bfloat16
     assert linear.kernel[...].dtype == linear.bias[...].dtype == jnp.float32
 
 
-def test_the_names_of_a_linear_s_parameters():
-    """Checkpoints are read by these names: an adapter that is absent has none."""
+def test_names_of_linear_parameters():
+    """Checkpoints depend on these names; an absent adapter adds none."""
     linear = layers.Linear(6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"))
     shapes = {jax.tree_util.keystr(k): x.shape for k, x in jax.tree.leaves_with_path(linear)}
     assert shapes == {".bias.value": (4,), ".kernel.value": (6, 4)}
@@ -132,7 +132,7 @@ def test_the_names_of_a_linear_s_parameters():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_a_linear_adds_its_adapter(dtype, use_bias):
+def test_linear_adds_its_adapter(dtype, use_bias):
     linear = layers.Linear(
         6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), use_bias=use_bias
     )
@@ -148,7 +148,7 @@ def test_a_linear_adds_its_adapter(dtype, use_bias):
     np.testing.assert_allclose(linear(x), expected, atol=1e-5 if dtype == "float32" else 0.1)
 
 
-def test_a_new_adapter_s_numbers_and_axes():
+def test_initial_values_and_axes_of_an_adapter():
     lora = layers.LowRank(400, 6, 50, ("embed", "mlp"), rngs=nnx.Rngs(0), scale=2.0)
     np.testing.assert_allclose(np.std(lora.a[...]), 1 / 50, rtol=0.03)
     np.testing.assert_allclose(np.mean(lora.a[...]), 0, atol=1e-3)
@@ -168,24 +168,24 @@ def test_stacked_blocks_differ_and_have_a_leading_axis():
     assert blocks.kernel.get_metadata()["axes"] == ("embed", "mlp")
 
 
-def test_each_token_gets_its_example_s_vector():
+def test_each_token_gets_the_vector_of_its_example():
     vectors = normal(2, 3, 4)
     segments = jnp.array([[1, 1, 3, 0], [2, 3, 1, 2]])
     expected = np.zeros((2, 4, 4), np.float32)
-    for row, places in enumerate(np.asarray(segments)):
-        for s, segment in enumerate(places):
+    for row, row_segments in enumerate(np.asarray(segments)):
+        for s, segment in enumerate(row_segments):
             if segment:
                 expected[row, s] = vectors[row, segment - 1]
     np.testing.assert_array_equal(layers.per_token(vectors, segments), expected)
 
 
-def test_one_example_s_vector_is_left_to_broadcast():
+def test_vector_of_a_single_example_is_not_repeated():
     vectors = normal(2, 1, 4)
     segments = jnp.array([[1, 1, 0], [1, 0, 0]])
     np.testing.assert_array_equal(layers.per_token(vectors, segments), vectors)
 
 
-def test_modulation_starts_as_the_identity_and_comes_in_triples():
+def test_modulation_starts_at_zero_and_returns_triples():
     rngs = nnx.Rngs(0)
     modulation = layers.Modulation(4, 2, rngs=rngs, dtype=jnp.dtype("float32"))
     parts = modulation(normal(1, 2, 4), jnp.array([[1, 2, 0]]))

@@ -1,4 +1,4 @@
-"""Low-rank adapters against the merged kernels that they stand for."""
+"""Low-rank adapters against merged kernels."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def forward(network, inputs):
 
 
 def random_adapters(network, config=CONFIG, seed=0):
-    """As if trained: ``b`` is not zero."""
+    """Random adapters whose ``b`` is not zero, as after training."""
     rng = np.random.default_rng(seed)
     adapters = jax.eval_shape(lambda: lora.init(network, config, jax.random.key(0)))
     return jax.tree.map(
@@ -66,7 +66,7 @@ def shapes_of(tree):
     return {jax.tree_util.keystr(k): x.shape for k, x in jax.tree.leaves_with_path(tree)}
 
 
-def test_the_default_targets_are_diffusers(network):
+def test_the_default_targets_are_those_of_diffusers(network):
     adapters = lora.init(network, LoraConfig(rank=2), jax.random.key(0))
     streams = [f"double_blocks/{stream}_" for stream in ("img", "txt")]
     parts = ["attn/proj", "attn/qkv", "mlp/in_layer", "mlp/out_layer"]
@@ -93,8 +93,8 @@ def test_new_adapters_differ_in_all_layers_and_add_nothing(network):
     assert adapters[single + "linear2"].b.get_metadata()["axes"] == (None, "embed")
 
 
-def test_shapes_suffice(network):
-    """And at its true size: diffusers' targets of FLUX.1 [dev] at rank 16."""
+def test_init_and_merge_accept_abstract_arrays(network):
+    """Includes FLUX.1 [dev] with the default targets at rank 16."""
     abstract = jax.eval_shape(lambda: network)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -111,7 +111,7 @@ def test_shapes_suffice(network):
     assert shapes_of(merged) == shapes_of(dev)
 
 
-def test_no_rank_no_adapters(network):
+def test_rank_0_has_no_adapters(network):
     adapters = lora.init(network, LoraConfig(), jax.random.key(0))
     assert adapters == {}
     for same in (lora.attach(network, adapters), lora.merge(network, adapters)):
@@ -139,7 +139,7 @@ def test_networks_may_be_in_a_dict():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_new_adapters_change_no_bit(make, inputs, dtype):
+def test_new_adapters_leave_outputs_bitwise_unchanged(make, inputs, dtype):
     network = make(dtype=dtype)
     adapters = lora.init(network, LoraConfig(rank=3, targets=("*",)), jax.random.key(0))
     attached = lora.attach(network, adapters)
@@ -156,7 +156,7 @@ def test_new_adapters_change_no_bit(make, inputs, dtype):
     ],
     ids=["default", "double", "single", "unstacked"],
 )
-def test_attached_is_merged(network, inputs, targets):
+def test_attached_and_merged_adapters_agree(network, inputs, targets):
     config = LoraConfig(rank=3, alpha=1.5, targets=targets)
     adapters = random_adapters(network, config)
     attached = forward(lora.attach(network, adapters), inputs)
@@ -165,7 +165,7 @@ def test_attached_is_merged(network, inputs, targets):
     assert np.abs(attached - forward(network, inputs)).max() > 0.1
 
 
-def test_attached_is_merged_in_bfloat16(make, inputs):
+def test_attached_and_merged_adapters_agree_in_bfloat16(make, inputs):
     network = make(dtype="bfloat16")
     adapters = random_adapters(network)
     attached = forward(lora.attach(network, adapters), inputs)
@@ -175,7 +175,7 @@ def test_attached_is_merged_in_bfloat16(make, inputs):
     assert lora.merge(network, adapters).double_blocks.img_attn.qkv.kernel.dtype == jnp.float32
 
 
-def test_a_text_encoder_is_adapted_alike(random_network):
+def test_adapters_of_a_text_encoder(random_network):
     config = T5Config.tiny_bytes(d_model=16, d_kv=4, d_ff=16)
     network = random_network(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))
     adapters = random_adapters(network, LoraConfig(rank=2, targets=("blocks/attention/[qv]",)))
@@ -186,8 +186,8 @@ def test_a_text_encoder_is_adapted_alike(random_network):
     assert np.abs(attached - forward(network, inputs)).max() > 0.01
 
 
-def test_merged_kernels(network):
-    """kernel + scale * a @ b in every adapted kernel; all else is as it was."""
+def test_merge_changes_only_adapted_kernels(network):
+    """An adapted kernel becomes kernel + scale * a @ b."""
     adapters = random_adapters(network)
     before = jax.tree.map(jnp.copy, network)
     merged = lora.merge(network, adapters)
@@ -234,7 +234,7 @@ def test_gradients_are_the_chain_rule_on_merged_kernels(network, inputs):
             np.testing.assert_allclose(grad / size, expected / size, atol=1e-3, err_msg=path)
 
 
-def test_the_first_step_moves_b_alone(network, inputs):
+def test_the_first_gradient_is_zero_for_a(network, inputs):
     adapters = lora.init(network, LoraConfig(rank=2, targets=(QKV,)), jax.random.key(0))
     grads = jax.jit(jax.grad(lambda x: jnp.sum(lora.attach(network, x)(**inputs))))(adapters)[QKV]
     assert not np.any(grads.a[...])
@@ -243,7 +243,7 @@ def test_the_first_step_moves_b_alone(network, inputs):
 
 @pytest.mark.parametrize("path", [QKV, "single_blocks/linear1"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_a_layer_s_adapter_is_its_own(network, inputs, path, layer):
+def test_each_layer_has_its_own_adapter(network, inputs, path, layer):
     adapters = random_adapters(network, LoraConfig(rank=3, targets=(path,)))
     only = jnp.arange(2)[:, None, None] == layer
     adapters[path].b[...] = jnp.where(only, adapters[path].b[...], 0.0)
@@ -261,7 +261,7 @@ def test_a_layer_s_adapter_is_its_own(network, inputs, path, layer):
     assert np.abs(attached - forward(network, inputs)).max() > 0.01
 
 
-def test_attaching_leaves_its_arguments_alone(network):
+def test_attach_does_not_modify_its_arguments(network):
     adapters = random_adapters(network)
     structure = jax.tree.structure((network, adapters))
     attached = lora.attach(network, adapters)
@@ -272,7 +272,7 @@ def test_attaching_leaves_its_arguments_alone(network):
     assert np.any(network.img_in.kernel[...]) and np.any(adapters[QKV].b[...])
 
 
-def test_other_numbers_are_not_traced_again(network):
+def test_adapters_with_other_values_are_not_traced_again(network):
     traces = []
 
     @jax.jit
@@ -286,38 +286,38 @@ def test_other_numbers_are_not_traced_again(network):
     assert len(traces) == 1
 
 
-def test_adapters_are_split_like_their_kernels(network, inputs):
-    """Over eight devices: the kernel's axes are, the rank is not."""
+def test_adapters_are_sharded_like_their_kernels(network, inputs):
+    """Over eight devices: along the axes of the kernel, but not along the rank."""
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
     adapters = random_adapters(network)
     shardings = sharding.shardings_of(adapters, mesh)
     for path, adapter in adapters.items():
         layers, in_features, out_features = 2, adapter.a.shape[1], adapter.b.shape[2]
-        split = [
-            placed.shard_shape(x.shape)
-            for placed, x in zip(
+        shards = [
+            sharding_of_x.shard_shape(x.shape)
+            for sharding_of_x, x in zip(
                 jax.tree.leaves(shardings[path]), jax.tree.leaves(adapter), strict=True
             )
         ]
-        assert split == [(layers, in_features // 8, 3), (layers, 3, out_features // 8)], path
+        assert shards == [(layers, in_features // 8, 3), (layers, 3, out_features // 8)], path
 
     expected = forward(lora.attach(network, adapters), inputs)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(adapters, shardings)
+        sharded = jax.device_put(adapters, shardings)
         base = jax.device_put(network, sharding.shardings_of(network, mesh))
-        result = jax.jit(lambda n, a: lora.attach(n, a)(**inputs))(base, placed)
+        result = jax.jit(lambda n, a: lora.attach(n, a)(**inputs))(base, sharded)
     np.testing.assert_allclose(result, expected, atol=2e-4)
 
 
-def test_an_axis_that_does_not_divide_stays_whole():
+def test_axes_that_do_not_divide_by_the_mesh_are_not_sharded():
     network = jax.eval_shape(
         lambda: Flux(FluxConfig.tiny(**(SIZES | {"in_channels": 12})), rngs=nnx.Rngs(0))
     )
     adapters = lora.init(network, LoraConfig(rank=8, targets=("img_in",)), jax.random.key(0))
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
-    split = sharding.shardings_of(adapters, mesh)["img_in"]
-    assert split.a.get_raw_value().shard_shape((12, 8)) == (12, 8)
-    assert split.b.get_raw_value().shard_shape((8, 32)) == (8, 4)
+    shardings = sharding.shardings_of(adapters, mesh)["img_in"]
+    assert shardings.a.get_raw_value().shard_shape((12, 8)) == (12, 8)
+    assert shardings.b.get_raw_value().shard_shape((8, 32)) == (8, 4)
 
 
 @pytest.mark.parametrize(
@@ -326,18 +326,18 @@ def test_an_axis_that_does_not_divide_stays_whole():
         ({"rank": -1}, r"rank -1 must be 0 \(no adapters\) or more"),
         ({"rank": 4, "alpha": -2.0}, "alpha -2.0 must be 0"),
         ({"rank": 4, "alpha": float("nan")}, "alpha nan must be 0"),
-        ({"rank": 4, "targets": ()}, "targets must name what adapters of rank 4 are for"),
+        ({"rank": 4, "targets": ()}, "targets is empty; adapters of rank 4 need linear maps"),
     ],
 )
-def test_bad_settings_are_refused(values, message):
+def test_invalid_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**values)
 
 
-def test_a_target_without_a_match_is_refused(network):
+def test_targets_without_a_match_are_refused(network):
     config = LoraConfig(rank=2, targets=("img_in", "double_blocks/*/to_q"))
     message = (
-        r"'double_blocks/\*/to_q' matches no linear map; there are double_blocks/img_attn/proj"
+        r"'double_blocks/\*/to_q' matches no linear map; choose from double_blocks/img_attn/proj"
     )
     with pytest.raises(ValueError, match=message + r".* and \d+ more\."):
         lora.init(network, config, jax.random.key(0))
@@ -346,13 +346,13 @@ def test_a_target_without_a_match_is_refused(network):
 @pytest.mark.parametrize("join", [lora.attach, lora.merge])
 def test_adapters_of_another_network_are_refused(network, join):
     adapters = random_adapters(network, LoraConfig(rank=2, targets=(QKV, "img_in")))
-    with pytest.raises(ValueError, match="no linear map 'img_out' to adapt; there are double_"):
+    with pytest.raises(ValueError, match="no linear map 'img_out'; choose from double_"):
         join(network, {"img_out": adapters["img_in"]})
     message = r"'img_in', a \(2, 32, 2\) and b \(2, 2, 96\), does not fit its kernel \(8, 32\)"
     with pytest.raises(ValueError, match=message):
         join(network, {"img_in": adapters[QKV]})
     attached = lora.attach(network, adapters)
-    with pytest.raises(ValueError, match=f"has adapters already: {QKV}, img_in"):
+    with pytest.raises(ValueError, match=f"already has adapters: {QKV}, img_in"):
         join(attached, adapters)
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="already has adapters"):
         lora.init(attached, CONFIG, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""LPIPS against its formula written out in NumPy, float64, and what follows from that."""
+"""LPIPS against a reference in NumPy float64, and properties of the distance."""
 
 import math
 
@@ -12,7 +12,7 @@ from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig, _unit
 from kontext_jax.sharding import RULES
 from kontext_jax.tree_paths import named_leaves
 
-LAYERS = {  # of torchvision: channels of a convolution and its ReLU, "M" a pool, "-" a tap
+LAYERS = {  # torchvision's: channels of a convolution with ReLU, "M" max pooling, "-" a tap
     "alex": [64, "-", "M", 192, "-", "M", 384, "-", 256, "-", 256, "-"],
     "vgg": [64, 64, "-", "M", 128, 128, "-", "M", 256, 256, 256, "-"]
     + ["M", 512, 512, 512, "-", "M", 512, 512, 512, "-"],
@@ -22,13 +22,13 @@ SIZES = {"alex": (31, 43), "vgg": (16, 25)}
 
 @pytest.fixture(scope="module")
 def networks(random_network):
-    """Of every trunk, with heads without negative numbers, which would let distances cancel."""
+    """A network per trunk, with nonnegative heads, so that distances do not cancel."""
 
     def make(net):
-        made = random_network(lambda: Lpips(LpipsConfig(net=net), rngs=nnx.Rngs(0)))
-        for head in made.heads:
+        network = random_network(lambda: Lpips(LpipsConfig(net=net), rngs=nnx.Rngs(0)))
+        for head in network.heads:
             head[...] = jnp.abs(head[...])
-        return made
+        return network
 
     return {net: make(net) for net in TRUNKS}
 
@@ -39,7 +39,7 @@ def model(networks):
 
 
 def draw(net):
-    """Two images to compare with two."""
+    """Two pairs of images."""
     shape = (2, 2, *SIZES[net], 3)
     return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
 
@@ -50,7 +50,7 @@ def images():
 
 
 def copied(model):
-    """Another network of the same numbers, to be changed."""
+    """A copy of the network, to be modified."""
     return jax.tree.map(lambda x: x, model)
 
 
@@ -66,16 +66,16 @@ def maps_of(model, images):
 
 @jax.jit
 def gradients(model, first, second):
-    """With respect to either image."""
+    """Gradients with respect to both images."""
     return jax.grad(lambda x, y: jnp.sum(model(x, y)), argnums=(0, 1))(first, second)
 
 
 def convolve(x, kernel, bias, stride, padding):
-    """Of one image."""
+    """The convolution of one image."""
     x = np.pad(x, [(padding, padding)] * 2 + [(0, 0)])
     size = len(kernel)
-    seen = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(0, 1))
-    return np.tensordot(seen[::stride, ::stride], kernel, axes=((3, 4, 2), (0, 1, 2))) + bias
+    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(0, 1))
+    return np.tensordot(windows[::stride, ::stride], kernel, axes=((3, 4, 2), (0, 1, 2))) + bias
 
 
 def taps(model, net, image) -> list[np.ndarray]:
@@ -102,39 +102,39 @@ def taps(model, net, image) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("net", list(TRUNKS))
-def test_the_network_is_its_formula(networks, net):
+def test_distance_matches_the_numpy_reference(networks, net):
     model, images = networks[net], draw(net)
-    found = run(model, *images)
-    assert found.shape == (2,) and found.dtype == jnp.float32
+    distances = run(model, *images)
+    assert distances.shape == (2,) and distances.dtype == jnp.float32
     for i, pair in enumerate(images.swapaxes(0, 1)):
-        wanted = 0.0
+        expected = 0.0
         for f, g, head in zip(
             *(taps(model, net, image) for image in pair), model.heads, strict=True
         ):
             f, g = (x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-10) for x in (f, g))
-            wanted += (np.square(f - g) @ np.asarray(head[...], np.float64)).mean()
-        assert wanted > 0.01
-        np.testing.assert_allclose(found[i], wanted, rtol=1e-5)
+            expected += (np.square(f - g) @ np.asarray(head[...], np.float64)).mean()
+        assert expected > 0.01
+        np.testing.assert_allclose(distances[i], expected, rtol=1e-5)
 
 
-def test_equal_images_have_no_distance_and_order_does_not_matter(model, images):
+def test_distance_is_symmetric_and_zero_for_equal_images(model, images):
     first, second = images
     np.testing.assert_array_equal(run(model, first, first), np.zeros(2))
     np.testing.assert_array_equal(run(model, first, second), run(model, second, first))
 
 
-def test_distances_are_linear_in_the_heads_and_every_head_counts(model, images):
-    whole, parts = run(model, *images), []
+def test_distances_are_linear_in_the_heads_and_every_head_contributes(model, images):
+    total, parts = run(model, *images), []
     for i in range(5):
-        alone = copied(model)
-        for j, head in enumerate(alone.heads):
+        one_head = copied(model)
+        for j, head in enumerate(one_head.heads):
             head[...] = head[...] * (2.0 if i == j else 0.0)
-        parts.append(run(alone, *images))
+        parts.append(run(one_head, *images))
     assert np.min(parts) > 0
-    np.testing.assert_allclose(np.sum(parts, axis=0), 2 * whole, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(parts, axis=0), 2 * total, rtol=1e-5)
 
 
-def test_maps_are_vectors_of_length_one(model, images):
+def test_maps_have_unit_length(model, images):
     for x in maps_of(model, images[0]):
         lengths = np.linalg.norm(np.asarray(x, np.float64), axis=-1)
         np.testing.assert_allclose(lengths, np.ones_like(lengths), atol=1e-6)
@@ -146,8 +146,8 @@ def test_gradients_flow_to_both_images(model, images):
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30])
-def test_gradients_are_finite_where_no_feature_is_active(value):
-    """The length of a vector has no slope at zero, and float32 has no square of a tiny number."""
+def test_gradients_are_finite_if_no_feature_is_active(value):
+    """The length of a vector has no gradient at zero, and tiny squares underflow in float32."""
     x = jnp.full((1, 1, 1, 4), value)
     assert not np.any(np.abs(_unit(x)) > 1e-6)
     assert np.isfinite(jax.grad(lambda x: jnp.sum(_unit(x)))(x)).all()
@@ -158,9 +158,9 @@ def test_bfloat16_keeps_parameters_and_distances_float32(model, images):
     abstract = nnx.eval_shape(lambda: Lpips(config, rngs=nnx.Rngs(0)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
     half = jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
-    exact, found = run(model, *images), run(half, *images)
-    assert found.dtype == jnp.float32
-    assert 0 < np.max(np.abs(found / exact - 1)) < 0.02
+    exact, rounded = run(model, *images), run(half, *images)
+    assert rounded.dtype == jnp.float32
+    assert 0 < np.max(np.abs(rounded / exact - 1)) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_networks_have_the_published_sizes(net, trunk, heads):
     assert sizes == {"stages": trunk, "heads": heads}
 
 
-def test_new_heads_weigh_all_channels_alike():
+def test_new_heads_weigh_all_channels_equally():
     make = jax.jit(lambda: Lpips(LpipsConfig(), rngs=nnx.Rngs(0)).heads)
     for head in jax.tree.leaves(make()):
         np.testing.assert_allclose(head, np.full(len(head), 1 / len(head)), rtol=1e-6)
@@ -187,7 +187,7 @@ def test_every_parameter_names_its_axes(model):
 
 
 @pytest.mark.parametrize("net", list(TRUNKS))
-def test_what_cannot_be_compared_is_named(networks, net):
+def test_images_that_are_too_small_and_unknown_networks_are_refused(networks, net):
     model = networks[net]
     smallest = TRUNKS[net].smallest
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The TPU kernel, interpreted on CPUs: what it computes, and which blocks it leaves out."""
+"""The TPU kernel, interpreted on CPUs: its results, and which blocks it skips."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def qkv():
 
 
 def outputs_and_gradients(qkv, kernel, scale=None):
-    """Of the tokens of examples; what padding attends to has no meaning."""
+    """Output and gradients for the tokens of examples; the output of padding is masked."""
 
     def loss(q, k, v):
         out = attention(q, k, v, jnp.asarray(SEGMENTS), scale=scale, kernel=kernel)
@@ -46,47 +46,47 @@ def outputs_and_gradients(qkv, kernel, scale=None):
 
 
 @pytest.mark.parametrize("scale", [None, 0.02])
-def test_it_is_attention_within_segments(qkv, scale):
+def test_matches_attention_within_segments(qkv, scale):
     out, *grads = outputs_and_gradients(qkv, "splash", scale)
     expected = np.where(VALID, expected_attention(*qkv, SEGMENTS, scale=scale), 0.0)
     np.testing.assert_allclose(out, expected, atol=2e-6)
-    for mine, plain in zip(grads, outputs_and_gradients(qkv, "xla", scale)[1:], strict=True):
-        np.testing.assert_allclose(mine, plain, atol=3e-6)
+    for grad, plain in zip(grads, outputs_and_gradients(qkv, "xla", scale)[1:], strict=True):
+        np.testing.assert_allclose(grad, plain, atol=3e-6)
 
 
 @pytest.mark.parametrize(
     "sizes", [{"data": 2, "context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}], ids=str
 )
-def test_it_is_the_same_on_a_mesh(qkv, sizes):
+def test_results_do_not_depend_on_the_mesh(qkv, sizes):
     """Queries are split over context, heads over tensor; keys and values are gathered."""
-    alone = outputs_and_gradients(qkv, "splash")
+    on_one_device = outputs_and_gradients(qkv, "splash")
     with jax.set_mesh(make_mesh(MeshConfig(**({"data": 1, "fsdp": 1} | sizes)))):
         on_mesh = outputs_and_gradients(qkv, "splash")
-    for one, other in zip(alone, on_mesh, strict=True):
-        np.testing.assert_allclose(other, one, atol=3e-6)
+    for expected, actual in zip(on_one_device, on_mesh, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
-def test_blocks_of_other_examples_are_not_even_read(qkv):
-    """A NaN among the values would show, though its weight is zero."""
+def test_blocks_of_other_examples_are_not_read(qkv):
+    """A NaN among the values would show up even with a weight of zero."""
     q, k, v = (x[:1, :384] for x in qkv)
     segments = jnp.repeat(jnp.array([[1, 2, 3]]), 128, axis=1)
     v = jnp.where((segments == 2)[:, :, None, None], jnp.nan, v)
-    for kernel, seen in (("xla", True), ("splash", False)):
+    for kernel, reads_all in (("xla", True), ("splash", False)):
         out = attention(q, k, v, segments, kernel=kernel)
-        assert np.isnan(out[:, :128]).any() == seen and np.isnan(out[:, 128:256]).all()
+        assert np.isnan(out[:, :128]).any() == reads_all and np.isnan(out[:, 128:256]).all()
 
 
 @pytest.mark.parametrize(
     ("length", "block"),
     [(1, 128), (128, 128), (300, 384), (512, 512), (4608, 512), (8704, 512), (8832, 384)],
 )
-def test_blocks_fit_the_row(length, block, monkeypatch):
+def test_block_size_minimises_padding(length, block, monkeypatch):
     monkeypatch.setattr(splash, "MAX_BLOCK", 512)
     assert splash.block_size(length) == block
 
 
-def test_the_table_has_every_block_that_is_needed_and_no_other():
-    """No other where the segments come in order, as they do in text and in images."""
+def test_the_table_has_all_overlapping_blocks_and_few_others():
+    """Few others if segments ascend, as they do in text and in images."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         q, kv = (np.sort(rng.integers(1, 9, size)) for size in (256, 384))
@@ -95,7 +95,7 @@ def test_the_table_has_every_block_that_is_needed_and_no_other():
         overlap = splash.overlapping_blocks(jnp.asarray(q), jnp.asarray(kv), 32, 32)
         pairs = (q[:, None] == kv[None]).reshape(8, 32, 12, 32).any(axis=(1, 3))
         assert (np.asarray(overlap) >= pairs).all()
-        # A block of queries 3, 5 overlaps keys of 4 alone by its range.
+        # False positive: a block with queries of segments 3 and 5, and one with keys of 4 alone.
         assert np.asarray(overlap).sum() <= pairs.sum() + 8
 
 
@@ -108,7 +108,7 @@ def test_the_next_block_to_run_is_fetched_and_nothing_after_the_last():
 
 
 @pytest.mark.parametrize(("policy", "calls"), [("none", 1), ("full", 2), ("save_attention", 1)])
-def test_what_is_kept_spares_the_backward_pass_the_forward_kernel(qkv, policy, calls):
+def test_saved_attention_avoids_a_second_forward_kernel(qkv, policy, calls):
     def block(x, _):
         return attention(x, x, x, jnp.asarray(SEGMENTS), kernel="splash"), None
 
@@ -121,8 +121,8 @@ def test_what_is_kept_spares_the_backward_pass_the_forward_kernel(qkv, policy, c
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_lowers_for_tpus(qkv, dtype, monkeypatch):
-    """Where Mosaic checks the kernels; it takes no TPU, nor its compiler."""
+def test_lowers_for_tpus(qkv, dtype, monkeypatch):
+    """Lowering runs Mosaic's checks of the kernels; it needs neither a TPU nor its compiler."""
     monkeypatch.setattr(splash, "MAX_BLOCK", 512)
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
 
@@ -144,7 +144,7 @@ def test_flops_of_the_kernels():
     assert splash.KERNEL_FLOPS["splash_mha_dkv"](shapes) == 5 * product
 
 
-def test_the_names_are_those_of_the_program(qkv):
+def test_kernel_names_match_the_program(qkv):
     text = str(jax.make_jaxpr(lambda *x: outputs_and_gradients(x, "splash"))(*qkv))
     for name in splash.KERNEL_FLOPS:
         assert f"name={name}" in text

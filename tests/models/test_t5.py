@@ -1,4 +1,4 @@
-"""The T5 encoder against a forward pass written out in NumPy, float64."""
+"""The T5 encoder against a reference in NumPy float64."""
 
 import math
 
@@ -22,7 +22,7 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def model(fresh):
-    """The tiny encoder with its norms off one and its position biases large enough to count."""
+    """The tiny encoder with random norm scales and larger position biases, so that both matter."""
     model = nnx.clone(fresh)
     rng = np.random.default_rng(0)
     for norm in (model.blocks.attention_norm, model.blocks.mlp_norm, model.final_layer_norm):
@@ -52,7 +52,7 @@ def float64(param) -> np.ndarray:
 
 
 def expected_bucket(distance: int) -> int:
-    """Of 32 buckets up to 128, in whole numbers: far buckets start at 8 * 2 ** (j / 2)."""
+    """Bucket of 32, up to a distance of 128, by integers: far ones start at 8 * 2 ** (j / 2)."""
     half, size = (16 if distance > 0 else 0), abs(distance)
     far = 8 + sum(size**2 >= 64 * 2**j for j in range(1, 8))
     return half + (size if size < 8 else far)
@@ -67,7 +67,7 @@ def gelu(x):
 
 
 def reference(model, ids: np.ndarray) -> np.ndarray:
-    """One prompt through the encoder: the published formulas, head by head."""
+    """The encoding of one prompt by the published formulas, head by head."""
     x = float64(model.shared.embedding)[ids]
     length, blocks = len(ids), model.blocks
     table = float64(model.relative_attention_bias)
@@ -104,7 +104,7 @@ def test_every_parameter_names_its_axes(model):
         assert {axis for axis in axes if axis is not None} <= set(RULES)
 
 
-def test_weights_start_as_in_transformers(fresh):
+def test_initial_scales_match_transformers(fresh):
     width, d_kv, inner, d_ff = TINY.d_model, TINY.d_kv, TINY.num_heads * TINY.d_kv, TINY.d_ff
     attention, mlp = fresh.blocks.attention, fresh.blocks.mlp
     for param, std in (
@@ -120,24 +120,24 @@ def test_weights_start_as_in_transformers(fresh):
         assert float(jnp.std(param[...])) == pytest.approx(std, rel=0.12)
 
 
-def test_heads_start_as_windows_of_several_widths(fresh):
-    """2^(-4 h / 4) a token, alike in both directions, floored at -8, with T5's noise on top."""
+def test_initial_position_biases_decrease_with_distance(fresh):
+    """By 2^(-4 h / 4) per token in both directions, at least -8, plus T5's noise."""
     bias = np.asarray(fresh.relative_attention_bias[...])
     for head, slope in enumerate((1.0, 0.5, 0.25, 0.125)):
         for distance in (1, 3, 7):
-            for bucket in (distance, 16 + distance):  # behind and ahead of the query
+            for bucket in (distance, 16 + distance):  # before and after the query
                 assert bias[bucket, head] == pytest.approx(-slope * distance, abs=0.6)
         assert bias[15, head] == pytest.approx(-8.0, abs=0.6)  # 87 tokens and more
 
 
-def test_buckets_of_distances():
+def test_buckets_match_the_integer_formula():
     distance = np.arange(-600, 601)[None]
     buckets = t5.relative_position_buckets(distance, 32, 128)
     np.testing.assert_array_equal(buckets[0], [expected_bucket(int(d)) for d in distance[0]])
     assert set(buckets[0]) == set(range(32)) - {16}
 
 
-def test_the_encoder_is_its_formula(model):
+def test_encoder_matches_the_numpy_reference(model):
     ids = random_ids(2, 40)
     out = encode(model, ids, jnp.ones_like(ids))
     assert out.shape == (2, 40, 64) and out.dtype == jnp.float32
@@ -149,7 +149,7 @@ LENGTHS = (9, 3, 17)
 
 
 def packed_row(pad: int):
-    """Three prompts in one row of 32, the rest filled with ``pad``."""
+    """Three prompts in one row of 32 tokens, padded with ``pad``."""
     prompts = [random_ids(1, length, seed=length) for length in LENGTHS]
     rest = 32 - sum(LENGTHS)
     ids = jnp.concatenate([*prompts, jnp.full((1, rest), pad, jnp.int32)], axis=1)
@@ -157,7 +157,7 @@ def packed_row(pad: int):
     return prompts, ids, segments
 
 
-def test_prompts_of_a_row_are_encoded_as_if_alone(model):
+def test_packed_prompts_are_encoded_as_if_alone(model):
     prompts, ids, segments = packed_row(pad=0)
     out = encode(model, ids, segments)
     alone = [encode(model, prompt, jnp.ones_like(prompt)) for prompt in prompts]
@@ -168,7 +168,7 @@ def test_prompts_of_a_row_are_encoded_as_if_alone(model):
     np.testing.assert_array_equal(out[:, : sum(LENGTHS)], other[:, : sum(LENGTHS)])
 
 
-def test_gradients_of_a_packed_row_are_those_of_its_prompts(model):
+def test_gradients_of_a_packed_row_are_the_sum_over_its_prompts(model):
     prompts, ids, segments = packed_row(pad=0)
     weight = np.random.default_rng(3).normal(size=(1, 32, 64)).astype(np.float32)
 
@@ -191,14 +191,14 @@ def test_gradients_of_a_packed_row_are_those_of_its_prompts(model):
         np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.max(jnp.abs(b))))
 
 
-def test_pads_count_where_the_caller_says_so(model):
+def test_padding_matters_if_it_belongs_to_the_segment(model):
     ids = random_ids(1, 12).at[:, 8:].set(0)
     ignored = encode(model, ids, (jnp.arange(12) < 8).astype(jnp.int32)[None])
     counted = encode(model, ids, jnp.ones((1, 12), jnp.int32))
     assert float(jnp.max(jnp.abs(counted - ignored)[:, :8])) > 0.01
 
 
-def test_gradients_are_the_same_rematerialised(fresh):
+def test_gradients_do_not_depend_on_remat(fresh):
     ids = random_ids(1, 8)
     grad = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(ids, jnp.ones_like(ids))))))
     grads = [grad(with_config(fresh, remat=remat)) for remat in REMAT_POLICIES]
@@ -237,6 +237,6 @@ def test_pool_is_the_mean_of_each_example():
         ({"remat": "some"}, "remat 'some' is not one of full, none"),
     ],
 )
-def test_wrong_sizes_are_named(wrong, message):
+def test_invalid_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         t5.T5Config.tiny_bytes(**wrong)

@@ -1,4 +1,4 @@
-"""LADD with networks as small as can be."""
+"""LADD with tiny networks."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from kontext_jax.types import Tokens
 
 
 class LaddRecipe(NamedTuple):
-    """An objective with networks for it; ``tokens``: rows of 1, 2 and no examples."""
+    """An objective, its networks, and a batch with 1, 2 and 0 examples in its rows."""
 
     objective: Ladd
     params: dict
@@ -29,7 +29,7 @@ class LaddRecipe(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_ladd(recipe, random_network):
-    """A function from settings of LADD to a recipe, on `recipe`'s encoders and batches."""
+    """A function from LADD settings to a recipe, with the encoders and batches of `recipe`."""
     config = recipe.objective.config
     common = {
         name: getattr(config, name)
@@ -63,7 +63,7 @@ def ladd(make_ladd) -> LaddRecipe:
 
 @pytest.fixture(scope="session")
 def target(ladd) -> np.ndarray:
-    """Which tokens are targets'."""
+    """Which tokens are target tokens."""
     return np.asarray(ladd.tokens.is_target)
 
 
@@ -71,8 +71,8 @@ def target(ladd) -> np.ndarray:
 def make_descent():
     """A function from an objective to a step of plain gradient descent.
 
-    The step goes from (parameters, frozen networks, batch, learning rates by player) to (parameters
-    after it, metrics).
+    The step maps (parameters, frozen networks, batch, learning rates by player) to (new parameters,
+    metrics).
     """
 
     def make(objective, accumulate_steps: int = 1):
@@ -95,18 +95,18 @@ def make_descent():
 
 @pytest.fixture(scope="session")
 def assert_same_in_microbatches(make_descent):
-    """Of an objective's step: its parameters and metrics are those of the whole batch."""
+    """Checks that a step in two microbatches equals the step on the full batch."""
 
     def check(objective, params, frozen, batch):
         rates = dict.fromkeys(objective.players, 0.1)
-        whole, split = (
-            jax.device_get(make_descent(objective, number)(params, frozen, batch, rates))
-            for number in (1, 2)
+        full, split = (
+            jax.device_get(make_descent(objective, count)(params, frozen, batch, rates))
+            for count in (1, 2)
         )
         close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-        jax.tree.map(close, split, whole)
+        jax.tree.map(close, split, full)
         for player in objective.players:
-            moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole[0][player], params[player])
-            assert max(jax.tree.leaves(moved)) > 1e-3
+            change = jax.tree.map(lambda a, b: np.abs(a - b).max(), full[0][player], params[player])
+            assert max(jax.tree.leaves(change)) > 1e-3
 
     return check

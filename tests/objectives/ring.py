@@ -1,8 +1,8 @@
-"""A distribution on the plane for which it is known what a distillation should do.
+"""A distribution in 2D for which the right result of a distillation is known.
 
-Eight narrow Gaussians on a ring, every second one of a class; a point is one image token of two
-channels, its class a prompt of one token. Networks, losses, train step and sampler are those of
-every run.
+It has eight narrow Gaussians on a ring, in two alternating classes. A point is one image token with
+two channels; its class is a prompt of one token. Networks, losses, train step and sampler are those
+of real runs.
 """
 
 import functools
@@ -39,12 +39,12 @@ NETWORKS = dict(
     pooled="mean",
 )  # fmt: skip
 
-# The tests' XLA does not optimise; these programs run long enough to be worth it.
+# conftest.py turns XLA's optimisation off; these programs run long enough to need it.
 compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "3"})
 
 
 class Classes(T5Encoder):
-    """The text encoder: a vector for no class, and for each of the two."""
+    """A text encoder with one vector for each of the two classes, and one for no class."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (3, 16)))
@@ -58,7 +58,7 @@ CLASSES = Classes(rngs=nnx.Rngs(7))
 
 class Points(NamedTuple):
     values: Any
-    labels: Any  # 1 or 2; 0 for no class
+    labels: Any  # 1 or 2, or 0 for no class
 
 
 def centres() -> np.ndarray:
@@ -67,13 +67,13 @@ def centres() -> np.ndarray:
 
 
 def ring(key, number: int) -> Points:
-    """Points of the ring, a tenth of them without their class."""
+    """Points of the ring; a tenth of them have no class."""
     mode_key, noise_key, drop_key = jax.random.split(key, 3)
     mode = jax.random.randint(mode_key, (number,), 0, MODES)
     noise = SD * jax.random.normal(noise_key, (number, 2))
-    kept = jax.random.uniform(drop_key, (number,)) > 0.1
+    has_class = jax.random.uniform(drop_key, (number,)) > 0.1
     values = jnp.asarray(centres(), jnp.float32)[mode] + noise
-    return Points(values, jnp.where(kept, 1 + mode % 2, 0))
+    return Points(values, jnp.where(has_class, 1 + mode % 2, 0))
 
 
 def batch_of(points: Points, first_id) -> Batch:
@@ -97,7 +97,7 @@ def batch_of(points: Points, first_id) -> Batch:
 
 
 def train(objective, optim, draw: Callable, num_steps: int, seed: int, frozen=None, initial=None):
-    """The averaged networks after so many steps; ``draw(key, number)`` gives points."""
+    """(averaged networks after the last step, metrics); ``draw(key, number)`` returns points."""
     optimizers = make_optimizers(objective, optim, num_steps)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = init_state(objective, optimizers, mesh, seed, initial)
@@ -144,7 +144,7 @@ def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: 
 
 @functools.partial(compiled, static_argnames="sampler")
 def draw(transformer, labels, seed, sampler: SamplerConfig):
-    """A point for each label."""
+    """One sampled point for each label."""
     points = Points(jnp.zeros((len(labels), 2)), labels)
     config = FlowMatchingConfig(**NETWORKS)
 
@@ -160,13 +160,13 @@ def draw(transformer, labels, seed, sampler: SamplerConfig):
 
 
 class Score(NamedTuple):
-    """How points stand to a reference.
+    """How sampled points compare with reference points.
 
     Attributes:
-      distance: sliced Wasserstein-1, over 64 directions.
-      on_ring: share within three deviations of a mode.
-      right_class: share whose nearest mode is of its class.
-      rarest: points of the rarest mode, as a multiple of an eighth of all.
+      distance: sliced Wasserstein-1 distance, over 64 directions.
+      on_ring: share of points within three standard deviations of a mode.
+      right_class: share of points whose nearest mode has their class.
+      rarest: number of points at the rarest mode, as a multiple of an eighth of all points.
     """
 
     distance: float

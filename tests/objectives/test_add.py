@@ -1,4 +1,4 @@
-"""ADD's terms against their formulas, and which pixels it compares."""
+"""ADD's terms against their formulas, and the pixels that it compares."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.discriminator import HeadsConfig, grid_neighbours
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.objectives.add import Add, AddConfig, decode, targets_by_size
-from kontext_jax.objectives.ladd import plain
+from kontext_jax.objectives.adversarial import logits_only
 from kontext_jax.objectives.student import StudentTimes
 from kontext_jax.objectives.transformer import inputs_at
 from kontext_jax.types import Example
@@ -29,7 +29,7 @@ ALWAYS_NOISE = StudentTimes(values=(1.0,), warmup=(1.0,), probabilities=(1.0,), 
 
 @pytest.fixture(scope="module")
 def make_add(recipe, ladd, random_network):
-    """A function from settings of ADD to (objective, networks, frozen networks, batch)."""
+    """A function from ADD settings to (objective, networks, frozen networks, batch)."""
     config = recipe.objective.config
     kinds = {
         "dino": (Dino, DinoConfig.tiny(input_size=28)),
@@ -50,8 +50,8 @@ def make_add(recipe, ladd, random_network):
             )
         )
         params = random_network(lambda: objective.init(jax.random.key(0)), seed=1)
-        seeing = random_network(lambda: network(network_config, rngs=nnx.Rngs(0)))
-        frozen = ladd.frozen | {features: seeing}
+        feature_network = random_network(lambda: network(network_config, rngs=nnx.Rngs(0)))
+        frozen = ladd.frozen | {features: feature_network}
         return objective, params, frozen, jax.tree.map(jnp.asarray, ladd.batch)
 
     return make
@@ -72,7 +72,7 @@ def run(add, player="student"):
     return losses(params, frozen, batch)
 
 
-def test_defaults_are_the_papers():
+def test_defaults_match_the_paper():
     config = AddConfig()
     assert (config.distillation_weight, config.r1_weight) == (2.5, 1e-5)
     assert config.student_times.probabilities == (0.25,) * 4
@@ -80,14 +80,14 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("features", ["dino", "efficientnet"])
-def test_the_students_loss_is_the_sum_of_its_terms(make_add, features):
+def test_student_loss_is_the_sum_of_its_terms(make_add, features):
     loss, sums, _ = run(make_add(features))
     terms = sums.metrics
     np.testing.assert_allclose(loss, terms["adversarial"] + 2.5 * terms["distillation"], rtol=1e-5)
     assert sums.weight == 3 and terms["distillation"] > 0
 
 
-def test_distillation_is_of_decoded_pixels_weighted_by_the_level(make_add):
+def test_distillation_compares_decoded_pixels_weighted_by_the_level(make_add):
     add = make_add()
     objective, params, frozen, batch = add
     _, sums, inputs = run(add)
@@ -108,75 +108,77 @@ def test_distillation_is_of_decoded_pixels_weighted_by_the_level(make_add):
         return flow.token_noise(keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
 
     t = jnp.ones(tokens.example_ids.shape)
-    made = predict(student, noise_of(flow.split_keys(keys[0], 2)[1]), t)
+    generated = predict(student, noise_of(flow.split_keys(keys[0], 2)[1]), t)
     s = flow.sample_times(keys[1], jnp.ones(t.shape, jnp.int32), objective.config.teacher_levels)
     assert np.all((s > 0) & (s < 1))
-    x_s = flow.interpolate(made, noise_of(keys[2]), flow.at_tokens(s, tokens.segments))
-    error = np.asarray(images(made) - images(predict(teacher, x_s, s)), np.float64)
+    x_s = flow.interpolate(generated, noise_of(keys[2]), flow.at_tokens(s, tokens.segments))
+    error = np.asarray(images(generated) - images(predict(teacher, x_s, s)), np.float64)
     present = np.asarray(inputs["targets"][0].present)
     expected = np.sum(present * (1 - np.asarray(s)) * np.mean(error**2, axis=(2, 3, 4)))
     np.testing.assert_allclose(sums.metrics["distillation"], expected, rtol=1e-3)
 
 
-def test_no_gradient_reaches_the_teacher_or_what_it_is_shown(make_add):
-    """Then that of an image is 2 c(s) (x' - x'_teacher) / numel, as test_ladd.py has it."""
+def test_no_gradient_reaches_the_teacher_or_its_input(make_add):
+    """Then the gradient of an image is 2 c(s) (x' - x'_teacher) / numel, as in test_ladd.py."""
     objective, params, frozen, batch = make_add()
     inputs = jax.jit(objective.prepare)(frozen, batch)
     keys = flow.split_keys(flow.example_keys(KEY, inputs["tokens"].example_ids), 2)
-    made = jnp.cos(inputs["tokens"].latents)
-    images = jax.jit(objective._decode)(frozen, inputs, made)
+    generated = jnp.cos(inputs["tokens"].latents)
+    images = jax.jit(objective._decode)(frozen, inputs, generated)
 
     @jax.jit
     @jax.value_and_grad
-    def distance(shown):
-        given = frozen | {"teacher": shown["teacher"]}
-        return jnp.sum(objective._distance(given, inputs, images, shown["made"], keys))
+    def distance(arguments):
+        networks = frozen | {"teacher": arguments["teacher"]}
+        return jnp.sum(objective._distance(networks, inputs, images, arguments["generated"], keys))
 
-    value, grads = distance({"teacher": frozen["teacher"], "made": made})
+    value, grads = distance({"teacher": frozen["teacher"], "generated": generated})
     assert value > 0
     assert not any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
-def test_heads_that_say_nothing_have_a_loss_of_two(make_add):
+def test_zero_logits_give_a_discriminator_loss_of_two_per_map(make_add):
     objective, params, frozen, batch = make_add()
-    silent = jax.tree.map(jnp.zeros_like, params["discriminator"])
-    params = params | {"discriminator": silent}
+    zero_heads = jax.tree.map(jnp.zeros_like, params["discriminator"])
+    params = params | {"discriminator": zero_heads}
     loss, sums, _ = run((objective, params, frozen, batch), "discriminator")
     np.testing.assert_allclose([loss, sums.weight], [3 * 3 * 2, 3], rtol=1e-6)  # three maps
 
 
-def test_true_images_can_be_seen_as_the_autoencoder_gives_them_back(make_add):
-    """Then a student that makes the true latents cannot be told from them."""
+def test_heads_can_see_reconstructions_of_the_real_images(make_add):
+    """Then a student that generates the exact latents cannot be told from the real images."""
     objective, _, frozen, batch = make_add(reconstruct_real=True)
     inputs = jax.jit(objective.prepare)(frozen, batch)
     images = jax.jit(objective._decode)(frozen, inputs, inputs["tokens"].latents)
-    seen = jax.jit(objective._look)(frozen, images)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), seen, inputs["real"])
+    features = jax.jit(objective._features)(frozen, images)
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, features, inputs["real"])
     pixels = jax.jit(make_add()[0].prepare)(frozen, batch)["real"]
-    assert not np.allclose(pixels.pooled, seen.pooled, atol=1e-2)
+    assert not np.allclose(pixels.pooled, features.pooled, atol=1e-2)
 
 
-def test_the_heads_loss_is_its_formula(make_add):
-    """R1 is the square of the gradient by what the heads read, and has its weight."""
+def test_discriminator_loss_matches_its_formula(make_add):
+    """R1 is the squared gradient by the heads' input features, times its weight."""
     add = make_add("dino", r1_weight=0.1)
     loss, sums, inputs = run(add, "discriminator")
     _, params, frozen, _ = add
 
     def logits(maps):
-        read = [values for values, _ in params["discriminator"](maps, inputs["given"], plain)]
-        return sum(map(jnp.sum, read)), read
+        heads = params["discriminator"](maps, inputs["condition"], logits_only)
+        by_map = [values for values, _ in heads]
+        return sum(map(jnp.sum, by_map)), by_map
 
     gradient = jax.jit(jax.grad(logits, has_aux=True))
-    slopes, real = gradient(inputs["real"].maps)
-    _, made = gradient(inputs["made"])
+    real_gradients, real = gradient(inputs["real"].maps)
+    _, fake = gradient(inputs["fake"])
 
-    def total(by_map):  # the mean over a map's places, the sum over maps and examples
+    def total(by_map):  # mean over a map's positions, sum over maps and examples
         means = [np.mean(np.asarray(x, np.float64).reshape(len(x), -1), axis=1) for x in by_map]
         return np.sum(np.asarray(inputs["present"]) * sum(means))
 
-    pairs = zip(real, made, strict=True)
+    pairs = zip(real, fake, strict=True)
     hinge = total([np.maximum(1 - x, 0) + np.maximum(1 + y, 0) for x, y in pairs])
-    r1 = total([np.sum(np.square(x), axis=-1) for x in slopes])
+    r1 = total([np.sum(np.square(x), axis=-1) for x in real_gradients])
     np.testing.assert_allclose(sums.metrics["r1"], r1, rtol=1e-4)
     np.testing.assert_allclose(loss, hinge + 0.1 * r1, rtol=1e-4)
     without = make_add("dino", r1_weight=0.0)[0]
@@ -186,19 +188,19 @@ def test_the_heads_loss_is_its_formula(make_add):
 
 
 @pytest.mark.slow
-def test_microbatches_make_the_same_step(make_add, recipe, assert_same_in_microbatches):
-    """Each gets what was handed on of its own rows."""
+def test_microbatches_give_the_same_step(make_add, recipe, assert_same_in_microbatches):
+    """Each microbatch gets the features that the student forwarded for its rows."""
     objective, params, frozen, _ = make_add()
     assert_same_in_microbatches(objective, params, frozen, recipe.rows([1, 2, 0, 3]))
 
 
-def test_neighbours_on_a_grid():
+def test_grid_neighbours():
     expected = [[-1, -1, -1, -1, 0, 1, -1, 3, 4], [-1, -1, -1, 0, 1, 2, 3, 4, 5]]
     assert grid_neighbours(2, 3)[:2].tolist() == expected
 
 
 def test_targets_of_all_sizes_are_found_in_packed_rows(random_network):
-    """Their pixels, and the tokens that they were encoded to: contexts are left out."""
+    """Their pixels and their tokens, without those of contexts."""
     sizes = ((24, 16), (16, 32))
     rng = np.random.default_rng(0)
 
@@ -221,23 +223,23 @@ def test_targets_of_all_sizes_are_found_in_packed_rows(random_network):
         lambda: Autoencoder(AutoencoderConfig.tiny(channels=8), rngs=nnx.Rngs(0))
     )
     latents = jax.jit(encode_images)(autoencoder, batch)
-    found = targets_by_size(batch, autoencoder.config.downsample)
-    by_size = dict(zip(sorted(batch.images), found, strict=True))
-    for key, numbers in ((size_key(sizes[0]), [0, 2]), (size_key(sizes[1]), [1])):
+    all_targets = targets_by_size(batch, autoencoder.config.downsample)
+    by_size = dict(zip(sorted(batch.images), all_targets, strict=True))
+    for key, indices in ((size_key(sizes[0]), [0, 2]), (size_key(sizes[1]), [1])):
         targets = by_size[key]
-        assert np.flatnonzero(targets.present[0]).tolist() == numbers
+        assert np.flatnonzero(targets.present[0]).tolist() == indices
         images = jax.jit(decode)(autoencoder, targets, latents)
-        for number in numbers:
-            pixels = to_pixels(jnp.asarray(examples[number].target))
-            np.testing.assert_array_equal(targets.pixels[0, number], pixels)
+        for i in indices:
+            pixels = to_pixels(jnp.asarray(examples[i].target))
+            np.testing.assert_array_equal(targets.pixels[0, i], pixels)
             encoded = jax.jit(lambda a, x: a.decode(a.encode(x)))(autoencoder, pixels[None])
-            np.testing.assert_allclose(images[0, number], encoded[0], atol=1e-4)
+            np.testing.assert_allclose(images[0, i], encoded[0], atol=1e-4)
 
 
-def test_latents_are_refused(make_add):
+def test_latents_and_unknown_features_are_refused(make_add):
     objective, _, frozen, batch = make_add()
     batch = batch.replace(latents=jnp.zeros((*batch.segments.shape, 24)))
-    with pytest.raises(ValueError, match="ADD looks at pixels: leave data.latents.path empty"):
+    with pytest.raises(ValueError, match="ADD needs pixels: leave data.latents.path empty"):
         objective.prepare(frozen, batch)
     with pytest.raises(ValueError, match="features 'vgg' is not one of dino, efficientnet"):
         AddConfig(features="vgg")

@@ -1,4 +1,4 @@
-"""Guidance distillation: the loss by its formula, and a student that starts as its teacher."""
+"""Guidance distillation: the loss against its formula, and a student that equals its teacher."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def setup(recipe, ladd):
         )
     )
     batch = jax.tree.map(jnp.asarray, ladd.batch)
-    # The first token of each prompt alone, as the tokenizer would give for an empty one.
+    # Only the first token of each prompt, as if the tokenizer had encoded an empty prompt.
     first = jnp.pad(batch.text_segments, ((0, 0), (1, 0)))[:, :-1] != batch.text_segments
     segments = jnp.where(first, batch.text_segments, 0)
     batch = batch.replace(negative=Prompts(jnp.ones_like(batch.text_ids), segments, batch.clip_ids))
@@ -52,8 +52,8 @@ def run(setup, models):
     return loss(models, frozen, batch)
 
 
-def test_the_loss_is_the_square_to_the_guided_velocity(setup, ladd):
-    """A student that starts as its teacher is off by (w - 1) (v(prompt) - v(no prompt))."""
+def test_loss_is_the_squared_distance_to_the_guided_velocity(setup, ladd):
+    """A student that equals its teacher is off by (w - 1) (v(prompt) - v(no prompt))."""
     objective, frozen, _, models = setup
     loss, sums, inputs = run(setup, models)
     tokens, teacher = inputs["tokens"], frozen["teacher"]
@@ -63,7 +63,7 @@ def test_the_loss_is_the_square_to_the_guided_velocity(setup, ladd):
     t = flow.sample_times(time_keys, counts.astype(jnp.int32), objective.config.time)
     noise = flow.token_noise(noise_keys, tokens.segments, tokens.offsets, tokens.latents.shape[-1])
     x_t = flow.interpolate(tokens.latents, noise, flow.at_tokens(t, tokens.segments))
-    velocity = jax.jit(lambda given: teacher(**inputs_at(teacher, given, x_t, t, 0.0)))
+    velocity = jax.jit(lambda tokens: teacher(**inputs_at(teacher, tokens, x_t, t, 0.0)))
     with_prompt, without = (
         np.asarray(velocity(inputs[name]), np.float64) for name in ("tokens", "negative")
     )
@@ -71,7 +71,7 @@ def test_the_loss_is_the_square_to_the_guided_velocity(setup, ladd):
         jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, minval=2.0, maxval=5.0)))(scale_keys)
     )
     assert np.all((scale >= 2) & (scale < 5))
-    assert len(np.unique(scale)) == 4  # of three examples, and of all places without one
+    assert len(np.unique(scale)) == 4  # three examples, and all empty slots share one
     token_scale = np.asarray(flow.at_tokens(jnp.asarray(scale), tokens.segments), np.float64)
     square = np.mean(((token_scale - 1) * (with_prompt - without)) ** 2, axis=-1)
     weights = np.asarray(member, np.float64) / np.maximum(np.asarray(counts), 1)[:, None]
@@ -81,7 +81,7 @@ def test_the_loss_is_the_square_to_the_guided_velocity(setup, ladd):
     assert sums.weight == 3
 
 
-def test_the_student_starts_as_its_teacher_whatever_the_scale(setup, ladd):
+def test_initial_student_equals_its_teacher_at_any_scale(setup, ladd):
     _, frozen, _, models = setup
     student, teacher, tokens = models["student"]["transformer"], frozen["teacher"], ladd.tokens
     t = jnp.full(tokens.example_ids.shape, 0.4)
@@ -92,8 +92,8 @@ def test_the_student_starts_as_its_teacher_whatever_the_scale(setup, ladd):
         np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
-def test_the_new_input_learns(setup):
-    """Its last layer starts at zero, and has a gradient."""
+def test_guidance_input_has_a_gradient(setup):
+    """Although the last layer of its embedder starts at zero."""
     *_, models = setup
 
     def loss(models):
@@ -107,10 +107,10 @@ def test_the_new_input_learns(setup):
     ("settings", "message"),
     [
         ({"guidance_embed": False}, "takes the scale as an input: set guidance_embed=True"),
-        ({"scales": (3.0, 3.0)}, r"scales \(3.0, 3.0\) must rise"),
+        ({"scales": (3.0, 3.0)}, r"scales \(3.0, 3.0\) must be increasing"),
     ],
 )
-def test_wrong_settings_are_refused(setup, settings, message):
+def test_invalid_settings_are_refused(setup, settings, message):
     config = setup[0].config
     embed = settings.pop("guidance_embed", True)
     transformer = dataclasses.replace(config.transformer, guidance_embed=embed)

@@ -1,13 +1,13 @@
-"""LADD works, and the gate that says so sees what is wrong with it.
+"""LADD distils a toy distribution, and the gate that checks this detects deliberate mistakes.
 
-The limits leave room below what students of several seeds reach here: in one step a distance of
-.03 to .05, where the teacher has 1.11, and .87 to .91 of its share for the rarest mode; in four
-steps .997 and more on the ring. A distance at four steps is not among them: an adversarial loss
-matches what each call makes as a whole, and nothing ties the image to the noise that it was made
-from, so that the weights of the modes drift.
+The gate's limits leave a margin to the results of several seeds: in one step, a distance of .03 to
+.05 (the teacher's is 1.11) and .87 to .91 of its share for the rarest mode; in four steps, at least
+.997 on the ring. The distance in four steps has no limit: an adversarial loss matches the
+distribution of each call's images, and nothing ties an image to its noise, so the weights of the
+modes drift.
 
-What no gate can see here has tests of its own in ``test_ladd.py``: a level told the wrong way
-round, and images that are not noised.
+Two mistakes that this gate cannot detect have tests in ``test_ladd.py``: a reversed level, and
+images that are not noised.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def guided(num_steps: int) -> SamplerConfig:
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
-    """A teacher, a bank of its samples by 50 guided steps, and how well it does in fewer."""
+    """A teacher, a bank of its samples in 50 guided steps, and its scores in fewer steps."""
     teacher = ring.train_teacher()
     reference = np.asarray(ring.draw(teacher, LABELS, 1, guided(50)))
     labels = 1 + jnp.arange(32768) % 2
@@ -63,7 +63,7 @@ CONFIG = LaddConfig(
     **ring.NETWORKS,
     heads=HeadsConfig(width=64, dtype="float32"),
     heads_optim=OptimConfig(learning_rate=1e-3, b1=0.0, b2=0.99, warmup_steps=0, weight_decay=0.0),
-    # On the plane a level around 1 leaves no signal: neighbouring pixels would share it.
+    # In 2D a level near 1 leaves no signal; in an image, neighbouring pixels share it.
     renoise=flow.TimeConfig(mean=-1.0, std=1.0, shift="none"),
     student_times=StudentTimes(warmup_steps=200),
 )
@@ -79,7 +79,7 @@ def distil(setup: Setup, objective: Ladd, seed: int) -> dict[int, Score]:
 
 
 def gate(scores: dict[int, Score], teacher: dict[int, Score]) -> list[str]:
-    """What is wrong with a student; nothing, if it passes."""
+    """The names of the checks that a student fails."""
     checks = {
         "distance in 1 step": scores[1].distance <= 0.1 * teacher[1].distance,
         "distance in 2 steps": scores[2].distance <= 0.4 * teacher[2].distance,
@@ -87,58 +87,60 @@ def gate(scores: dict[int, Score], teacher: dict[int, Score]) -> list[str]:
         "on the ring in 4 steps": scores[4].on_ring >= max(0.97, teacher[4].on_ring),
         "class in 1 step": scores[1].right_class >= 0.97,
     }
-    return [name for name, good in checks.items() if not good]
+    return [name for name, passed in checks.items() if not passed]
 
 
-def test_the_teacher_needs_its_steps(setup):
+def test_teacher_needs_many_steps(setup):
     one, two, four = (setup.teacher_scores[number] for number in STEPS)
     assert one.on_ring < 0.05 and two.on_ring < 0.5 and four.on_ring < 0.9
     assert one.distance > 0.9
-    again = ring.score(ring.draw(setup.teacher, LABELS, 4, guided(50)), LABELS, setup.reference)
-    assert again.distance < 0.05 and again.on_ring > 0.97
+    resampled = ring.score(ring.draw(setup.teacher, LABELS, 4, guided(50)), LABELS, setup.reference)
+    assert resampled.distance < 0.05 and resampled.on_ring > 0.97
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_student_needs_one(setup, seed):
+def test_student_needs_one_step(setup, seed):
     scores = distil(setup, Ladd(CONFIG), seed)
     assert not gate(scores, setup.teacher_scores), scores
 
 
 class WithoutAdversary(Ladd):
-    """Learns the mean image by its square."""
+    """Learns the mean image, from the squared error alone."""
 
-    def student_loss(self, heads, teacher, tokens, made, keys):
-        loss, sums = super().student_loss(heads, teacher, tokens, made, keys)
-        return 0.0 * loss + jnp.sum(jnp.square(made - tokens.latents)), sums
+    def student_loss(self, heads, teacher, tokens, generated, keys):
+        loss, sums = super().student_loss(heads, teacher, tokens, generated, keys)
+        return 0.0 * loss + jnp.sum(jnp.square(generated - tokens.latents)), sums
 
 
 class DetachedTeacher(Ladd):
-    """Nothing flows back through the features."""
+    """Stops the gradient at the teacher's input."""
 
-    def student_loss(self, heads, teacher, tokens, made, keys):
-        return super().student_loss(heads, teacher, tokens, jax.lax.stop_gradient(made), keys)
+    def student_loss(self, heads, teacher, tokens, generated, keys):
+        return super().student_loss(heads, teacher, tokens, jax.lax.stop_gradient(generated), keys)
 
 
 class NoiseAsReal(Ladd):
-    """The heads are shown noise for the real image."""
+    """Shows the heads noise in place of the real image."""
 
-    def heads_loss(self, heads, teacher, tokens, made, keys):
+    def discriminator_loss(self, heads, teacher, tokens, generated, keys):
         noise = student.noise_like(tokens, keys)
-        return super().heads_loss(heads, teacher, tokens.replace(latents=noise), made, keys)
+        return super().discriminator_loss(
+            heads, teacher, tokens.replace(latents=noise), generated, keys
+        )
 
 
 class RawVelocity(Ladd):
-    """Takes the velocity for the image, in training; the sampler does not."""
+    """Uses the velocity as the image in training, but not in the sampler."""
 
-    def make(self, network, tokens, keys, step):
-        made, t = super().make(network, tokens, keys, step)
+    def generate(self, network, tokens, keys, step):
+        generated, t = super().generate(network, tokens, keys, step)
         noise = student.noise_like(tokens, flow.split_keys(keys, 2)[1])
         token_t = flow.at_tokens(t, tokens.segments)
         x_t = flow.interpolate(tokens.latents, noise, token_t)
-        return (x_t - made) / token_t, t
+        return (x_t - generated) / token_t, t
 
 
-@pytest.mark.parametrize("sabotaged", [WithoutAdversary, DetachedTeacher, NoiseAsReal, RawVelocity])
-def test_the_gate_sees_what_is_wrong(setup, sabotaged):
-    scores = distil(setup, sabotaged(CONFIG), seed=0)
+@pytest.mark.parametrize("mistake", [WithoutAdversary, DetachedTeacher, NoiseAsReal, RawVelocity])
+def test_gate_detects_mistakes(setup, mistake):
+    scores = distil(setup, mistake(CONFIG), seed=0)
     assert gate(scores, setup.teacher_scores), scores

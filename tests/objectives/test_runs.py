@@ -1,7 +1,6 @@
-"""Students as runs: started from a teacher, stopped, gone on with, sampled, exported."""
+"""Runs of students: they start from a teacher, resume, generate and are exported."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -28,14 +27,14 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.train import train
 from kontext_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from kontext_jax.weights.fingerprint import fingerprint, fingerprint_of
-from tests.logs import timeless
+from tests.logs import read_log, without_timings
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compile_once(tmp_path_factory):
-    """Runs of one config share their compiled programs."""
+    """Shares compiled programs between the runs of one config."""
     old = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     yield
@@ -44,7 +43,7 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(world_folder, recipe, tmp_path_factory) -> Config:
-    """The config of a run of flow matching, which is there; its workdir is its ``run``."""
+    """The config of a finished flow matching run; its workdir is ``teacher`` in a new folder."""
     folder = tmp_path_factory.mktemp("runs")
     config = Config(
         objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(channels=8)),
@@ -65,7 +64,7 @@ def teacher(world_folder, recipe, tmp_path_factory) -> Config:
     objective = dataclasses.replace(
         recipe.objective.config, init_from=FlowInit(autoencoder=str(folder / "autoencoder"))
     )
-    # FLUX's modulations and last layer start at zero: prompts take two steps to be heard.
+    # FLUX's modulations and last layer start at zero: prompts have no effect for two steps.
     config = dataclasses.replace(config, objective=objective, num_steps=3)
     train(config, folder / "teacher")
     return config
@@ -94,12 +93,11 @@ def ladd(teacher: Config, num_steps: int) -> Config:
     )
 
 
-def lines(workdir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return list(map(timeless, lines))
+def metrics_of(workdir: Path) -> list[dict]:
+    return list(map(without_timings, read_log(workdir)))
 
 
-def test_a_student_starts_as_its_teacher(teacher):
+def test_student_starts_with_the_weights_of_its_teacher(teacher):
     config = ladd(teacher, 1)
     mesh = make_mesh(MeshConfig())
     frozen, initial = load_frozen(config, mesh), load_initial(config, mesh)
@@ -108,54 +106,54 @@ def test_a_student_starts_as_its_teacher(teacher):
     assert set(frozen) == {"autoencoder", "teacher", "text_encoder"}
     stored = open_network(config.objective.init_from.transformer, "transformer")
     assert fingerprint(frozen["teacher"]) == fingerprint_of(stored)
-    # The teacher is sampled by its own schedule, the student by the times of its training.
+    # The teacher is sampled with its own schedule, the student at its training times.
     assert teacher_time(config) == teacher.objective.time != config.objective.time
 
 
-def test_a_run_that_goes_on_repeats_the_straight_one(teacher, tmp_path):
-    """Its student, heads, moments, averages and draws: every metric is the same to the last bit."""
-    train(ladd(teacher, 6), tmp_path / "straight")
-    short = ladd(teacher, 6)
-    stopped = dataclasses.replace(short, checkpoint=CheckpointConfig(every=3))
-    saved = Checkpointer.save
+def test_resumed_run_repeats_an_uninterrupted_run(teacher, tmp_path):
+    """Networks, optimizer moments, averages and random draws: every metric is bitwise equal."""
+    config = ladd(teacher, 6)
+    train(config, tmp_path / "uninterrupted")
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every=3))
+    save = Checkpointer.save
 
     class Killed(Exception):
         pass
 
-    def dying(self, state, *args):
-        saved(self, state, *args)
+    def save_and_die(self, state, *args):
+        save(self, state, *args)
         if int(state.step) == 3:
             self._manager.wait_until_finished()
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Checkpointer, "save", dying)
-        train(stopped, tmp_path / "stopped")
-    train(stopped, tmp_path / "stopped")
-    straight, gone_on = lines(tmp_path / "straight"), lines(tmp_path / "stopped")
-    assert [line["step"] for line in gone_on] == [1, 2, 3, 4, 5, 6]
-    assert gone_on == straight
-    assert len({line["student/loss"] for line in straight}) == 6
+        patch.setattr(Checkpointer, "save", save_and_die)
+        train(config, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
+    uninterrupted, resumed = (metrics_of(tmp_path / run) for run in ("uninterrupted", "resumed"))
+    assert [line["step"] for line in resumed] == [1, 2, 3, 4, 5, 6]
+    assert resumed == uninterrupted
+    assert len({line["student/loss"] for line in uninterrupted}) == 6
 
 
-def test_a_student_is_sampled_and_exported_like_any_model(teacher, tmp_path):
+def test_student_is_loaded_and_exported_like_any_model(teacher, tmp_path):
     train(ladd(teacher, 2), tmp_path / "student")
     model = load_model(tmp_path / "student", make_mesh(MeshConfig()))
     assert "teacher" not in model.networks and "transformer" in model.networks
     assert model.objective.time.shift == "none"
     convert(tmp_path / "student", tmp_path / "exported", "orbax")
-    for place in (tmp_path / "student", tmp_path / "exported"):
-        reader = open_network(place, "transformer")
+    for location in (tmp_path / "student", tmp_path / "exported"):
+        reader = open_network(location, "transformer")
         assert fingerprint_of(reader) == fingerprint(model.networks["transformer"])
-    untrained = open_network(load_config(tmp_path / "student").objective.init_from.transformer,
-                             "transformer")  # fmt: skip
+    teacher_run = load_config(tmp_path / "student").objective.init_from.transformer
+    untrained = open_network(teacher_run, "transformer")
     assert fingerprint_of(untrained) != fingerprint(model.networks["transformer"])
 
 
-def test_another_teacher_is_refused_on_going_on(teacher, tmp_path):
+def test_resuming_with_another_teacher_is_refused(teacher, tmp_path):
     config = ladd(teacher, 1)
     train(config, tmp_path)
-    place = Path(config.objective.init_from.transformer)
+    teacher_run = Path(config.objective.init_from.transformer)
     shorter = dataclasses.replace(teacher, num_steps=2)
     train(shorter, tmp_path / "other")
     changed = dataclasses.replace(
@@ -166,12 +164,14 @@ def test_another_teacher_is_refused_on_going_on(teacher, tmp_path):
     config = dataclasses.replace(
         config, num_steps=2, objective=dataclasses.replace(config.objective, init_from=changed)
     )
-    with pytest.raises(ValueError, match="made with another teacher and text_encoder"):
+    with pytest.raises(
+        ValueError, match="This run was started with another teacher and text_encoder"
+    ):
         train(config, tmp_path)
-    assert place.exists()
+    assert teacher_run.exists()
 
 
-def test_a_student_of_guidance_gains_the_input_that_its_teacher_lacks(teacher, tmp_path):
+def test_guidance_student_gains_the_input_that_its_teacher_lacks(teacher, tmp_path):
     transformer = dataclasses.replace(teacher.objective.transformer, guidance_embed=True)
     data = dataclasses.replace(teacher.data, negatives=True)
     config = student(
@@ -182,6 +182,6 @@ def test_a_student_of_guidance_gains_the_input_that_its_teacher_lacks(teacher, t
     assert not np.any(initial.guidance_in.out_layer.kernel[...])
     assert np.any(initial.guidance_in.in_layer.kernel[...])
     train(config, tmp_path)
-    assert all(np.isfinite(line["student/loss"]) for line in lines(tmp_path))
+    assert all(np.isfinite(line["student/loss"]) for line in metrics_of(tmp_path))
     model = load_model(tmp_path, mesh)
     assert np.any(model.networks["transformer"].guidance_in.out_layer.kernel[...])

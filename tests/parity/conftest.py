@@ -1,4 +1,4 @@
-"""All products of matrices are exact here: accelerators round them off by default."""
+"""Sets the highest matmul precision for all parity tests, and makes torchvision importable."""
 
 import importlib.util
 import sys
@@ -8,10 +8,10 @@ import pytest
 
 
 def declare_torchvision_operators() -> None:
-    """Lets torchvision be imported beside a PyTorch of another build, such as one for CPUs.
+    """Declares torchvision's operators if it was built for another PyTorch, e.g. with CUDA.
 
-    Its operators are compiled for one build alone, and its Python does not load without them. They
-    are declared, then; no test calls one.
+    Its compiled operators then do not load, and its Python code does not import without them. No
+    test calls them.
     """
     if not all(importlib.util.find_spec(name) for name in ("torch", "torchvision")):
         return

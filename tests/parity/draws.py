@@ -1,6 +1,6 @@
-"""Random weights and inputs by NumPy alone: what PyTorch made of them can be checked without it.
+"""Random weights and inputs drawn with NumPy, so that PyTorch's outputs can be stored and compared.
 
-A weight depends on its tensor's name and shape only, so that neither order nor layout matters.
+A tensor depends only on its name and shape, and not on the order of draws or the layout of files.
 """
 
 import zlib
@@ -13,8 +13,8 @@ from kontext_jax.geometry import GeometryConfig, Size, num_tokens, position_ids
 from kontext_jax.models.flux import FluxConfig
 
 PIXELS_PER_TOKEN = 8
-TEXT_LENGTHS = (5, 9, 7)  # of one example after the other
-PADDING = 3  # tokens behind the last example of a row
+TEXT_LENGTHS = (5, 9, 7)  # of the examples of a row
+PADDING = 3  # tokens after the last example of a row
 
 LAYOUTS: dict[str, tuple[tuple[Size, ...], ...]] = {
     "text_to_image": (((32, 24),),),
@@ -22,22 +22,25 @@ LAYOUTS: dict[str, tuple[tuple[Size, ...], ...]] = {
     "two_contexts": (((32, 24), (40, 16), (16, 48)),),
     "packed": (((24, 24), (16, 40), (32, 24)), ((32, 16),), ((16, 24), (24, 40))),
 }
-"""For each example of a row the sizes of its target and of its contexts."""
+"""Sizes of the target and context images of every example of a row."""
 
 
 def normal(name: str, *shape: int) -> np.ndarray:
-    """float32. RandomState: its numbers are the same in every NumPy, unlike a Generator's."""
+    """Returns float32 normals that depend on the name and shape.
+
+    RandomState gives the same numbers in every version of NumPy; a Generator may not.
+    """
     state = np.random.RandomState(zlib.crc32(name.encode()))
     return state.standard_normal(shape).astype(np.float32)
 
 
 def weight(name: str, shape: Sequence[int]) -> np.ndarray:
-    """A tensor of a network, in PyTorch's layout: no zeros and ones, which hide mistakes.
+    """Returns a tensor of a network in PyTorch's layout, without zeros and ones, which hide errors.
 
-    Matrices and convolutions keep the variance of what they are given, tables of vectors have unit
-    variance, and the scales of norms lie around one. What reads the sinusoids of time and guidance
-    has FLUX's initial 0.02: PyTorch's exp does not round all of their frequencies to the nearest
-    float32, and at a guidance of 2.5 an angle is 2,500 frequencies.
+    Matrices and convolutions preserve variance, embedding tables have unit variance, and scales of
+    norms are around one. The layers after the sinusoids of time and guidance have FLUX's initial
+    deviation of 0.02, because PyTorch's exp does not round all frequencies to the nearest float32,
+    and at a guidance of 2.5 an angle is 2,500 times the frequency.
     """
     x = normal(name, *shape)
     if name.endswith(("timestep_embedder.linear_1.weight", "guidance_embedder.linear_1.weight")):
@@ -51,20 +54,20 @@ def weight(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray]:
-    """All tensors of a network."""
+    """Returns all tensors of a network, given their shapes by name."""
     return {name: weight(name, shape) for name, shape in shapes.items()}
 
 
 def checksum(name: str, gradient: np.ndarray) -> np.ndarray:
-    """Its length, and its product with a direction drawn for this name."""
+    """Returns the norm of a gradient, and its product with a direction drawn for its name."""
     exact = gradient.astype(np.float64)
     return np.array([np.linalg.norm(exact), np.sum(exact * normal(f"along/{name}", *exact.shape))])
 
 
 class Example(NamedTuple):
-    """One example's inputs to the transformer, and the velocity that its loss wants.
+    """One example's inputs to the transformer, and the target velocity of its loss.
 
-    ``latents`` and ``positions`` are of the target's tokens, then of the contexts'.
+    ``latents`` and ``positions`` are those of the target's tokens, then of the contexts' tokens.
     """
 
     latents: np.ndarray
@@ -77,16 +80,16 @@ class Example(NamedTuple):
 
 
 def examples(layout: str, config: FluxConfig) -> list[Example]:
-    """The examples of a row, see `LAYOUTS`."""
+    """Returns the examples of a row, see `LAYOUTS`."""
     geometry = GeometryConfig(
         sizes=tuple({size for sizes in LAYOUTS[layout] for size in sizes}),
         pixels_per_token=PIXELS_PER_TOKEN,
     )
-    made = []
+    row = []
     for i, (target, *contexts) in enumerate(LAYOUTS[layout]):
         positions, name = position_ids(target, contexts, geometry), f"{layout}/{i}"
         num_target = num_tokens(target, PIXELS_PER_TOKEN)
-        made.append(
+        row.append(
             Example(
                 latents=normal(f"{name}/latents", len(positions), config.in_channels),
                 positions=positions,
@@ -97,16 +100,23 @@ def examples(layout: str, config: FluxConfig) -> list[Example]:
                 velocity=normal(f"{name}/velocity", num_target, config.in_channels),
             )
         )
-    return made
+    return row
 
 
 def pixels(name: str, *shape: int) -> np.ndarray:
-    """Numbers in (-1, 1)."""
+    """Returns random numbers in (-1, 1)."""
     return np.tanh(normal(name, *shape))
 
 
 def prompts(name: str, lengths: Sequence[int], size: int, vocab_size: int, end: int, pad: int):
-    """Ids, a row a prompt of so many words, and which of them are no padding."""
+    """Returns (ids, mask): one row of ids per prompt, and a mask that is False for padding.
+
+    Args:
+      name: seed of the ids.
+      lengths: words of each prompt before its end.
+      size: length of the rows.
+      vocab_size, end, pad: size of the vocabulary, end id and padding id.
+    """
     ids = np.full((len(lengths), size), pad, np.int32)
     words = (np.abs(normal(name, len(lengths), size)) * 1000).astype(np.int32)
     for row, length in enumerate(lengths):

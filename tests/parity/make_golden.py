@@ -1,12 +1,12 @@
-"""Writes ``tests/golden/parity.npz``: what diffusers and transformers make of `draws`.
+"""Writes ``tests/golden/parity.npz``, the outputs of diffusers and transformers on `draws`.
 
-With the convert extra installed (``pip install -e '.[convert]'``), from the repository's root:
+Run it from the repository's root with the extra ``convert`` (``pip install -e '.[convert]'``):
 
     python -m tests.parity.make_golden
 
-``tests/test_parity_golden.py`` compares our networks with it where PyTorch is not installed. The
-weights are not stored, but drawn again by name; so the file holds the names and shapes of the
-tensors and the ``config.json`` that PyTorch's side saved, and its outputs.
+``tests/test_parity_golden.py`` compares our networks with the file and does not need PyTorch. The
+file does not store weights, which are drawn again by name: it holds the names and shapes of the
+tensors, the ``config.json`` that PyTorch's network saved, and its outputs.
 """
 
 import json
@@ -28,7 +28,7 @@ NUM_STEPS = (1, 4, 28)
 
 
 def saved(network: torch.nn.Module) -> dict[str, np.ndarray]:
-    """The config and the tensors' shapes, as JSON, of the files that the network saves."""
+    """Returns the saved config and the shapes of the saved tensors, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         (file,) = theirs.save(network, Path(folder)).glob("*.safetensors")
         with safe_open(file, framework="np") as opened:
@@ -65,12 +65,12 @@ def autoencoder() -> dict[str, np.ndarray]:
 
 def t5() -> dict[str, np.ndarray]:
     network = theirs.t5()
-    ids, real = draws.prompts("t5", (6, 149), size=150, vocab_size=200, end=1, pad=0)
+    ids, mask = draws.prompts("t5", (6, 149), size=150, vocab_size=200, end=1, pad=0)
     return saved(network) | {
         "ids": ids,
-        "mask": real,
+        "mask": mask,
         "pads_read": theirs.read(network, ids, None),
-        "pads_masked": theirs.read(network, ids, real)[real],
+        "pads_masked": theirs.read(network, ids, mask)[mask],
     }
 
 
@@ -81,7 +81,7 @@ def clip() -> dict[str, np.ndarray]:
 
 
 def dino() -> dict[str, np.ndarray]:
-    """With positions of 5 x 5 patches on 3 x 3."""
+    """Interpolates positions of 5 x 5 patches to 3 x 3."""
     network = theirs.dino()
     images = torch.from_numpy(draws.pixels("dino", 2, 42, 42, 3))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def schedule() -> dict[str, np.ndarray]:
 
 
 def make() -> dict[str, np.ndarray]:
-    """Everything the file holds."""
+    """Returns the contents of the file."""
     parts = (dev, schnell, autoencoder, t5, clip, dino, schedule)
     return {f"{part.__name__}/{name}": x for part in parts for name, x in part().items()}
 

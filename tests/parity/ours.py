@@ -1,4 +1,4 @@
-"""Our side of the comparison: networks of files, read as users' files are."""
+"""Our side of the comparison: networks loaded from files as users load them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tests.parity.draws import PADDING, Example
 
 
 def load(folder: Path, kind: str, **settings: Any):
-    """The network of the folder, computed in float32 unless ``settings`` say otherwise."""
+    """Loads a network computed in float32 by default; ``settings`` override its config."""
     reader = open_folder(folder)
     config = dataclasses.replace(
         reader.config, **({"dtype": "float32", "remat": "none"} | settings)
@@ -27,42 +27,41 @@ def load(folder: Path, kind: str, **settings: Any):
 
 
 def tensors(module, kind: str) -> dict[str, np.ndarray]:
-    """A network, or its gradient, under PyTorch's names and in its layout."""
+    """Returns a network, or its gradient, as tensors with PyTorch's names and layout."""
     network, reader = NETWORKS[kind], ArrayReader(NETWORKS[kind], module)
-    places = network.table(module.config, "diffusers").pieces
     return {
-        piece.name: piece.to_tensor(reader.read(place))
-        for place, pieces in places.items()
+        piece.name: piece.to_tensor(reader.read(key))
+        for key, pieces in network.table(module.config, "diffusers").pieces.items()
         for piece in pieces
     }
 
 
 def pack(examples: Sequence[Example]) -> dict[str, Any]:
-    """One row of all examples one after the other, with padding behind them."""
+    """Packs examples into one row with padding at the end."""
 
-    def joined(arrays) -> jax.Array:
+    def concatenate(arrays) -> jax.Array:
         arrays = [np.asarray(array) for array in arrays]
-        filling = np.zeros((PADDING, *arrays[0].shape[1:]), arrays[0].dtype)
-        return jnp.asarray(np.concatenate([*arrays, filling]))[None]
+        padding = np.zeros((PADDING, *arrays[0].shape[1:]), arrays[0].dtype)
+        return jnp.asarray(np.concatenate([*arrays, padding]))[None]
 
-    def segments(of: str) -> jax.Array:
+    def segments(field: str) -> jax.Array:
         numbered = enumerate(examples, start=1)
-        return joined(np.full(len(getattr(x, of)), i, np.int32) for i, x in numbered)
+        return concatenate(np.full(len(getattr(x, field)), i, np.int32) for i, x in numbered)
 
     return {
-        "latents": joined(x.latents for x in examples),
-        "text": joined(x.text for x in examples),
+        "latents": concatenate(x.latents for x in examples),
+        "text": concatenate(x.text for x in examples),
         "pooled": jnp.stack([jnp.asarray(x.pooled) for x in examples])[None],
         "t": jnp.stack([x.t for x in examples])[None],
         "guidance": jnp.stack([x.guidance for x in examples])[None],
-        "positions": joined(x.positions for x in examples),
+        "positions": concatenate(x.positions for x in examples),
         "segments": segments("latents"),
         "text_segments": segments("text"),
     }
 
 
 def is_target(examples: Sequence[Example]) -> np.ndarray:
-    """Which tokens of the packed row are to be made."""
+    """Returns a mask of the packed row that is True for tokens of targets."""
     flags = [np.arange(len(x.latents)) < len(x.velocity) for x in examples]
     return np.concatenate([*flags, np.zeros(PADDING, bool)])
 
@@ -75,22 +74,22 @@ def _velocity(model: Flux, row: dict[str, Any]) -> jax.Array:
 
 
 def velocity(model: Flux, examples: Sequence[Example]) -> np.ndarray:
-    """Of the targets' tokens, example after example."""
+    """Returns the velocity of the targets' tokens, in the order of the examples."""
     return np.asarray(_velocity(model, pack(examples)))[is_target(examples)]
 
 
 @jax.jit
-def _loss_and_grad(model: Flux, row, tokens, wanted):
+def _loss_and_grad(model: Flux, row, tokens, target):
     def loss(model):
         out = _velocity(model, row)[tokens]
-        return jnp.mean(jnp.square(out - wanted)), out
+        return jnp.mean(jnp.square(out - target)), out
 
     return jax.value_and_grad(loss, has_aux=True)(model)
 
 
 def velocity_and_grad(model: Flux, examples: Sequence[Example]) -> tuple[np.ndarray, Flux]:
-    """As `velocity`; and every parameter's gradient of the mean square error of the targets."""
-    wanted = jnp.asarray(np.concatenate([x.velocity for x in examples]))
+    """Returns `velocity`, and the gradient of its mean squared error by every parameter."""
+    target = jnp.asarray(np.concatenate([x.velocity for x in examples]))
     tokens = jnp.asarray(np.flatnonzero(is_target(examples)))
-    (_, out), grads = _loss_and_grad(model, pack(examples), tokens, wanted)
+    (_, out), grads = _loss_and_grad(model, pack(examples), tokens, target)
     return np.asarray(out), grads

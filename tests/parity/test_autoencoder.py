@@ -1,4 +1,4 @@
-"""FLUX's autoencoder against diffusers' AutoencoderKL."""
+"""Compares FLUX's autoencoder with diffusers' AutoencoderKL."""
 
 import jax
 import numpy as np
@@ -29,13 +29,13 @@ def test_encode_and_decode(tmp_path, settings, size):
     model = ours.load(theirs.save(network, tmp_path), "autoencoder")
     images = draws.pixels("images", 2, *size, 3)
     mean, logvar = jax.jit(lambda model, x: model.moments(x))(model, images)
-    wanted_mean, wanted_logvar = theirs.encode(network, images)
-    assert wanted_mean.std() > 0.1 and wanted_logvar.std() > 0.1
-    np.testing.assert_allclose(mean, wanted_mean, atol=5e-5)
-    np.testing.assert_allclose(logvar, wanted_logvar, atol=5e-5)
+    expected_mean, expected_logvar = theirs.encode(network, images)
+    assert expected_mean.std() > 0.1 and expected_logvar.std() > 0.1
+    np.testing.assert_allclose(mean, expected_mean, atol=5e-5)
+    np.testing.assert_allclose(logvar, expected_logvar, atol=5e-5)
 
     latents = draws.normal("latents", *mean.shape)
     decoded = jax.jit(lambda model, x: model.decode(x))(model, latents)
-    wanted = theirs.decode(network, latents)
-    assert wanted.shape == images.shape and wanted.std() > 0.1
-    np.testing.assert_allclose(decoded, wanted, atol=5e-5)
+    expected = theirs.decode(network, latents)
+    assert expected.shape == images.shape and expected.std() > 0.1
+    np.testing.assert_allclose(decoded, expected, atol=5e-5)

@@ -1,4 +1,4 @@
-"""Kernel and Frechet distances against torch-fidelity's, on the same features."""
+"""Compares kernel and Frechet distances with torch-fidelity's on the same features."""
 
 import numpy as np
 import pytest
@@ -16,33 +16,33 @@ WIDTH = 64
 
 
 def features(name: str, number: int) -> np.ndarray:
-    """Like pooled ones: not below zero, correlated, of different scales; float64."""
+    """Returns features like pooled ones: nonnegative, correlated, of different scales; float64."""
     mix = draws.normal("mix", WIDTH, WIDTH) * np.geomspace(1, 0.01, WIDTH)[:, None]
     centre = 0.5 + 0.1 * draws.normal(f"{name}/centre", WIDTH)
     return np.maximum(draws.normal(name, number, WIDTH) @ mix * WIDTH**-0.5 + centre, 0)
 
 
 def torch_fidelity_kid(first: np.ndarray, second: np.ndarray, **settings) -> tuple[float, float]:
-    found = metric_kid.kid_features_to_metric(
+    metrics = metric_kid.kid_features_to_metric(
         torch.from_numpy(first), torch.from_numpy(second), verbose=False, **settings
     )
     return (
-        found[metric_kid.KEY_METRIC_KID_MEAN],
-        found[metric_kid.KEY_METRIC_KID_STD],
+        metrics[metric_kid.KEY_METRIC_KID_MEAN],
+        metrics[metric_kid.KEY_METRIC_KID_STD],
     )
 
 
 def kid(x: np.ndarray, y: np.ndarray) -> float:
-    """Of all samples, float64; for equally many of either."""
+    """Returns the KID of all samples in float64, for sets of equal size."""
     m = len(x)
     xx, yy, xy = ((a @ b.T / WIDTH + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    off = ~np.eye(m, dtype=bool)
-    return (xx[off].sum() + yy[off].sum()) / (m * (m - 1)) - 2 * xy.sum() / m**2
+    off_diagonal = ~np.eye(m, dtype=bool)
+    return (xx[off_diagonal].sum() + yy[off_diagonal].sum()) / (m * (m - 1)) - 2 * xy.sum() / m**2
 
 
 @pytest.mark.parametrize("number", [20, 300], ids="{} samples".format)
-def test_kernel_distance_of_whole_sets(number):
-    """Rounding is of kernels of some ones, so that 1e-12 is absolute."""
+def test_kernel_distance_of_full_sets(number):
+    """The tolerance of 1e-12 is absolute, because kernels of order 1 are rounded."""
     first, second = features("first", number), features("second", number)
     mean, std = kernel_distance(first, second, num_subsets=3, subset_size=number)
     theirs, spread = torch_fidelity_kid(first, second, kid_subsets=3, kid_subset_size=number)
@@ -52,7 +52,7 @@ def test_kernel_distance_of_whole_sets(number):
 
 
 def test_kernel_distance_of_subsets():
-    """The same subsets are drawn for the same seed, from sets of different sizes."""
+    """The same seed draws the same subsets from sets of different sizes."""
     first, second = features("first", 120), features("second", 90)
     ours = kernel_distance(first, second, num_subsets=7, subset_size=50, seed=5)
     theirs = torch_fidelity_kid(first, second, kid_subsets=7, kid_subset_size=50, rng_seed=5)
@@ -63,10 +63,10 @@ def test_kernel_distance_of_subsets():
 @pytest.mark.parametrize(
     ("n", "m", "tolerance"),
     [(300, 300, 1e-9), (400, 100, 1e-9), (20, 40, 1e-5)],
-    ids=["as many", "unlike numbers", "fewer samples than features"],
+    ids=["equal sizes", "different sizes", "fewer samples than features"],
 )
 def test_frechet_distance(n, m, tolerance):
-    """Relative. Theirs loses half of the digits where covariances have no inverse."""
+    """Tolerances are relative; theirs loses half of the digits if covariances are singular."""
     first, second = features("first", n), features("second", m)
     statistics = [
         metric_fid.fid_features_to_statistics(torch.from_numpy(vectors))

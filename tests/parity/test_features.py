@@ -1,4 +1,4 @@
-"""Feature networks against transformers' and efficientnet_lite_pytorch's."""
+"""Compares feature networks with transformers and efficientnet_lite_pytorch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ TAPS = (0, 2, 4)
 
 @pytest.mark.parametrize("size", [70, 28, 42, 112], ids="{} pixels".format)
 def test_dino_and_its_gradient_for_images_of_any_size(tmp_path, size):
-    """The positions are learned on 70 pixels; the others' are resampled."""
+    """Positions are learned at 70 pixels, and interpolated for other sizes."""
     network = theirs.dino()
     model = ours.load(theirs.save(network, tmp_path), "dino", input_size=size, taps=TAPS)
     images = draws.pixels("images", 2, size, size, 3)
@@ -37,22 +37,22 @@ def test_dino_and_its_gradient_for_images_of_any_size(tmp_path, size):
     @jax.jit
     def features_and_grad(images):
         def loss(images):
-            found = jax.tree.leaves(model(images))
-            return sum(jnp.mean(x * d) for x, d in zip(found, directions, strict=True)), found
+            outputs = jax.tree.leaves(model(images))
+            return sum(jnp.mean(x * d) for x, d in zip(outputs, directions, strict=True)), outputs
 
         return jax.grad(loss, has_aux=True)(images)
 
-    grad, found = features_and_grad(images)
-    for ours_, wanted in zip(found, [*maps, pooled], strict=True):
-        wanted = wanted.detach().numpy()
-        assert wanted.std() > 0.5
-        np.testing.assert_allclose(ours_, wanted, atol=2e-5)
-    wanted = pixels.grad.numpy()
-    np.testing.assert_allclose(grad, wanted, atol=2e-5 * np.abs(wanted).max())
+    grad, outputs = features_and_grad(images)
+    for actual, expected in zip(outputs, [*maps, pooled], strict=True):
+        expected = expected.detach().numpy()
+        assert expected.std() > 0.5
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+    expected = pixels.grad.numpy()
+    np.testing.assert_allclose(grad, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def test_efficientnet_lite0(tmp_path):
-    """With random weights, from a file of the old kind that PyTorch itself has written."""
+    """With random weights from a legacy file that PyTorch wrote."""
     lite = pytest.importorskip("efficientnet_lite_pytorch", reason=REASON)
     network = lite.EfficientNet.from_name("efficientnet-lite0").eval()
     tensors = {}
@@ -65,15 +65,15 @@ def test_efficientnet_lite0(tmp_path):
     model = efficientnet.load(tmp_path / "file.pth", config, make_mesh(MeshConfig()))
 
     images = draws.pixels("images", 2, 224, 224, 3)
-    seen = torch.from_numpy((images * 127.5 + 0.5) / 128).permute(0, 3, 1, 2)
+    inputs = torch.from_numpy((images * 127.5 + 0.5) / 128).permute(0, 3, 1, 2)
     maps = {}
     for i in config.taps:
         network._blocks[i].register_forward_hook(lambda *args, i=i: maps.update({i: args[-1]}))
     with torch.no_grad():
-        pooled, logits = network.extract_features(seen).mean((2, 3)), network(seen)
-    found = jax.jit(lambda model, x: (*model(x).maps, model(x).pooled, model.logits(x)))
-    wanted = [*(maps[i].permute(0, 2, 3, 1) for i in config.taps), pooled, logits]
-    for ours_, theirs_ in zip(found(model, images), wanted, strict=True):
-        theirs_ = theirs_.numpy()
-        assert theirs_.std() > 0.01
-        np.testing.assert_allclose(ours_, theirs_, atol=1e-5 * np.abs(theirs_).max())
+        pooled, logits = network.extract_features(inputs).mean((2, 3)), network(inputs)
+    call = jax.jit(lambda model, x: (*model(x).maps, model(x).pooled, model.logits(x)))
+    outputs = [*(maps[i].permute(0, 2, 3, 1) for i in config.taps), pooled, logits]
+    for actual, expected in zip(call(model, images), outputs, strict=True):
+        expected = expected.numpy()
+        assert expected.std() > 0.01
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""The committed file is what its script makes with the libraries that are installed."""
+"""Tests that the committed golden file equals what the installed libraries compute."""
 
 import numpy as np
 import pytest
@@ -14,11 +14,12 @@ pytestmark = pytest.mark.slow
 
 
 def test_golden_file_is_up_to_date():
-    made = make_golden.make()
+    computed = make_golden.make()
     with np.load(make_golden.GOLDEN) as golden:
-        assert set(golden) == set(made)
+        assert set(golden) == set(computed)
         for name, array in golden.items():
             if array.dtype.kind == "f":
-                np.testing.assert_allclose(made[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
-            elif not name.endswith("/config"):  # which tells the library's version
-                np.testing.assert_array_equal(made[name], array, err_msg=name)
+                tolerances = dict(rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(computed[name], array, **tolerances, err_msg=name)
+            elif not name.endswith("/config"):  # includes the library's version
+                np.testing.assert_array_equal(computed[name], array, err_msg=name)

@@ -1,4 +1,4 @@
-"""Files: from diffusers and transformers through every layout and back, bit for bit."""
+"""Tests that weights of diffusers and transformers round trip through every layout bit for bit."""
 
 import json
 import types
@@ -43,7 +43,7 @@ def bits(tensor) -> np.ndarray:
 
 
 def without_record(path) -> None:
-    """As a file of Black Forest Labs' own, which says nothing of itself."""
+    """Removes a file's metadata, which Black Forest Labs' files do not have."""
     save_file(load_file(path), path)
 
 
@@ -53,9 +53,9 @@ def without_record(path) -> None:
     ids=["float32", "bfloat16 in shards", "float16"],
 )
 @pytest.mark.parametrize("kind", ALL_NETWORKS)
-def test_every_bit_comes_back(tmp_path, kind, dtype, shard_bytes):
-    network, made = ALL_NETWORKS[kind], MAKERS[kind]().to(dtype)
-    saved = theirs.save(made, tmp_path / "saved", max_shard_size=shard_bytes)
+def test_weights_round_trip_bit_for_bit(tmp_path, kind, dtype, shard_bytes):
+    network, original = ALL_NETWORKS[kind], MAKERS[kind]().to(dtype)
+    saved = theirs.save(original, tmp_path / "saved", max_shard_size=shard_bytes)
     assert (len(list(saved.glob("*.safetensors"))) > 1) == (shard_bytes == 20_000)
     reader = open_folder(saved)
     assert set(reader.dtypes.values()) == {DTYPES[dtype]}
@@ -70,30 +70,29 @@ def test_every_bit_comes_back(tmp_path, kind, dtype, shard_bytes):
     write_diffusers(reader, tmp_path / "written", {}, max_shard_bytes=shard_bytes)
 
     kwargs = {"torch_dtype" if network.library == "diffusers" else "dtype": dtype}
-    back = type(made).from_pretrained(tmp_path / "written", **kwargs).state_dict()
-    wanted = made.state_dict()
-    assert set(back) == set(wanted)
-    for name, tensor in wanted.items():
-        # transformers keeps some of T5 in float32; that loses nothing.
-        np.testing.assert_array_equal(bits(back[name].to(dtype)), bits(tensor), err_msg=name)
+    actual = type(original).from_pretrained(tmp_path / "written", **kwargs).state_dict()
+    expected = original.state_dict()
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        # transformers keeps parts of T5 in float32, which is lossless.
+        np.testing.assert_array_equal(bits(actual[name].to(dtype)), bits(tensor), err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ALL_NETWORKS)
-def test_settings_come_back(tmp_path, kind):
-    made = MAKERS[kind]()
-    reader = open_folder(theirs.save(made, tmp_path / "saved"))
+def test_settings_round_trip(tmp_path, kind):
+    reader = open_folder(theirs.save(MAKERS[kind](), tmp_path / "saved"))
     write_diffusers(reader, tmp_path / "written", {})
     ours = json.loads((tmp_path / "written" / "config.json").read_text())
     ours = {name: value for name, value in ours.items() if not name.startswith("_")}
     theirs_values = json.loads((tmp_path / "saved" / "config.json").read_text())
     differ = {name for name in ours if ours[name] != theirs_values.get(name, ours[name])}
-    # How CLIP's vectors are compared with images', how T5 is trained and what pads change nothing
-    # that FLUX reads; and CLIP's end is 2 in old configs, which stands for the largest id.
+    # CLIP's projection, T5's dropout and padding ids do not affect FLUX. Old configs of CLIP have
+    # the end id 2, which stands for the largest id.
     assert differ <= {"projection_dim", "dropout_rate", "eos_token_id", "pad_token_id"}, differ
 
 
 def converter_for(width: int):
-    """diffusers' converter, into which FLUX's width of 3072 is written, for a smaller network."""
+    """Returns diffusers' converter with its hard-coded width of 3072 replaced by ``width``."""
     function = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
     constants = function.__code__.co_consts
     assert constants.count(3072) == 1
@@ -104,16 +103,16 @@ def converter_for(width: int):
 
 
 @pytest.mark.parametrize("kind", ["transformer", "autoencoder"])
-def test_diffusers_reads_our_single_files_alike(tmp_path, kind):
-    made = MAKERS[kind]()
-    reader = open_folder(theirs.save(made, tmp_path / "saved"))
+def test_diffusers_converts_our_single_files_to_the_same_tensors(tmp_path, kind):
+    original = MAKERS[kind]()
+    reader = open_folder(theirs.save(original, tmp_path / "saved"))
     write_bfl(reader, tmp_path / "bfl.safetensors", {})
     tensors = load_file(tmp_path / "bfl.safetensors")
     if kind == "transformer":
-        converted = converter_for(made.inner_dim)(tensors)
+        converted = converter_for(original.inner_dim)(tensors)
     else:
-        converted = single_file_utils.convert_ldm_vae_checkpoint(tensors, made.config)
-    wanted = made.state_dict()
-    assert set(converted) == set(wanted)
-    for name, tensor in wanted.items():
+        converted = single_file_utils.convert_ldm_vae_checkpoint(tensors, original.config)
+    expected = original.state_dict()
+    assert set(converted) == set(expected)
+    for name, tensor in expected.items():
         np.testing.assert_array_equal(bits(converted[name]), bits(tensor), err_msg=name)

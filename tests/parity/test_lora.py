@@ -1,4 +1,4 @@
-"""Adapters in files against peft's and diffusers': theirs read ours, and ours theirs."""
+"""Compares adapters with peft and diffusers, which read our files and write files that we read."""
 
 import jax
 import numpy as np
@@ -54,7 +54,7 @@ THEIRS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """diffusers' transformer in a folder, ours of the same weights, and examples for both."""
+    """diffusers' transformer in a folder, ours with the same weights, and examples for both."""
     folder = theirs.save(theirs.transformer(), tmp_path_factory.mktemp("base"))
     model = ours.load(folder, "transformer")
     return folder, model, draws.examples("packed", model.config)
@@ -62,7 +62,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def complaints(monkeypatch):
-    """What diffusers logs as a warning or worse; pytest makes errors of real warnings."""
+    """The warnings and errors that diffusers logs; pytest already fails on Python's warnings."""
     logged = []
     for name in ("loaders.peft", "loaders.lora_base", "loaders.lora_pipeline", "utils.peft_utils"):
         logger = diffusers.utils.logging.get_logger(f"diffusers.{name}")
@@ -84,13 +84,13 @@ SINUSOIDS = (
 
 
 def drawn(name, shape):
-    """A tensor of an adapter; small where it reads sinusoids, for `draws.weight`'s reason."""
+    """Returns a tensor of an adapter; small after sinusoids, for the reason in `draws.weight`."""
     size = 0.02 if any(part in name for part in SINUSOIDS) else 0.12
     return np.float32(size) * draws.normal(name, *shape)
 
 
 def random_adapters(network, configs):
-    """As if trained: ``b`` is not zero."""
+    """Returns adapters with a nonzero ``b``, as after training."""
     adapters = {}
     for config in configs:
         adapters |= jax.eval_shape(lambda c=config: lora.init(network, c, jax.random.key(0)))
@@ -99,7 +99,7 @@ def random_adapters(network, configs):
 
 
 def adapted(folder, **settings):
-    """diffusers' transformer with an adapter of peft's, as if trained."""
+    """Returns diffusers' transformer with an adapter of peft, as after training."""
     network = network_of(folder)
     network.add_adapter(peft.LoraConfig(**settings))
     with torch.no_grad():
@@ -110,14 +110,14 @@ def adapted(folder, **settings):
 
 
 def compare(model, network, examples, base):
-    """Same velocities, which the adapters change."""
-    wanted = theirs.velocity(network, examples)
-    assert np.abs(wanted - ours.velocity(base, examples)).max() > 0.05
-    np.testing.assert_allclose(ours.velocity(model, examples), wanted, atol=2e-5)
+    """Asserts that velocities agree and differ from those without adapters."""
+    expected = theirs.velocity(network, examples)
+    assert np.abs(expected - ours.velocity(base, examples)).max() > 0.05
+    np.testing.assert_allclose(ours.velocity(model, examples), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("configs", OURS.values(), ids=OURS)
-def test_their_transformer_reads_ours(base, tmp_path, complaints, configs):
+def test_diffusers_transformer_reads_our_file(base, tmp_path, complaints, configs):
     folder, model, examples = base
     adapters = random_adapters(model, configs)
     write_lora(adapters, model.config, tmp_path, {})
@@ -127,14 +127,14 @@ def test_their_transformer_reads_ours(base, tmp_path, complaints, configs):
     assert complaints == []
 
 
-def test_their_pipeline_reads_ours(base, tmp_path, complaints):
+def test_diffusers_pipeline_reads_our_file(base, tmp_path, complaints):
     folder, model, examples = base
     adapters = random_adapters(model, OURS["ranks and alphas that differ"])
     write_lora(adapters, model.config, tmp_path, {})
     pipeline = pipeline_of(network_of(folder))
     pipeline.load_lora_weights(tmp_path)
     compare(lora.attach(model, adapters), pipeline.transformer, examples, model)
-    # diffusers says so of every file that has adapters of the transformer alone.
+    # diffusers warns about every file that only has adapters of the transformer.
     assert len(complaints) == 1 and "prefix='text_encoder'" in complaints[0]
 
 
@@ -146,7 +146,7 @@ def pipeline_of(network):
 
 @pytest.mark.parametrize("settings", THEIRS.values(), ids=THEIRS)
 @pytest.mark.parametrize("saved_by", ["pipeline", "transformer"])
-def test_ours_reads_theirs(base, tmp_path, saved_by, settings):
+def test_we_read_diffusers_files(base, tmp_path, saved_by, settings):
     folder, model, examples = base
     network = adapted(folder, **settings)
     if saved_by == "transformer":
@@ -161,8 +161,8 @@ def test_ours_reads_theirs(base, tmp_path, saved_by, settings):
     compare(lora.attach(model, adapters), network, examples, model)
 
 
-def test_ours_reads_theirs_without_metadata(base, tmp_path):
-    """As diffusers saved before 0.34: alpha is the rank."""
+def test_we_read_diffusers_files_without_metadata(base, tmp_path):
+    """The format before diffusers 0.34, in which alpha is the rank."""
     folder, model, examples = base
     network = adapted(folder, r=3, lora_alpha=3, target_modules=ATTENTION)
     layers = peft.get_peft_model_state_dict(network)
@@ -171,21 +171,21 @@ def test_ours_reads_theirs_without_metadata(base, tmp_path):
     compare(lora.attach(model, adapters), network, examples, model)
 
 
-def test_what_was_theirs_is_theirs_again(base, tmp_path, complaints):
-    """Fused here, it comes back with larger ranks and as the same function."""
+def test_a_file_round_trips_through_our_fused_adapters(base, tmp_path, complaints):
+    """Fusing raises the ranks and does not change the function."""
     folder, model, examples = base
     network = adapted(folder, **THEIRS["patterns"])
     network.save_lora_adapter(tmp_path / "theirs")
     adapters = read_lora(tmp_path / "theirs", model.config)
     write_lora(adapters, model.config, tmp_path / "ours", {})
-    again = network_of(folder)
-    again.load_lora_adapter(tmp_path / "ours", use_safetensors=True)
-    wanted = theirs.velocity(network, examples)
-    np.testing.assert_allclose(theirs.velocity(again, examples), wanted, atol=2e-5)
+    reloaded = network_of(folder)
+    reloaded.load_lora_adapter(tmp_path / "ours", use_safetensors=True)
+    expected = theirs.velocity(network, examples)
+    np.testing.assert_allclose(theirs.velocity(reloaded, examples), expected, atol=2e-5)
     assert complaints == []
 
 
-def test_the_merged_kernels_are_theirs(base, tmp_path):
+def test_merged_kernels_equal_diffusers(base, tmp_path):
     folder, model, _ = base
     adapters = random_adapters(model, OURS["all maps"])
     write_lora(adapters, model.config, tmp_path, {})
@@ -195,8 +195,8 @@ def test_the_merged_kernels_are_theirs(base, tmp_path):
     network.unload_lora()
     transformer = NETWORKS["transformer"]
     merged = MergedReader(ArrayReader(transformer, model), adapters)
-    wanted = {name: param.detach().numpy() for name, param in network.named_parameters()}
-    for place, pieces in transformer.table(model.config, "diffusers").pieces.items():
+    expected = {name: param.detach().numpy() for name, param in network.named_parameters()}
+    for key, pieces in transformer.table(model.config, "diffusers").pieces.items():
         for piece in pieces:
-            actual = piece.to_tensor(merged.read(place))
-            np.testing.assert_allclose(actual, wanted[piece.name], rtol=1e-6, atol=1e-6)
+            actual = piece.to_tensor(merged.read(key))
+            np.testing.assert_allclose(actual, expected[piece.name], rtol=1e-6, atol=1e-6)

@@ -1,4 +1,4 @@
-"""LPIPS against the package ``lpips``, its heads on random trunks, to 1e-5 of the distances."""
+"""Compares LPIPS with the package ``lpips`` (its heads, random trunks), within 1e-5, relative."""
 
 import functools
 from pathlib import Path
@@ -22,12 +22,12 @@ pytestmark = [
 ]
 
 SIZES = {"alex": [(31, 64), (80, 53)], "vgg": [(16, 40), (48, 33)]}
-"""Of images, height and width; the first are as small as can be."""
+"""Sizes of images, (height, width); the first of each are the smallest possible."""
 
 
 @functools.cache
 def theirs(net: str):
-    """Kernels keep the variance of what they are given through the ReLUs."""
+    """Returns the package's network with kernels that preserve variance through the ReLUs."""
     network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     for name, parameter in network.net.named_parameters():
         drawn = draws.normal(name, *parameter.shape)
@@ -38,7 +38,7 @@ def theirs(net: str):
 
 
 def load(net: str, folder: Path, is_zip: bool = True):
-    """Our network of their trunk, from a file like torchvision's."""
+    """Loads our network with their trunk, from a file in torchvision's layout."""
     parameters = theirs(net).net.state_dict().items()
     tensors = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in parameters}
     tensors["classifier.6.bias"] = torch.zeros(1000)
@@ -48,7 +48,7 @@ def load(net: str, folder: Path, is_zip: bool = True):
 
 
 def pairs(size: tuple[int, int]) -> list[np.ndarray]:
-    """Two pairs: of other images, and of an image and one halfway to another."""
+    """Returns two pairs: two random images, and an image and its mean with another one."""
     first = draws.pixels("first", 2, *size, 3)
     second = draws.pixels("second", 2, *size, 3)
     second[1] = (first[1] + second[1]) / 2
@@ -62,33 +62,33 @@ def test_distances(tmp_path, net, is_zip):
     for size in SIZES[net]:
         images = pairs(size)
         with torch.no_grad():
-            wanted = theirs(net)(*(torch.from_numpy(x).permute(0, 3, 1, 2) for x in images))
-        found = jax.jit(lambda model, *images: model(*images))(model, *images)
-        wanted = wanted.numpy().reshape(2)
-        assert wanted[0] > wanted[1] > 0.005
-        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+            expected = theirs(net)(*(torch.from_numpy(x).permute(0, 3, 1, 2) for x in images))
+        actual = jax.jit(lambda model, *images: model(*images))(model, *images)
+        expected = expected.numpy().reshape(2)
+        assert expected[0] > expected[1] > 0.005
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_gradients(tmp_path):
     first, second = pairs((48, 71))
     pixels = torch.from_numpy(first).requires_grad_()
-    seen = (x.permute(0, 3, 1, 2) for x in (pixels, torch.from_numpy(second)))
-    theirs("alex")(*seen).sum().backward()
+    images = (x.permute(0, 3, 1, 2) for x in (pixels, torch.from_numpy(second)))
+    theirs("alex")(*images).sum().backward()
     model = load("alex", tmp_path)
-    found = jax.jit(jax.grad(lambda x, y: jnp.sum(model(x, y))))(first, second)
-    wanted = pixels.grad.numpy()
-    assert (np.abs(wanted) > 0).mean() > 0.99
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    actual = jax.jit(jax.grad(lambda x, y: jnp.sum(model(x, y))))(first, second)
+    expected = pixels.grad.numpy()
+    assert (np.abs(expected) > 0).mean() > 0.99
+    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
-def test_files_hold_what_was_saved(tmp_path, is_zip):
-    """Every dtype that is read, views of one storage, parameters, and a module's own dict."""
+def test_read_tensors_returns_what_torch_saved(tmp_path, is_zip):
+    """With every supported dtype, views of one storage, parameters, and a module's state dict."""
     numbers = torch.arange(24.0).reshape(2, 3, 4)
     tensors = torch.nn.Conv2d(2, 3, 5).state_dict()
     tensors |= {
-        "turned": numbers.permute(2, 0, 1),
-        "part": numbers[:, 1:, ::2],
+        "transposed": numbers.permute(2, 0, 1),
+        "strided": numbers[:, 1:, ::2],
         "bfloat16": numbers.to(torch.bfloat16),
         "float16": numbers.to(torch.float16),
         "int64": torch.tensor(7),
@@ -96,9 +96,9 @@ def test_files_hold_what_was_saved(tmp_path, is_zip):
         "parameter": torch.nn.Parameter(numbers),
     }
     torch.save(tensors, tmp_path / "file.pth", _use_new_zipfile_serialization=is_zip)
-    found = read_tensors(tmp_path / "file.pth")
-    assert list(found) == list(tensors)
+    actual = read_tensors(tmp_path / "file.pth")
+    assert list(actual) == list(tensors)
     for name, tensor in tensors.items():
-        assert str(tensor.dtype) == f"torch.{found[name].dtype}"
-        wanted = tensor.detach().to(torch.float64).numpy()
-        np.testing.assert_array_equal(found[name].astype(np.float64), wanted, strict=True)
+        assert str(tensor.dtype) == f"torch.{actual[name].dtype}"
+        expected = tensor.detach().to(torch.float64).numpy()
+        np.testing.assert_array_equal(actual[name].astype(np.float64), expected, strict=True)

@@ -1,9 +1,10 @@
-"""Whole pipelines: diffusers loads what was written here, and makes the images that are made here.
+"""Compares complete pipelines: diffusers loads our exports and generates the same images.
 
-Both sides are asked at every stage: token ids, what the text encoders and the autoencoder make, the
-transformer's inputs at every step, the last latents, and the image.
+Every stage is compared: token ids, the outputs of text encoders and autoencoder, the transformer's
+first inputs, the noise levels, the final latents, and the image.
 """
 
+import dataclasses
 import functools
 import logging
 import shutil
@@ -18,6 +19,7 @@ from PIL import Image
 
 from kontext_jax import flow, sample
 from kontext_jax.convert import convert
+from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.text import TextConfig, Tokenizer
 from kontext_jax.geometry import KONTEXT_SIZES, Size, fit, nearest_size, size_of
 from kontext_jax.loading import locations, models
@@ -25,7 +27,7 @@ from kontext_jax.models.autoencoder import pack_latents, to_pixels, unpack_laten
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.sampler import SamplerConfig
 from kontext_jax.sampler import sample as integrate
-from kontext_jax.sampling.generator import Generator
+from kontext_jax.sampling.generator import Generator, with_room
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import Tokens, unprompted
 from kontext_jax.weights.export import write_diffusers
@@ -60,7 +62,7 @@ RECORD = {
 
 @pytest.fixture(scope="module")
 def recorded(pipeline_folder, tmp_path_factory):
-    """The pipeline as one that was trained on small images, and has been through every layout."""
+    """A pipeline whose record declares small images, converted through every layout."""
     folder = tmp_path_factory.mktemp("layouts")
     shutil.copytree(pipeline_folder, folder / "recorded")
     shutil.rmtree(folder / "recorded" / "transformer")
@@ -80,7 +82,7 @@ def open_pipeline(folder) -> FluxKontextPipeline:
 
 @pytest.fixture
 def complaints(caplog):
-    """A function to what the two libraries logged as a warning or worse."""
+    """A function that returns the warnings and errors that the two libraries logged."""
     for library in (diffusers, transformers):
         library.utils.logging.enable_propagation()
     yield lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -110,9 +112,9 @@ def test_diffusers_loads_an_exported_pipeline(
 
 
 class GeneratedBatch(NamedTuple):
-    """What one side made on its way to an image; ``text_ids`` to ``pooled`` by prompt.
+    """The intermediate results of one side; ``text_ids`` to ``pooled`` have one row per prompt.
 
-    ``sequence`` is what the transformer reads at first: noise, then contexts.
+    ``sequence`` is the transformer's first input: noise, then contexts.
     """
 
     text_ids: np.ndarray
@@ -126,18 +128,19 @@ class GeneratedBatch(NamedTuple):
     image: np.ndarray
 
 
-def make_here(
+def generate_ours(
     folder,
     contexts: Sequence[np.ndarray],
     sampler: SamplerConfig,
     size: Size | None,
     init: np.ndarray | None = None,
 ) -> GeneratedBatch:
-    """By the functions that `sample.generate` calls, looking at what lies between them."""
+    """Generates an image with the functions that `sample.generate` calls."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     model = models.load_model(folder, mesh, dtype="float32")
     example = sample._example(PROMPT, contexts, init, size, model.data)
-    data = sample._room_for(example, model.data)
+    data = dataclasses.replace(model.data, packing=PackingConfig(max_examples=1))
+    data = with_room(data, [example])
     generator = Generator([example], data, model.objective, sampler, mesh, SEED)
 
     (first,) = generator._batches
@@ -156,7 +159,7 @@ def make_here(
         clip_ids=np.concatenate([batch.clip_ids[:, 0] for batch in batches]),
         text=np.concatenate(text),
         pooled=np.concatenate(pooled)[:, 0],
-        sequence=np.where(is_target[:, None], noise[0], latents[0]),  # contexts stay as they are
+        sequence=np.where(is_target[:, None], noise[0], latents[0]),
         positions=first.positions[0],
         times=np.asarray(times),
         latents=latents[0, is_target],
@@ -167,8 +170,8 @@ def make_here(
 PROMPT = "make it red, and then some more of it"
 
 
-def make_there(pipe, width_and_height: Size, **settings: Any) -> GeneratedBatch:
-    """By a pipeline of diffusers, looking at what its networks are given."""
+def generate_theirs(pipe, width_and_height: Size, **settings: Any) -> GeneratedBatch:
+    """Generates an image with a pipeline of diffusers, and records its networks' inputs."""
     ids, encoder_ids, calls, steps = [], [], [], []
     hooks = [
         pipe.text_encoder.register_forward_pre_hook(lambda _, args: ids.append(args[0])),
@@ -183,7 +186,7 @@ def make_there(pipe, width_and_height: Size, **settings: Any) -> GeneratedBatch:
         width=width,
         height=height,
         output_type="pil",
-        callback_on_step_end=lambda _, i, t, at: steps.append(at["latents"]) or {},
+        callback_on_step_end=lambda _, i, t, state: steps.append(state["latents"]) or {},
         **settings,
     ).images[0]
     for hook in hooks:
@@ -204,23 +207,23 @@ def make_there(pipe, width_and_height: Size, **settings: Any) -> GeneratedBatch:
 
 
 TOLERANCES = {"text": 1e-4, "pooled": 2e-5, "sequence": 2e-5, "times": 1e-6, "latents": 2e-4}
-"""Of what is not counted."""
+"""Absolute tolerances of results that are not integers."""
 
 
-def check_same(made: GeneratedBatch, wanted: GeneratedBatch) -> None:
-    for name, expected in wanted._asdict().items():
-        found = getattr(made, name)
+def check_same(actual: GeneratedBatch, expected: GeneratedBatch) -> None:
+    for name, array in expected._asdict().items():
         if name in TOLERANCES:
-            assert expected.std() > 0.1, name
-            np.testing.assert_allclose(found, expected, atol=TOLERANCES[name], err_msg=name)
+            assert array.std() > 0.1, name
+            tolerance = TOLERANCES[name]
+            np.testing.assert_allclose(getattr(actual, name), array, atol=tolerance, err_msg=name)
         elif name != "image":
-            np.testing.assert_array_equal(found, expected, err_msg=name)
-    difference = made.image.astype(int) - wanted.image
-    assert wanted.image.std() > 10
+            np.testing.assert_array_equal(getattr(actual, name), array, err_msg=name)
+    difference = actual.image.astype(int) - expected.image
+    assert expected.image.std() > 10
     assert np.abs(difference).max() <= 1 and np.sqrt(np.mean(difference**2)) < 0.1
 
 
-def picture(width: int, height: int) -> np.ndarray:
+def random_image(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -230,52 +233,56 @@ def picture(width: int, height: int) -> np.ndarray:
     ids=["text to image", "a context of another size", "a context to resize, true guidance"],
 )
 def test_same_image(pipeline_folder, recorded, monkeypatch, context, size, cfg_scale):
-    """Without a record the prompt takes FLUX's 512 tokens."""
+    """Without a record, prompts have FLUX's 512 tokens."""
     folder = recorded if context else pipeline_folder
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", SIZES)
-    images = [picture(*context)] if context else []
+    images = [random_image(*context)] if context else []
     sampler = SamplerConfig(num_steps=4, guidance=2.5, cfg_scale=cfg_scale)
-    made = make_here(folder, images, sampler, size)
-    target = size_of(made.image)
+    actual = generate_ours(folder, images, sampler, size)
+    target = size_of(actual.image)
     assert target == (size or (40, 16))
-    start = made.sequence[: len(made.latents)]
-    wanted = make_there(
+    noise = actual.sequence[: len(actual.latents)]
+    expected = generate_theirs(
         open_pipeline(folder),
         target,
         image=Image.fromarray(images[0]) if images else None,
         max_area=target[0] * target[1],
         _auto_resize=context not in SIZES,
-        latents=torch.from_numpy(start)[None],
+        latents=torch.from_numpy(noise)[None],
         guidance_scale=sampler.guidance,
         true_cfg_scale=cfg_scale,
         negative_prompt="",
         num_inference_steps=sampler.num_steps,
-        max_sequence_length=made.text_ids.shape[1],
+        max_sequence_length=actual.text_ids.shape[1],
     )
-    assert made.text_ids.shape[1] == (24 if context else 512)
-    check_same(made, wanted)
+    assert actual.text_ids.shape[1] == (24 if context else 512)
+    check_same(actual, expected)
 
 
 class Stop(Exception):
-    """Raised where a pipeline has told enough."""
+    """Stops a pipeline after the call of interest."""
 
 
 @pytest.fixture(scope="module")
 def bare_pipeline() -> FluxKontextPipeline:
-    """Of FLUX's 16 pixels a token, without the networks that preparing an image does not need."""
+    """A pipeline with FLUX's 16 pixels per token and only what preprocessing an image needs."""
     absent = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     return FluxKontextPipeline(**dict.fromkeys(absent), transformer=theirs.transformer())
 
 
-def prepared(pipe: FluxKontextPipeline, image: Image.Image, monkeypatch, until: str):
-    """What the pipeline's image processor is asked ``until`` this call of it, and its answer."""
-    method, answer = getattr(pipe.image_processor, until), []
+def prepared(pipe: FluxKontextPipeline, image: Image.Image, monkeypatch, method: str):
+    """Runs a pipeline until it calls ``method`` of its image processor.
 
-    def ask(*args, **kwargs):
-        answer.extend([args[1:], method(*args, **kwargs)])
+    Returns:
+      The call's arguments after the image, and its result.
+    """
+    call, results = getattr(pipe.image_processor, method), []
+
+    def record(*args, **kwargs):
+        results.extend([args[1:], call(*args, **kwargs)])
         raise Stop
 
-    monkeypatch.setattr(pipe.image_processor, until, ask)
+    monkeypatch.setattr(pipe.image_processor, method, record)
     with pytest.raises(Stop):
         pipe(
             image=image,
@@ -283,7 +290,7 @@ def prepared(pipe: FluxKontextPipeline, image: Image.Image, monkeypatch, until: 
             pooled_prompt_embeds=torch.zeros(1, 28),
         )
     monkeypatch.undo()
-    return answer
+    return results
 
 
 @pytest.mark.parametrize(
@@ -292,18 +299,18 @@ def prepared(pipe: FluxKontextPipeline, image: Image.Image, monkeypatch, until: 
     ids=str,
 )
 def test_same_size_and_pixels_of_a_context(bare_pipeline, monkeypatch, size):
-    image = picture(*size)
+    image = random_image(*size)
     (height, width), pixels = prepared(
         bare_pipeline, Image.fromarray(image), monkeypatch, "preprocess"
     )
     fitted = fit(image, KONTEXT_SIZES)
     assert size_of(fitted) == nearest_size(*size, KONTEXT_SIZES) == (width, height)
-    wanted = pixels[0].permute(1, 2, 0).numpy()
-    np.testing.assert_allclose(to_pixels(jnp.asarray(fitted)), wanted, rtol=0, atol=2e-7)
+    expected = pixels[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(to_pixels(jnp.asarray(fitted)), expected, rtol=0, atol=2e-7)
 
 
 def test_same_size_of_any_context(bare_pipeline, monkeypatch):
-    """Of whole tokens; diffusers takes the ratio of others after cutting them down to such."""
+    """For sides that are multiples of a token; diffusers rounds others down before the ratio."""
     sizes = np.random.default_rng(0).integers(2, 64, (100, 2)) * 16
     for width, height in sizes.tolist():
         image = Image.new("RGB", (width, height))
@@ -312,7 +319,7 @@ def test_same_size_of_any_context(bare_pipeline, monkeypatch):
 
 
 class Still(Flux):
-    """A transformer without velocity: what is sampled stays where it starts."""
+    """A transformer with zero velocity, so that sampling returns its start."""
 
     def __init__(self):
         self.config = FluxConfig.tiny()
@@ -326,17 +333,17 @@ STARTS = [(1, 1.0), (4, 0.5), (10, 0.9), (28, 0.6), (28, 0.3), (28, 1.0), (30, 1
 
 @pytest.mark.parametrize(("num_steps", "strength"), STARTS)
 def test_same_start_from_an_image(pipeline_folder, monkeypatch, num_steps, strength):
-    """At 1024 x 1024; only the noise is handed over from here."""
+    """At 1024 x 1024; both sides have the same noise."""
     cells, config = (128, 128), SamplerConfig(num_steps=num_steps, strength=strength)
     image = np.random.default_rng(0).standard_normal((1, *cells, 16), np.float32)
     latents, key = pack_latents(jnp.asarray(image)), jax.random.key(SEED)
-    places = latents.shape[:2]
+    shape = latents.shape[:2]
     tokens = Tokens(
         latents=latents,
-        positions=jnp.zeros((*places, 3), jnp.int32),
-        segments=jnp.ones(places, jnp.int32),
-        is_target=jnp.ones(places, bool),
-        offsets=jnp.arange(places[1])[None],
+        positions=jnp.zeros((*shape, 3), jnp.int32),
+        segments=jnp.ones(shape, jnp.int32),
+        is_target=jnp.ones(shape, bool),
+        offsets=jnp.arange(shape[1])[None],
         text=jnp.zeros((1, 1, 1)),
         text_segments=jnp.ones((1, 1), jnp.int32),
         pooled=jnp.zeros((1, 1, 1)),
@@ -346,11 +353,11 @@ def test_same_start_from_an_image(pipeline_folder, monkeypatch, num_steps, stren
     keys = flow.example_keys(key, tokens.example_ids)
     noise = flow.token_noise(keys, tokens.segments, tokens.offsets, 64)
 
-    # retrieve_timesteps, get_timesteps and prepare_latents are what its __call__ makes of these.
+    # The pipeline's __call__ uses retrieve_timesteps, get_timesteps and prepare_latents like this.
     absent = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "transformer")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipeline_folder / "scheduler")
     pipe = FluxImg2ImgPipeline(scheduler=scheduler, **dict.fromkeys(absent))
-    _draw(monkeypatch, noise, cells)
+    _replace_draws(monkeypatch, noise, cells)
     pipeline_flux_img2img.retrieve_timesteps(
         pipe.scheduler,
         num_steps,
@@ -358,8 +365,8 @@ def test_same_start_from_an_image(pipeline_folder, monkeypatch, num_steps, stren
         sigmas=np.linspace(1.0, 1 / num_steps, num_steps),
         mu=pipeline_flux_img2img.calculate_shift(4096),
     )
-    timesteps, left = pipe.get_timesteps(num_steps, strength, "cpu")
-    wanted, _ = pipe.prepare_latents(
+    timesteps, remaining = pipe.get_timesteps(num_steps, strength, "cpu")
+    expected, _ = pipe.prepare_latents(
         torch.from_numpy(image).movedim(-1, 1),
         timesteps[:1],
         1,
@@ -370,30 +377,30 @@ def test_same_start_from_an_image(pipeline_folder, monkeypatch, num_steps, stren
         "cpu",
         None,
     )
-    assert config.first_step == pipe.scheduler.begin_index == num_steps - left
+    assert config.first_step == pipe.scheduler.begin_index == num_steps - remaining
     level = flow.schedule(num_steps, 4096, flow.TimeConfig())[config.first_step]
     np.testing.assert_allclose(level, pipe.scheduler.sigmas[pipe.scheduler.begin_index], atol=2e-7)
-    np.testing.assert_allclose(start, wanted, atol=1e-6)
+    np.testing.assert_allclose(start, expected, atol=1e-6)
 
 
-def _draw(monkeypatch, noise, cells: Size) -> None:
-    """FluxImg2ImgPipeline draws this noise, and the mean of an image's latents."""
+def _replace_draws(monkeypatch, noise, cells: Size) -> None:
+    """Makes FluxImg2ImgPipeline take this noise, and the mean of an image's latents."""
     tensor = torch.from_numpy(np.array(unpack_latents(jnp.asarray(noise), cells))).movedim(-1, 1)
     monkeypatch.setattr(pipeline_flux_img2img, "randn_tensor", lambda *args, **kwargs: tensor)
     retrieve = functools.partial(pipeline_flux_img2img.retrieve_latents, sample_mode="argmax")
     monkeypatch.setattr(pipeline_flux_img2img, "retrieve_latents", retrieve)
 
 
-def test_same_image_from_an_image(recorded, monkeypatch):
-    size, init = (32, 24), picture(32, 24)
+def test_same_image_from_an_initial_image(recorded, monkeypatch):
+    size, init = (32, 24), random_image(32, 24)
     sampler = SamplerConfig(num_steps=6, strength=0.7, guidance=3.5)
-    made = make_here(recorded, [], sampler, size, init)
-    _draw(monkeypatch, made.sequence[None], (6, 8))
+    actual = generate_ours(recorded, [], sampler, size, init)
+    _replace_draws(monkeypatch, actual.sequence[None], (6, 8))
     kontext = open_pipeline(recorded)
     components = {name: x for name, x in kontext.components.items() if x is not None}
     pipe = FluxImg2ImgPipeline(**components)
     pipe.set_progress_bar_config(disable=True)
-    wanted = make_there(
+    expected = generate_theirs(
         pipe,
         size,
         image=Image.fromarray(init),
@@ -402,9 +409,9 @@ def test_same_image_from_an_image(recorded, monkeypatch):
         num_inference_steps=sampler.num_steps,
         max_sequence_length=24,
     )
-    # There it starts with the image in the noise.
-    assert sampler.first_step == 1 and len(wanted.times) == 6
-    check_same(made._replace(sequence=wanted.sequence, times=made.times[1:]), wanted)
+    # diffusers' first input is already mixed with the image.
+    assert sampler.first_step == 1 and len(expected.times) == 6
+    check_same(actual._replace(sequence=expected.sequence, times=actual.times[1:]), expected)
 
 
 @pytest.mark.parametrize("max_tokens", [24, 512])
@@ -418,14 +425,14 @@ def test_same_token_ids(recorded, max_tokens):
             pad=True,
         )
     )
-    there: dict[str, list[np.ndarray]] = {"text_encoder": [], "text_encoder_2": []}
-    for name, ids in there.items():
+    recorded_ids: dict[str, list[np.ndarray]] = {"text_encoder": [], "text_encoder_2": []}
+    for name, ids in recorded_ids.items():
         getattr(pipe, name).register_forward_pre_hook(
             lambda _, args, ids=ids: ids.append(args[0][0].numpy())
         )
     too_long = "make it red " * 200
     for prompt in ("", " ", "make it red", "Make  it\nRED, «naïve» 赤 🟥!", too_long):
         pipe.encode_prompt(prompt, max_sequence_length=max_tokens)
-        np.testing.assert_array_equal(tokenizer(prompt), there["text_encoder_2"][-1])
-        np.testing.assert_array_equal(tokenizer.clip(prompt), there["text_encoder"][-1])
+        np.testing.assert_array_equal(tokenizer(prompt), recorded_ids["text_encoder_2"][-1])
+        np.testing.assert_array_equal(tokenizer.clip(prompt), recorded_ids["text_encoder"][-1])
     assert tokenizer(too_long)[-1] == 1 and tokenizer.clip(too_long)[-1] == 519

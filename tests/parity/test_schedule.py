@@ -1,4 +1,4 @@
-"""The sampler's times against diffusers' scheduler, as FLUX's pipelines set it up."""
+"""Compares the sampler's noise levels with diffusers' scheduler in FLUX's pipelines."""
 
 import jax.numpy as jnp
 import numpy as np

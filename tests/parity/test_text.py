@@ -1,4 +1,4 @@
-"""T5's encoder and CLIP's text model against transformers'."""
+"""Compares T5's encoder and CLIP's text model with transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +23,26 @@ def call(model, *args):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["pads read", "pads masked"])
 def test_t5(tmp_path, masked):
-    """150 tokens: more than the distance from which on all share a bucket."""
+    """With 150 tokens, which exceeds the distance of the last bucket."""
     network = theirs.t5()
     model = ours.load(theirs.save(network, tmp_path), "text_encoder")
-    ids, real = draws.prompts("t5", (0, 6, 149), size=150, vocab_size=200, end=1, pad=0)
-    segments = jnp.asarray(real if masked else np.ones_like(real), jnp.int32)
-    out = np.asarray(call(model, jnp.asarray(ids), segments))
-    wanted = theirs.read(network, ids, real if masked else None)
-    read = real if masked else np.ones_like(real)
-    assert wanted[read].std() > 0.5
-    np.testing.assert_allclose(out[read], wanted[read], atol=2e-5)
+    ids, mask = draws.prompts("t5", (0, 6, 149), size=150, vocab_size=200, end=1, pad=0)
+    read = mask if masked else np.ones_like(mask)
+    out = np.asarray(call(model, jnp.asarray(ids), jnp.asarray(read, jnp.int32)))
+    expected = theirs.read(network, ids, mask if masked else None)
+    assert expected[read].std() > 0.5
+    np.testing.assert_allclose(out[read], expected[read], atol=2e-5)
 
 
 @pytest.mark.parametrize("eos_token_id", [2, 99, 60], ids=["legacy", "last", "another"])
 def test_clip(tmp_path, eos_token_id):
-    """Old configs say 2, whatever the end is, and mean the largest id; then pads are ends too."""
+    """Old configs have the end id 2, which stands for the largest id; padding has the end id."""
     network = theirs.clip(eos_token_id)
     model = ours.load(theirs.save(network, tmp_path), "clip")
     end = 99 if eos_token_id == 2 else eos_token_id
     assert model.config.eos_id == end
     ids, _ = draws.prompts("clip", (1, 6, 76), size=77, vocab_size=100, end=end, pad=end)
     out = np.asarray(call(model, jnp.asarray(ids)))
-    wanted = theirs.pooled(network, ids)
-    assert wanted.std() > 0.5
-    np.testing.assert_allclose(out, wanted, atol=2e-5)
+    expected = theirs.pooled(network, ids)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(out, expected, atol=2e-5)

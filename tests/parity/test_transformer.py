@@ -1,4 +1,4 @@
-"""FLUX's transformer against diffusers': outputs, every gradient, optimizer steps, bfloat16."""
+"""Compares FLUX's transformer with diffusers': outputs, gradients, optimizer steps, bfloat16."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ GUIDANCE_EMBEDS = {"dev": True, "schnell": False}
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A function from FLUX's variant to diffusers' network and ours of the same files."""
+    """A function from FLUX's variant to diffusers' network and ours, with the same weights."""
 
     def make(variant: str):
         theirs_net = theirs.transformer(guidance_embeds=GUIDANCE_EMBEDS[variant])
@@ -36,31 +36,32 @@ def pair(tmp_path_factory):
     [("dev", layout) for layout in draws.LAYOUTS] + [("schnell", "packed")],
 )
 def test_outputs_and_every_gradient(pair, variant, layout):
-    """A row of ours against diffusers' forward passes of its examples one by one."""
+    """Our packed row against diffusers' forward passes of its examples one by one."""
     network, model = pair(variant)
     examples = draws.examples(layout, model.config)
     out, grads = ours.velocity_and_grad(model, examples)
     np.testing.assert_allclose(out, theirs.velocity(network, examples), atol=2e-5)
 
-    grads, wanted = ours.tensors(grads, "transformer"), theirs.grads(network, examples)
-    assert set(grads) == set(wanted)
-    for name, grad in wanted.items():
+    grads, expected = ours.tensors(grads, "transformer"), theirs.grads(network, examples)
+    assert set(grads) == set(expected)
+    for name, grad in expected.items():
         largest = np.abs(grad).max()
         assert largest > 1e-4, name
         tolerance = np.full(grad.shape, 2e-5)
         if name.endswith(
             ("timestep_embedder.linear_1.weight", "guidance_embedder.linear_1.weight")
         ):
-            # These read two sinusoids whose frequency PyTorch's exp rounds otherwise: a whole ulp,
-            # times a guidance of 2,500, in what their gradients are multiplied with.
+            # PyTorch's exp rounds the frequency of two of their input sinusoids differently: by a
+            # full ulp, times a guidance of 2,500, which scales their gradients.
             tolerance[:, theirs.misrounded()] = 2e-4
         excess = np.abs(grads[name] - grad) / (tolerance * min(largest, 1.0))
-        assert excess.max() <= 1, f"{name} is off by {excess.max()} times what is tolerated"
+        assert excess.max() <= 1, f"{name} is off by {excess.max()} times the tolerance"
 
 
 def test_three_steps_of_adamw(pair):
-    """Adam's first steps have the size of the rate whatever the gradient's: rounding alone turns
-    those of gradients near zero around. A large ``eps`` takes that away, and changes nothing else.
+    """With a large ``eps``, because Adam's first steps have the size of the learning rate.
+
+    With a small ``eps``, rounding would flip the steps of gradients near zero.
     """
     network, model = pair("dev")
     before = ours.tensors(model, "transformer")
@@ -107,12 +108,12 @@ def test_three_steps_of_adamw(pair):
 
 
 @pytest.mark.parametrize("variant", GUIDANCE_EMBEDS)
-def test_bfloat16_rounds_as_pytorch_s_pipelines(variant, tmp_path):
+def test_bfloat16_is_close_to_pytorch_s_bfloat16(variant, tmp_path):
     network = theirs.transformer(guidance_embeds=GUIDANCE_EMBEDS[variant]).to(torch.bfloat16)
     folder = theirs.save(network, tmp_path)
     settings = {"dtype": "bfloat16", "timestep_dtype": "bfloat16"}
     model = ours.load(folder, "transformer", **settings)
     examples = draws.examples("packed", model.config)
-    wanted = theirs.velocity(network, examples)
-    error = ours.velocity(model, examples) - wanted
-    assert np.sqrt(np.mean(error**2)) <= 0.02 * np.sqrt(np.mean(wanted**2))
+    expected = theirs.velocity(network, examples)
+    error = ours.velocity(model, examples) - expected
+    assert np.sqrt(np.mean(error**2)) <= 0.02 * np.sqrt(np.mean(expected**2))

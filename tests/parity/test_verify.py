@@ -1,4 +1,4 @@
-"""``convert --verify``: networks of every layout against PyTorch's, and mistakes that it finds."""
+"""Tests of ``convert --verify``: every layout agrees with PyTorch, and errors are found."""
 
 import dataclasses
 import importlib
@@ -37,15 +37,15 @@ def lines(output) -> list[str]:
 )
 def test_networks_of_every_layout_agree(pipeline_folder, tmp_path, layout, dtype):
     convert(pipeline_folder, tmp_path / "out", layout, dtype=dtype)
-    found = [LINE.fullmatch(line).groups() for line in lines(tmp_path / "out")]
-    assert [name for name, _, _ in found] == list(NETWORKS)
-    for name, difference, largest in found:
+    results = [LINE.fullmatch(line).groups() for line in lines(tmp_path / "out")]
+    assert [name for name, _, _ in results] == list(NETWORKS)
+    for name, difference, largest in results:
         assert 0.1 < float(largest) < 20, name
         assert float(difference) < 2e-5 * float(largest), name
 
 
 @pytest.mark.parametrize("name", ["transformer.safetensors", "text_encoder"])
-def test_one_network_alone(pipeline_folder, tmp_path, name):
+def test_a_single_network_agrees(pipeline_folder, tmp_path, name):
     layout, network = ("bfl", "transformer") if "." in name else ("diffusers", "clip")
     convert(pipeline_folder, tmp_path / name, layout, network=network)
     (line,) = lines(tmp_path / name)
@@ -54,7 +54,7 @@ def test_one_network_alone(pipeline_folder, tmp_path, name):
 
 @pytest.fixture
 def swapped_names(monkeypatch):
-    """Queries and keys of the double blocks have one another's names in diffusers' layout."""
+    """Swaps the names of queries and keys of the double blocks in diffusers' layout."""
     rows = flux.rows
 
     def swapped(row):
@@ -67,46 +67,46 @@ def swapped_names(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "bfl", "orbax"])
-def test_a_tensor_of_another_name_is_found(pipeline_folder, tmp_path, swapped_names, layout):
-    """Read again, every bit is where it was written to."""
+def test_swapped_names_are_found(pipeline_folder, tmp_path, swapped_names, layout):
+    """Reading the output back by the same name table does not find them."""
     convert(pipeline_folder, tmp_path / "out", layout, network="transformer")
-    with pytest.raises(WeightsError, match="transformer is not the same network in PyTorch: the v"):
+    with pytest.raises(WeightsError, match="transformer differs in PyTorch: the velocity is off"):
         lines(tmp_path / "out")
 
 
 def test_another_function_is_found(pipeline_folder):
-    """Rotary angles that are a little slower."""
+    """With rotary frequencies that differ slightly."""
     readers = locations.open_networks(pipeline_folder / "transformer")
     reader = readers["transformer"]
     reader.config = dataclasses.replace(reader.config, theta=9000.0)
-    with pytest.raises(WeightsError, match=r"differs by \S+ where the largest is"):
+    with pytest.raises(WeightsError, match=r"is off by \S+ where the largest value is"):
         list(verify.verify(pipeline_folder / "transformer", readers))
 
 
-def test_files_that_pytorch_would_fill_up_are_refused(pipeline_folder, tmp_path):
-    """An embedding of guidance that is there, and that the config does not speak of."""
+def test_tensors_that_pytorch_would_ignore_are_refused(pipeline_folder, tmp_path):
+    """Tensors of a guidance embedding that the config disables."""
     folder = shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
     readers = locations.open_networks(folder)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"guidance_embeds": False}))
-    with pytest.raises(WeightsError, match="not find itself in .*: unexpected_keys .*guidance"):
+    with pytest.raises(WeightsError, match="PyTorch cannot load .*: unexpected_keys .*guidance"):
         list(verify.verify(folder, readers))
 
 
-def test_without_pytorch_one_sentence_says_what_to_install(monkeypatch):
+def test_missing_pytorch_is_reported_with_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.delitem(sys.modules, "kontext_jax.weights.verify")
     with pytest.raises(ImportError, match=r"needs torch and diffusers .*: pip install -e '.\[conv"):
         importlib.import_module("kontext_jax.weights.verify")
 
 
-def test_the_command_refuses_to_verify_adapters_before_it_starts(pipeline_folder, tmp_path):
+def test_the_command_refuses_to_verify_adapters(pipeline_folder, tmp_path):
     arguments = [f"--input={pipeline_folder}", f"--output={tmp_path / 'out'}", "--format=lora"]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "kontext_jax.convert", *arguments, "--verify"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
-    assert done.stderr.strip().endswith("leave out --network, --dtype, --lora and --verify.")
+    assert process.returncode == 1
+    assert process.stderr.strip().endswith("leave out --network, --dtype, --lora and --verify.")
     assert not list(tmp_path.iterdir())

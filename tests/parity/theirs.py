@@ -1,4 +1,4 @@
-"""PyTorch's side of the comparison: diffusers' and transformers' networks, with drawn weights."""
+"""PyTorch's side of the comparison: networks of diffusers and transformers with drawn weights."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,11 +22,16 @@ from kontext_jax.weights import dino as dino_names
 from tests.parity import draws
 
 
-def drawn(network: torch.nn.Module, in_files: Callable[[str], str] = str) -> torch.nn.Module:
-    """The network with `draws`' weights, by the names that they have ``in_files``."""
+def drawn(network: torch.nn.Module, file_name: Callable[[str], str] = str) -> torch.nn.Module:
+    """Sets a network's weights to those of `draws`.
+
+    Args:
+      network: the network.
+      file_name: function from a parameter's name in memory to its name in files.
+    """
     with torch.no_grad():
         for name, param in network.named_parameters():
-            param.copy_(torch.from_numpy(draws.weight(in_files(name), param.shape)))
+            param.copy_(torch.from_numpy(draws.weight(file_name(name), param.shape)))
     return network.eval()
 
 
@@ -48,7 +53,7 @@ def transformer(**settings: Any) -> FluxTransformer2DModel:
 def autoencoder(
     multiples: Sequence[int] = (1, 2, 4, 4), layers: int = 2, groups: int = 32
 ) -> AutoencoderKL:
-    """FLUX's, with a quarter of its width."""
+    """Returns FLUX's autoencoder with a quarter of its width."""
     levels = len(multiples)
     return drawn(
         AutoencoderKL(
@@ -67,7 +72,7 @@ def autoencoder(
 
 
 def t5() -> T5EncoderModel:
-    """Heads are not as wide together as the model: 3 x 12 and 32."""
+    """Returns a T5 whose heads have another total width, 3 x 12, than the model, 32."""
     return drawn(
         T5EncoderModel(
             T5Config(
@@ -100,7 +105,7 @@ def clip(eos_token_id: int) -> CLIPTextModel:
 
 
 def dino() -> Dinov2Model:
-    """Positions of 5 x 5 patches."""
+    """Returns a DINOv2 with positions of 5 x 5 patches."""
     config = Dinov2Config(
         hidden_size=48,
         num_hidden_layers=5,
@@ -109,7 +114,7 @@ def dino() -> Dinov2Model:
         image_size=70,
         use_mask_token=False,
     )
-    return drawn(Dinov2Model(config), dino_names.known_as)
+    return drawn(Dinov2Model(config), dino_names.canonical_name)
 
 
 def save(network: torch.nn.Module, folder: Path, **kwargs: Any) -> Path:
@@ -136,13 +141,13 @@ def _velocity(network: FluxTransformer2DModel, example: draws.Example) -> torch.
 
 
 def velocity(network: FluxTransformer2DModel, examples: Sequence[draws.Example]) -> np.ndarray:
-    """Of the targets' tokens, example after example; diffusers reads them one by one."""
+    """Returns the velocity of the targets' tokens, computed one example at a time."""
     with torch.no_grad():
         return torch.cat([_velocity(network, x).float() for x in examples]).numpy()
 
 
 def loss(network: FluxTransformer2DModel, examples: Sequence[draws.Example]) -> torch.Tensor:
-    """The mean square error over the targets' tokens."""
+    """Returns the mean squared error over the targets' tokens."""
     errors = [_velocity(network, x) - torch.from_numpy(x.velocity) for x in examples]
     return torch.cat(errors).square().mean()
 
@@ -150,28 +155,28 @@ def loss(network: FluxTransformer2DModel, examples: Sequence[draws.Example]) -> 
 def grads(
     network: FluxTransformer2DModel, examples: Sequence[draws.Example]
 ) -> dict[str, np.ndarray]:
-    """Every parameter's gradient of that loss."""
+    """Returns the gradient of `loss` by every parameter."""
     network.zero_grad()
     loss(network, examples).backward()
     return {name: param.grad.numpy() for name, param in network.named_parameters()}
 
 
 def misrounded() -> np.ndarray:
-    """Which of the 256 sinusoids have a frequency that PyTorch's exp does not round to nearest."""
+    """Returns a mask of the sinusoids whose frequency PyTorch does not round to the nearest."""
     exponents = -math.log(10000) * torch.arange(128, dtype=torch.float32) / 128
     nearest = np.exp(exponents.numpy().astype(np.float64)).astype(np.float32)
     return np.tile(torch.exp(exponents).numpy() != nearest, 2)
 
 
 def encode(network: AutoencoderKL, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and log-variance of NHWC images, NHWC."""
+    """Returns mean and log-variance of images; all arrays are NHWC."""
     with torch.no_grad():
         posterior = network.encode(_channels_first(images)).latent_dist
     return _channels_last(posterior.mean), _channels_last(posterior.logvar)
 
 
 def decode(network: AutoencoderKL, latents: np.ndarray) -> np.ndarray:
-    """Images of scaled latents, as FLUX's pipelines do it; both NHWC."""
+    """Returns the images of scaled latents, as in FLUX's pipelines; all arrays are NHWC."""
     z = _channels_first(latents) / network.config.scaling_factor + network.config.shift_factor
     with torch.no_grad():
         return _channels_last(network.decode(z).sample)
@@ -186,14 +191,14 @@ def _channels_last(x: torch.Tensor) -> np.ndarray:
 
 
 def read(network: T5EncoderModel, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """T5's vector of each token; without a mask, as in FLUX's pipelines, pads are words too."""
+    """Returns T5's embedding of every token; without a mask, padding is read, as in FLUX."""
     mask = None if mask is None else torch.from_numpy(mask).long()
     with torch.no_grad():
         return network(torch.from_numpy(ids).long(), attention_mask=mask)[0].numpy()
 
 
 def pooled(network: CLIPTextModel, ids: np.ndarray) -> np.ndarray:
-    """CLIP's vector of each prompt."""
+    """Returns CLIP's pooled embedding of every prompt."""
     with torch.no_grad():
         return network(torch.from_numpy(ids).long()).pooler_output.numpy()
 
@@ -201,9 +206,9 @@ def pooled(network: CLIPTextModel, ids: np.ndarray) -> np.ndarray:
 def features(
     network: Dinov2Model, images: torch.Tensor, taps: Sequence[int]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """DINOv2's patches after the blocks ``taps``, NHWC, and its class token's vector.
+    """Returns DINOv2's maps of patches after the blocks ``taps`` (NHWC), and its pooled output.
 
-    ``images`` are NHWC, in [-1, 1]. The outputs are in the graph of torch.
+    ``images`` are NHWC, in [-1, 1]. Gradients flow from the outputs to the images.
     """
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     outputs = {}
@@ -216,7 +221,7 @@ def features(
 
 
 def times(num_steps: int, num_tokens: int | None) -> np.ndarray:
-    """The schedule's times as FLUX's pipelines ask for them; [schnell] shifts none: None tokens."""
+    """Returns the noise levels of FLUX's schedule; None tokens for [schnell]'s, without shift."""
     shifted = num_tokens is not None
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if shifted else 1.0,

@@ -31,7 +31,7 @@ def image(width: int, seed: int) -> np.ndarray:
 
 
 def example(number: int, seed: int = 0) -> Example:
-    """Wide targets and square ones in turn, every third without a context."""
+    """Alternates between square and wide targets; every third example has no context."""
     ids = np.random.default_rng((seed, number)).integers(3, 259, 6).astype(np.int32)
     contexts = (image(16, number + 50),) if number % 3 else ()
     return Example(f"{number}", image((16, 32)[number % 2], number), contexts, ids)
@@ -53,36 +53,36 @@ def images(recipe):
     return generated(recipe, [example(i) for i in range(5)])
 
 
-def test_images_come_in_order_and_in_the_target_s_size(images):
+def test_images_are_in_order_and_have_the_target_s_size(images):
     assert [x.shape for x in images] == [(16, (16, 32)[i % 2], 3) for i in range(5)]
     assert all(x.dtype == np.uint8 and x.std() > 1 for x in images)
 
 
-def test_an_image_is_made_of_context_and_prompt_alone(recipe, images):
-    """Other targets, fewer examples, no packing; then one other prompt and one other context."""
+def test_an_image_depends_on_its_contexts_and_prompt_alone(recipe, images):
+    """Not on targets, other examples or packing. Example 1 changes its prompt, 2 its context."""
     examples = [example(i)._replace(target=255 - example(i).target) for i in range(4)]
     examples[1] = example(1, seed=1)
     examples[2] = examples[2]._replace(contexts=(image(16, 99),))
-    one_a_row = dataclasses.replace(DATA.packing, max_examples=1)
-    others = generated(recipe, examples, dataclasses.replace(DATA, packing=one_a_row))
+    one_per_row = dataclasses.replace(DATA.packing, max_examples=1)
+    others = generated(recipe, examples, dataclasses.replace(DATA, packing=one_per_row))
     distance = [np.abs(a.astype(int) - b).max() for a, b in zip(images, others, strict=False)]
-    assert distance[0] <= 1 and distance[3] <= 1  # levels of 255, where rounding falls otherwise
+    assert distance[0] <= 1 and distance[3] <= 1  # levels of 255, from rounding
     assert distance[1] > 3 and distance[2] > 3
 
 
-def test_little_strength_stays_near_the_target_that_it_starts_from(recipe, images):
+def test_at_low_strength_images_stay_near_their_targets(recipe, images):
     examples = [example(i) for i in range(5)]
     near = generated(recipe, examples, num_steps=100, strength=0.01)
     starts = reconstruct(recipe.frozen["autoencoder"], [e.target for e in examples], one_device())
-    for start, mine, from_noise in zip(starts, near, images, strict=True):
-        from_start = np.abs(mine.astype(int) - start).mean()
-        assert from_start < 0.2 * np.abs(from_noise.astype(int) - start).mean()
+    for start, result, from_noise in zip(starts, near, images, strict=True):
+        distance = np.abs(result.astype(int) - start).mean()
+        assert distance < 0.2 * np.abs(from_noise.astype(int) - start).mean()
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize("number", range(1, 21))
 def test_every_example_is_in_one_batch(number, num_devices):
-    """Batches are of one shape, are assembled when asked for, and hold what their layout says."""
+    """All batches have the same shape and hold the examples of their layout."""
     examples = [example(i) for i in range(number)]
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
     batches, layouts = pack(examples, DATA, mesh, with_negatives=False)
@@ -92,29 +92,29 @@ def test_every_example_is_in_one_batch(number, num_devices):
     for batch, layout in zip(batches, layouts, strict=True):
         shapes.add(str(jax.tree.map(np.shape, batch)))
         assert len(batch.segments) % num_devices == 0
-        held = {(row, segment) for row, segment, _ in layout}
-        assert len(held) == len(layout)
-        rows, places = np.nonzero(batch.example_ids >= 0)
-        assert held == {(r, s + 1) for r, s in zip(rows.tolist(), places.tolist(), strict=True)}
+        segments = {(row, segment) for row, segment, _ in layout}
+        assert len(segments) == len(layout)
+        present = np.argwhere(batch.example_ids >= 0).tolist()
+        assert segments == {(row, index + 1) for row, index in present}
         for row, segment, i in layout:
-            mine = batch.segments[row] == segment
+            in_segment = batch.segments[row] == segment
             target_tokens = examples[i].target.shape[1] // 8 * 2
-            assert (mine & batch.is_target[row]).sum() == target_tokens
-            assert mine.sum() == target_tokens + 4 * len(examples[i].contexts)
+            assert (in_segment & batch.is_target[row]).sum() == target_tokens
+            assert in_segment.sum() == target_tokens + 4 * len(examples[i].contexts)
             text = batch.text_ids[row, batch.text_segments[row] == segment]
             assert text.tolist() == examples[i].text_ids.tolist()
             assert batch.example_ids[row, segment - 1] == noise_id(examples[i].id)
     assert len(shapes) == 1
 
 
-def test_batches_are_assembled_when_they_are_asked_for(monkeypatch):
+def test_batches_are_assembled_on_access(monkeypatch):
     assembled, assemble = [], generator.assemble
 
-    def counted(examples, *given):
+    def recording(examples, *args):
         assembled.append([int(e.id) for e in examples])
-        return assemble(examples, *given)
+        return assemble(examples, *args)
 
-    monkeypatch.setattr(generator, "assemble", counted)
+    monkeypatch.setattr(generator, "assemble", recording)
     batches, layouts = pack([example(i) for i in range(8)], DATA, one_device(), False)
     assert (len(batches), assembled) == (2, [])
     for number in (1, 0, 1):
@@ -127,36 +127,35 @@ def test_batches_are_assembled_when_they_are_asked_for(monkeypatch):
             batches[number]
 
 
-def test_what_is_done_is_left_out_and_the_rest_stays_the_same(recipe):
-    """To the last bit: batches hold what they held."""
+def test_done_batches_are_skipped_and_the_others_repeat_to_the_last_bit(recipe):
     examples = [example(i) for i in range(8)]
     one_row = dataclasses.replace(DATA, batch_size=1)
     sampler = SamplerConfig(num_steps=2)
     networks = networks_of(recipe.params["model"], recipe.frozen)
     generate = Generator(examples, one_row, recipe.objective.config, sampler, one_device())
-    every = list(generate.batches(networks))
-    assert [made.number for made in every] == list(range(len(every))) and len(every) > 2
-    assert sorted(i for made in every for i in made.indices) == list(range(8))
-    assert all(made.seconds > 0 for made in every)
-    images = {i: x for m in every for i, x in zip(m.indices, m.images, strict=True)}
-    several = next(made for made in every if len(made.indices) > 1)
-    others = [made for made in every if made is not several]
-    # All of one batch, all but one of another.
-    done = {*others[0].indices, *several.indices[1:]}
-    again = Generator(examples, one_row, recipe.objective.config, sampler, one_device())
-    made = list(again.batches(networks, done))
-    assert [m.number for m in made] == [m.number for m in every if m is not others[0]]
-    for batch in made:
-        assert batch.indices == every[batch.number].indices
+    batches = list(generate.batches(networks))
+    assert [batch.number for batch in batches] == list(range(len(batches))) and len(batches) > 2
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(8))
+    assert all(batch.seconds > 0 for batch in batches)
+    images = {i: x for batch in batches for i, x in zip(batch.indices, batch.images, strict=True)}
+    partial = next(batch for batch in batches if len(batch.indices) > 1)
+    complete = next(batch for batch in batches if batch is not partial)
+    done = {*complete.indices, *partial.indices[1:]}
+    resumed = Generator(examples, one_row, recipe.objective.config, sampler, one_device())
+    repeated = list(resumed.batches(networks, done))
+    expected = [batch.number for batch in batches if batch is not complete]
+    assert [batch.number for batch in repeated] == expected
+    for batch in repeated:
+        assert batch.indices == batches[batch.number].indices
         for i, x in zip(batch.indices, batch.images, strict=True):
             np.testing.assert_array_equal(x, images[i])
     for i, x in enumerate(generate(networks)):
         np.testing.assert_array_equal(x, images[i])
-    assert list(again.batches(networks, range(8))) == []
+    assert list(resumed.batches(networks, range(8))) == []
 
 
-@pytest.mark.parametrize("what", ["is_target", "padding"])
-def test_numbers_that_are_not_finite_are_told_apart_from_padding(recipe, what):
+@pytest.mark.parametrize("where", ["target", "padding"])
+def test_latents_that_are_not_finite_are_reported_except_in_padding(recipe, where):
     examples = [example(i) for i in range(5)]
     generate = Generator(
         examples, DATA, recipe.objective.config, SamplerConfig(num_steps=1), one_device()
@@ -165,20 +164,20 @@ def test_numbers_that_are_not_finite_are_told_apart_from_padding(recipe, what):
 
     def broken(networks, batch, *args, **kwargs):
         latents = np.array(sample(networks, batch, *args, **kwargs))
-        if what == "padding":
+        if where == "padding":
             latents[np.asarray(batch.segments) == 0] = np.nan
         else:
             latents[tuple(np.argwhere(np.asarray(batch.is_target))[-1])] = np.inf
         return latents
 
-    assert all(made.finite for made in generate.batches(networks))
+    assert all(batch.finite for batch in generate.batches(networks))
     generate._latents = broken
     padded = [(generate._batches[i].segments == 0).any() for i in range(len(generate._batches))]
     assert all(padded)
-    assert {made.finite for made in generate.batches(networks)} == {what == "padding"}
+    assert {batch.finite for batch in generate.batches(networks)} == {where == "padding"}
 
 
-def test_after_warming_up_nothing_is_compiled(recipe, caplog):
+def test_nothing_compiles_after_warm_up(recipe, caplog):
     examples = [example(i) for i in range(5)]
     mesh = one_device()
     sampler = SamplerConfig(num_steps=1)
@@ -191,10 +190,10 @@ def test_after_warming_up_nothing_is_compiled(recipe, caplog):
 
 
 @pytest.mark.slow
-def test_devices_change_nothing_and_guidance_does(recipe, images):
+def test_guidance_changes_images_and_the_number_of_devices_does_not(recipe, images):
     examples = [example(i) for i in range(5)]
-    spread = generated(recipe, examples, num_devices=4)
-    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(images, spread, strict=True)) <= 1
+    sharded = generated(recipe, examples, num_devices=4)
+    assert max(np.abs(a.astype(int) - b).max() for a, b in zip(images, sharded, strict=True)) <= 1
     guided = generated(recipe, examples, cfg_scale=3.0)
     assert min(np.abs(a.astype(int) - b).max() for a, b in zip(images, guided, strict=True)) > 3
 
@@ -216,19 +215,22 @@ def test_negatives_have_empty_prompts_for_both_encoders(flux_tokenizers):
         assert negative.text_ids[row, negative.text_segments[row] == segment].tolist() == [1]
 
 
-def test_reconstructions_come_in_order(recipe):
+def test_reconstructions_are_in_order(recipe):
     autoencoder = recipe.frozen["autoencoder"]
-    pictures = [image((16, 32)[i % 2], i) for i in range(3)]
-    together = reconstruct(autoencoder, pictures, one_device())
-    for picture, result in zip(pictures, together, strict=True):
-        assert result.shape == picture.shape
-    alone = reconstruct(autoencoder, pictures[2:], one_device())
+    originals = [image((16, 32)[i % 2], i) for i in range(3)]
+    together = reconstruct(autoencoder, originals, one_device())
+    for original, result in zip(originals, together, strict=True):
+        assert result.shape == original.shape
+    alone = reconstruct(autoencoder, originals[2:], one_device())
     assert np.abs(together[2].astype(int) - alone[0]).max() <= 1
     assert np.abs(together[2].astype(int) - together[0]).max() > 3
 
 
 def lowered_for_tpus(program):
-    """In place of ``program``: lowers it for TPUs, with their kernel in it, and gives zeros."""
+    """Returns a stand-in for ``program``: it checks the lowering for TPUs, and returns zeros.
+
+    The lowered program has to contain the TPU kernel.
+    """
 
     def call(*args, **kwargs):
         lowered = export.export(program, platforms=["tpu"])(*args, **kwargs)
@@ -242,7 +244,7 @@ def lowered_for_tpus(program):
 def test_on_tpus_the_autoencoder_s_attention_is_split_over_the_mesh(
     recipe, random_network, monkeypatch
 ):
-    """Its one head is wide enough for the kernel, which XLA cannot split by itself."""
+    """Its single head is wide enough for the kernel, which XLA cannot partition by itself."""
     monkeypatch.setattr(sharding, "platform", lambda: "tpu")
     wide = AutoencoderConfig.tiny(channels=32, channel_multipliers=(1, 1, 4))
     autoencoder = random_network(lambda: Autoencoder(wide, rngs=nnx.Rngs(0)))
@@ -261,12 +263,12 @@ def test_on_tpus_the_autoencoder_s_attention_is_split_over_the_mesh(
     reconstruct(networks["autoencoder"], [examples[0].target], mesh)
 
 
-def test_rows_get_room_for_the_largest_example():
+def test_rows_are_long_enough_for_the_largest_example():
     examples = [example(i) for i in range(4)]
     assert with_room(DATA, examples) == DATA
     short = dataclasses.replace(DATA.packing, image_tokens=5, text_tokens=2)
-    found = with_room(dataclasses.replace(DATA, packing=short), examples).packing
-    assert (found.image_tokens, found.text_tokens, found.max_examples) == (12, 6, 3)
-    alone = dataclasses.replace(DATA, packing=PackingConfig())
-    found = with_room(alone, examples).packing  # no longer than it need be
-    assert (found.image_tokens, found.text_tokens, found.max_examples) == (12, 6, 1)
+    packing = with_room(dataclasses.replace(DATA, packing=short), examples).packing
+    assert (packing.image_tokens, packing.text_tokens, packing.max_examples) == (12, 6, 3)
+    one_per_row = dataclasses.replace(DATA, packing=PackingConfig())
+    packing = with_room(one_per_row, examples).packing  # no longer than needed
+    assert (packing.image_tokens, packing.text_tokens, packing.max_examples) == (12, 6, 1)

@@ -17,17 +17,17 @@ RECORD = {
 }
 
 
-def test_a_png_carries_its_record_and_the_same_pixels(tmp_path):
+def test_a_png_stores_its_record_and_the_exact_pixels(tmp_path):
     path = tmp_path / "new" / "folder" / "a.PNG"
     write_image(IMAGE, path, RECORD)
     assert read_provenance(path) == RECORD
     with Image.open(path) as image:
         np.testing.assert_array_equal(np.asarray(image), IMAGE)
         assert image.text[KEY] == json.dumps(RECORD, sort_keys=True, ensure_ascii=False)
-    assert "夜".encode() in path.read_bytes()  # for people too, not only as an escape
+    assert "夜".encode() in path.read_bytes()  # readable in the file, not escaped
 
 
-def test_only_a_png_with_a_record_carries_one(tmp_path):
+def test_only_a_png_written_with_a_record_has_one(tmp_path):
     for name in ("a.jpg", "a.webp", "a.bmp"):
         write_image(IMAGE, tmp_path / name, RECORD)
         assert read_provenance(tmp_path / name) is None
@@ -35,7 +35,7 @@ def test_only_a_png_with_a_record_carries_one(tmp_path):
     assert read_provenance(tmp_path / "a.png") is None
 
 
-def test_a_record_is_read_wherever_it_stands_and_refused_if_it_is_none(tmp_path):
+def test_a_record_after_the_pixels_is_read_and_invalid_records_are_refused(tmp_path):
     path = tmp_path / "a.png"
     write_image(IMAGE, path)
     plain, end = path.read_bytes()[:-12], path.read_bytes()[-12:]
@@ -51,21 +51,21 @@ def test_a_record_is_read_wherever_it_stands_and_refused_if_it_is_none(tmp_path)
                 read_provenance(path)
 
 
-def test_files_that_are_no_images_are_refused(tmp_path):
+def test_files_that_are_not_images_are_refused(tmp_path):
     (tmp_path / "a.png").write_text("no")
     for name in ("a.png", "missing.png"):
         with pytest.raises(OSError, match=name):
             read_provenance(tmp_path / name)
 
 
-def test_endings_tell_the_format(tmp_path):
+def test_the_suffix_decides_the_format(tmp_path):
     assert [format_of(tmp_path / f"a.{e}") for e in ("png", "JPG", "webp")] == [
         "PNG",
         "JPEG",
         "WEBP",
     ]
     for name in ("a", "a.txt", ".png"):
-        with pytest.raises(ValueError, match=f"{name} has no ending of an image format"):
+        with pytest.raises(ValueError, match=f"{name} needs the suffix of an image format"):
             write_image(IMAGE, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -74,17 +74,17 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
 
-    def full(self, file, *args, **kwargs):
-        file.write(b"half")
+    def fail(self, file, *args, **kwargs):
+        file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="image .*a.png cannot be written: .*No space left"):
         write_image(IMAGE, path, RECORD)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_bytes() == b"old"
 
 
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -94,7 +94,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "a.png").mkdir()
     for path in (tmp_path / "file" / "b.png", tmp_path / "a.png"):

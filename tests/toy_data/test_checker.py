@@ -1,4 +1,4 @@
-"""The checker accepts the truth, also when grainy or soft, and nothing else."""
+"""The checker accepts the target, also with grain or blur, and rejects everything else."""
 
 import json
 from dataclasses import asdict, replace
@@ -70,7 +70,7 @@ def _other_values(scene, factor):
     return [value for value in VALUES[factor.split(".")[-1]] if value != now]
 
 
-def test_the_truth_passes(examples):
+def test_targets_pass(examples):
     for triple in examples:
         verdict = check(triple.target, triple.details)
         assert verdict.edited, triple.prompt
@@ -84,32 +84,32 @@ def test_reading_recovers_every_factor(examples):
                 assert read(render(scene, 32)) == scene.factors()
 
 
-def test_a_grainy_truth_passes(examples):
+def test_grainy_targets_pass(examples):
     rng = np.random.default_rng(0)
     grainy = [triple.target + rng.normal(0, 0.04 * 255, triple.target.shape) for triple in examples]
     images = [np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in grainy]
     assert np.mean(list(map(_passes, images, examples))) >= 0.98
 
 
-def test_a_soft_truth_passes(examples):
+def test_blurred_targets_pass(examples):
     blur = ImageFilter.GaussianBlur(0.7)
     images = [np.asarray(Image.fromarray(triple.target).filter(blur)) for triple in examples]
     assert np.mean(list(map(_passes, images, examples))) >= 0.98
 
 
-def test_copying_the_context_is_not_editing(examples):
+def test_a_copy_of_the_context_is_not_edited(examples):
     copies = [t for t in examples if t.contexts and check(t.contexts[0], t.details).edited]
     assert not copies
 
 
-def test_one_wrong_value_of_what_was_told_fails(examples):
+def test_a_wrong_value_of_a_named_factor_is_not_edited(examples):
     rng = np.random.default_rng(0)
     num_wrong = 0
     for triple in examples[:150]:
         facts, _, after = _facts(triple)
         for factor in facts["names"]:
             if after.factors()[factor] is None:
-                continue  # nothing is there: see the test of ghosts
+                continue  # an absent object: see test_a_faint_rest_of_an_object_is_not_removed
             options = _other_values(after, factor)
             wrong = _change(after, factor, options[rng.integers(len(options))])
             assert not check(render(wrong, 32), triple.details).edited, (triple.prompt, factor)
@@ -117,15 +117,15 @@ def test_one_wrong_value_of_what_was_told_fails(examples):
     assert num_wrong > 150
 
 
-def test_one_wrong_value_of_the_rest_is_not_preserving(examples):
+def test_a_wrong_value_of_another_factor_is_not_preserved(examples):
     rng = np.random.default_rng(0)
     num_damaged = 0
     for triple in examples[:150]:
         facts, before, after = _facts(triple)
         if not before:
             continue
-        told = {*facts["names"], *facts["free"]}
-        rest = [f for f, v in after.factors().items() if v and f not in told]
+        changeable = {*facts["names"], *facts["free"]}
+        rest = [f for f, v in after.factors().items() if v and f not in changeable]
         factor = rest[rng.integers(len(rest))]
         options = _other_values(after, factor)
         image = render(_change(after, factor, options[rng.integers(len(options))]), 32)
@@ -135,13 +135,13 @@ def test_one_wrong_value_of_the_rest_is_not_preserving(examples):
     assert num_damaged > 100
 
 
-def test_what_is_left_open_may_have_any_value_but_must_have_one(examples):
-    """The mean of all answers, which is what one step of a teacher gives, has none.
+def test_free_factors_accept_any_value_but_not_the_mean_of_all(examples):
+    """The mean of all valid images is what a single teacher step gives.
 
-    If the colour alone is open, thin outlines of mean colour can still pass for one.
+    If only the colour is free, thin outlines in the mean colour can still pass for one.
     """
     rng = np.random.default_rng(0)
-    num_open = 0
+    num_means = 0
     for triple in examples:
         facts, _, after = _facts(triple)
         if not facts["free"]:
@@ -158,11 +158,11 @@ def test_what_is_left_open_may_have_any_value_but_must_have_one(examples):
         mean = np.mean(images, axis=0).round().astype(np.uint8)
         if len(facts["free"]) > 1:
             assert not check(mean, triple.details).edited, triple.prompt
-            num_open += 1
-    assert num_open > 10
+            num_means += 1
+    assert num_means > 10
 
 
-def test_a_lost_bystander_is_not_preserving(examples):
+def test_a_lost_second_object_is_not_preserved(examples):
     num_lost = 0
     for triple in examples:
         _, before, after = _facts(triple)
@@ -175,7 +175,7 @@ def test_a_lost_bystander_is_not_preserving(examples):
     assert num_lost > 20
 
 
-def test_a_ghost_is_not_removed():
+def test_a_faint_rest_of_an_object_is_not_removed():
     thing = Thing("circle", "red")
     before = Scene("sky", left=thing, right=Thing("star", "green"))
     details = json.dumps(
@@ -194,18 +194,18 @@ def test_a_ghost_is_not_removed():
         assert check(image, details).edited is removed, opacity
 
 
-def test_a_drift_of_all_colours_is_not_preserving(examples):
+def test_a_drift_of_all_colours_is_not_preserved(examples):
     drifts = []
     for triple in examples:
         if triple.category == "text":
             image = np.clip(triple.target - 11.0, 0, 255).astype(np.uint8)
-            assert read(image) == read(triple.target)  # no factor gives it away
+            assert read(image) == read(triple.target)  # invisible in the factors
             drifts.append(check(image, triple.details).preserved)
     assert len(drifts) > 20 and not any(drifts)
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_a_plain_image_fails(examples, level):
+def test_a_uniform_image_fails(examples, level):
     plain = np.full((32, 32, 3), level, np.uint8)
     assert set(read(plain).values()) == {UNREADABLE}
     assert not any(check(plain, triple.details).edited for triple in examples)
@@ -226,14 +226,14 @@ def test_a_smeared_letter_is_unreadable():
     assert read(image)["sign.word"] == f"C{UNREADABLE}T"
 
 
-def test_larger_pictures():
+def test_larger_images_are_checked_alike():
     for triple in world.triples(60, split="validation", size=64):
         assert _passes(triple.target, triple), triple.prompt
         assert not (triple.contexts and check(triple.contexts[0], triple.details).edited)
 
 
-def test_a_picture_of_another_size_is_an_error(examples):
-    with pytest.raises(ValueError, match="image is 64x64; its truth is 32x32"):
+def test_an_image_of_another_size_is_rejected(examples):
+    with pytest.raises(ValueError, match="image is 64x64; its target is 32x32"):
         check(np.zeros((64, 64, 3), np.uint8), examples[0].details)
 
 
@@ -247,11 +247,11 @@ def test_a_picture_of_another_size_is_an_error(examples):
         ["after", "size"],
     ],
 )
-def test_details_of_others_get_no_verdict(details):
+def test_details_of_other_data_get_no_verdict(details):
     assert check(np.zeros((8, 9, 3), np.uint8), json.dumps(details)) == (None, None)
 
 
-def test_all_of_the_worlds_details_are_known_as_such(examples):
+def test_the_checker_requires_every_key_of_the_worlds_details(examples):
     assert all(json.loads(triple.details).keys() >= DETAILS for triple in examples)
     for triple in examples[:20]:
         facts = json.loads(triple.details)

@@ -1,4 +1,4 @@
-"""Emoji triples: on a tiny set made here, and on the real ones where they are at hand."""
+"""Emoji triples, on tiny synthetic sets and, if available, on the real ones."""
 
 import collections
 import io
@@ -14,7 +14,7 @@ import pytest
 from kontext_jax.toy_data import emoji, emoji_icons, emoji_words
 from kontext_jax.types import CATEGORIES
 
-pytest.importorskip("resvg_py", reason="drawing emoji needs the `emoji` extra")
+pytest.importorskip("resvg_py", reason="rendering emoji needs the `emoji` extra")
 
 ANIMALS = [f"{size}-{animal}" for size in ("small", "big") for animal in "cat dog owl ant".split()]
 ANIMALS += [f"animal-{number}" for number in range(60)]
@@ -22,7 +22,7 @@ CLOCKS = [f"{hour}-oclock" for hour in emoji_words.HOURS]
 
 
 def _icon(number: int) -> dict:
-    """A disc of its own colour."""
+    """A disc with a distinct colour."""
     return {"body": f'<circle cx="8" cy="8" r="6" fill="#{number:02x}{255 - number:02x}80"/>'}
 
 
@@ -81,7 +81,7 @@ def _kinds(triples) -> collections.Counter:
     return collections.Counter(json.loads(triple.details)["kind"] for triple in triples)
 
 
-# ---- sets and pictures ---------------------------------------------------------------------------
+# ---- sets and images -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def _kinds(triples) -> collections.Counter:
         ("handshake-light-skin-tone-dark-skin-tone", ("handshake", "", "light+dark")),
     ],
 )
-def test_names_of_people_are_read(slug, expected):
+def test_names_of_people_are_parsed(slug, expected):
     icon = emoji_icons.parse("noto", slug, emoji_icons.PEOPLE, frozenset({"cook"}))
     assert (icon.concept, icon.gender, icon.tone) == expected
 
@@ -105,60 +105,60 @@ def test_only_people_have_tones():
     assert emoji_icons.parse("noto", "police-car-light", "Travel & Places").tone == ""
 
 
-def test_each_drawing_is_kept_once(tiny):
+def test_duplicate_and_hidden_drawings_are_dropped(tiny):
     slugs = [icon.slug for icon in tiny.sets.icons if icon.set == "noto"]
     assert len(slugs) == len(set(slugs))
     assert "big-cat" in slugs
     assert not {"copy-of-big-cat", "withdrawn", "kitty"} & set(slugs)
-    # In the second set these three drawings are again those of the first.
+    # Three more drawings of the second set repeat the first set's.
     assert tiny.sets.duplicates == {"noto": 1, "homemade": 1 + len({"wide", "wide-too", "broken"})}
 
 
-def test_styles_have_names_for_people(tiny):
+def test_styles_have_readable_names(tiny):
     assert tiny.sets.styles == {"noto": "Noto", "homemade": "Homemade"}
 
 
 @pytest.mark.parametrize("name", ["kitty", "pussy"])
-def test_aliases_are_drawn_as_what_they_stand_for(tiny, name):
+def test_aliases_render_the_icon_they_stand_for(tiny, name):
     original = tiny.sets.render("noto", "small-cat", 24)
     np.testing.assert_array_equal(tiny.sets.render("noto", name, 24), original)
 
 
 @pytest.mark.parametrize("name", ["nobody", "withdrawn", "mirrored", "dangling"])
 def test_unknown_icons_are_named(tiny, name):
-    with pytest.raises(ValueError, match=f"{name}.*noto"):
+    with pytest.raises(ValueError, match=f"noto.*{name}"):
         tiny.sets.render("noto", name, 16)
 
 
 @pytest.mark.parametrize("size", [16, 33, 64])
-def test_pictures_have_any_size_and_a_white_ground(tiny, size):
-    picture = tiny.sets.render("noto", "small-cat", size)
-    assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
-    np.testing.assert_array_equal(picture[0, 0], [255, 255, 255])
-    assert (picture[size // 2, size // 2] != 255).any()
+def test_images_have_the_requested_size_and_a_white_background(tiny, size):
+    image = tiny.sets.render("noto", "small-cat", size)
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8
+    np.testing.assert_array_equal(image[0, 0], [255, 255, 255])
+    assert (image[size // 2, size // 2] != 255).any()
 
 
 @pytest.mark.parametrize("slug", ["wide", "wide-too"])
-def test_the_box_of_an_icon_is_kept_undistorted(tiny, slug):
+def test_icons_that_are_not_square_are_centred_and_undistorted(tiny, slug):
     dark = tiny.sets.render("noto", slug, 16).max(-1) < 128
     expected = np.zeros((16, 16), bool)
     expected[4:12] = True  # the default box is 16 x 16; half as high, it is centred
     np.testing.assert_array_equal(dark, expected)
 
 
-def test_pictures_may_be_written_on(tiny):
+def test_writing_to_an_image_does_not_change_the_cache(tiny):
     tiny.sets.render("noto", "small-cat", 16)[:] = 0
     assert tiny.sets.render("noto", "small-cat", 16).any()
 
 
-def test_a_drawing_that_fails_is_named(tiny):
-    with pytest.raises(ValueError, match="noto/broken cannot be drawn"):
+def test_a_broken_drawing_is_named(tiny):
+    with pytest.raises(ValueError, match="noto/broken cannot be rendered"):
         tiny.sets.render("noto", "broken", 16)
 
 
-def test_without_resvg_the_mend_is_told(tiny, monkeypatch):
+def test_missing_resvg_is_reported_with_its_fix(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(ImportError, match="install the `emoji` extra"):
+    with pytest.raises(ImportError, match=r"resvg-py: pip install -e '.\[emoji\]'"):
         tiny.sets.render("noto", "small-owl", 17)
 
 
@@ -174,23 +174,23 @@ def test_a_folder_without_tarballs_is_named(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.9])
 def test_a_damaged_tarball_is_named(folder, tmp_path, share):
-    whole = (folder / "one.tgz").read_bytes()
-    (tmp_path / "bad.tgz").write_bytes(whole[: int(share * len(whole))])
+    content = (folder / "one.tgz").read_bytes()
+    (tmp_path / "bad.tgz").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match="bad.tgz is damaged.*npm pack"):
         emoji_icons.EmojiSets(tmp_path)
 
 
-def test_a_tarball_of_something_else_is_named(tmp_path):
+def test_a_tarball_without_icons_is_named(tmp_path):
     _write(tmp_path / "other.tgz", {"package": {"name": "left-pad"}})
-    with pytest.raises(ValueError, match="other.tgz holds no icons.*npm pack"):
+    with pytest.raises(ValueError, match="other.tgz has no icons.*npm pack"):
         emoji_icons.EmojiSets(tmp_path)
 
 
-def test_aliases_in_a_circle_are_an_error(tmp_path):
+def test_cyclic_aliases_are_rejected(tmp_path):
     pack = _pack("noto", 0)
     pack["icons"]["aliases"] |= {"hen": {"parent": "egg"}, "egg": {"parent": "hen"}}
     _write(tmp_path / "circle.tgz", pack)
-    with pytest.raises(ValueError, match="noto turn in a circle at 'hen'"):
+    with pytest.raises(ValueError, match="noto form a cycle at 'hen'"):
         emoji_icons.EmojiSets(tmp_path)
 
 
@@ -198,14 +198,14 @@ def test_aliases_in_a_circle_are_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("split", emoji.SPLITS)
-def test_tiny_sets_give_what_they_can(tiny, split):
+def test_tiny_sets_give_the_families_they_have_pairs_for(tiny, split):
     triples = list(tiny.triples(80, split=split, sizes=(16,)))
     expected = {"local/clock", "global/set", "style/reference", "text_to_image/caption"}
     assert _kinds(triples).keys() == expected
     assert len({triple.id for triple in triples}) == 80
 
 
-def test_a_triple_depends_on_seed_split_and_index_alone(tiny, folder):
+def test_triples_are_a_pure_function_of_seed_split_and_index(tiny, folder):
     again = emoji.Emoji(folder)
     for index in (11, 3):
         one = tiny.triple(index, split="train", sizes=(16, 24), seed=5)
@@ -235,15 +235,15 @@ def test_an_unknown_split_is_named(tiny):
         tiny.triple(0, split="test")
 
 
-def test_sets_without_pairs_say_so(tmp_path):
+def test_sets_without_pairs_are_rejected(tmp_path):
     pack = _pack("noto", 0)
     pack["icons"]["icons"] = {"left-arrow": _icon(1)}
     _write(tmp_path / "poor.tgz", pack)
-    with pytest.raises(ValueError, match="noto.*no pairs to train"):
+    with pytest.raises(ValueError, match="noto.*no pairs for train"):
         emoji.Emoji(tmp_path).triple(0, split="train")
 
 
-def test_what_is_held_out_never_changes():
+def test_the_held_out_icons_never_change():
     """Another hash would leak validation icons into runs resumed from older checkpoints."""
     held = [clock for clock in CLOCKS if emoji.held_out(clock)]
     assert held == ["five-oclock", "ten-oclock"]
@@ -272,7 +272,7 @@ def test_mirrored_and_gendered_icons_are_held_out_together():
     assert {emoji.base(icon) for icon in icons} == {"running"}
 
 
-def test_slugs_of_one_text_are_held_out_together():
+def test_slugs_with_the_same_text_are_held_out_together():
     slugs = ("up-button", "up-exclamation-button")
     assert len({emoji.base(emoji_icons.parse("noto", slug, "Symbols")) for slug in slugs}) == 1
 
@@ -299,9 +299,9 @@ def test_real_triples_are_well_formed(real, split):
     for triple in triples:
         assert 0 < len(triple.prompt.encode()) <= 80
         assert bool(triple.contexts) == (triple.category != "text_to_image")
-        for picture in (triple.target, *triple.contexts):
-            assert picture.shape in ((32, 32, 3), (48, 48, 3))
-            assert picture.std() > 1, f"{triple.details} has a blank picture"
+        for image in (triple.target, *triple.contexts):
+            assert image.shape in ((32, 32, 3), (48, 48, 3))
+            assert image.std() > 1, f"{triple.details} has a blank image"
     assert {len(triple.contexts) for triple in triples} == {0, 1, 2}
 
 
@@ -316,7 +316,7 @@ def test_all_prompts_are_short(real):
     assert max(len(prompt.encode()) for prompt in prompts) <= 80
 
 
-def test_training_never_shows_what_is_held_out(real):
+def test_training_has_no_held_out_icons(real):
     for split, families in real._choices.items():
         for choice in (choice for choices in families.values() for choice in choices):
             assert emoji.held_out(emoji.base(choice.target)) == (split == "validation")
@@ -324,7 +324,7 @@ def test_training_never_shows_what_is_held_out(real):
     assert not any(emoji.held_out(emoji.base(icon)) for pool in pools for icon in pool)
 
 
-def test_the_same_thing_is_redrawn_in_another_set(real):
+def test_redrawn_icons_come_from_different_sets(real):
     for choice in real._choices["train"]["global/set"]:
         assert len({icon.set for icon in choice.pool}) == len(choice.pool)
 

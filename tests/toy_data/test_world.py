@@ -1,4 +1,4 @@
-"""`world` is deterministic, keeps its splits apart, and asks for one thing in few words."""
+"""`world` is deterministic, has disjoint splits, and short, unambiguous instructions."""
 
 import json
 from collections import defaultdict
@@ -27,7 +27,7 @@ def _key(triple):
     return f"{facts['category']}/{facts['kind']}/{facts['combination']}"
 
 
-def test_a_triple_depends_on_its_arguments_alone(train):
+def test_triples_are_a_pure_function_of_their_arguments(train):
     again = world.triple(7, split="train")
     assert again.id == train[7].id and again.details == train[7].details
     np.testing.assert_array_equal(again.target, train[7].target)
@@ -55,7 +55,7 @@ def test_every_kind_of_edit_has_held_out_combinations(validation):
     assert min(map(len, combinations.values())) >= 5
 
 
-def test_categories_are_those_of_the_trainer(train):
+def test_categories_match_the_trainers_and_their_weights(train):
     assert tuple(world.EDITS) == tuple(world.CATEGORY_WEIGHTS) == CATEGORIES
     share = np.mean([triple.category == "local" for triple in train])
     assert abs(share - world.CATEGORY_WEIGHTS["local"]) < 0.05
@@ -67,21 +67,21 @@ def test_prompts_are_short(train, validation):
     assert np.median(lengths) <= 36
 
 
-def test_an_instruction_has_one_answer_but_for_what_it_leaves_open(train, validation):
-    answers, open_ones = defaultdict(set), defaultdict(set)
+def test_instructions_have_one_answer_up_to_free_factors(train, validation):
+    answers, free_answers = defaultdict(set), defaultdict(set)
     for triple in [*train, *validation]:
         facts = json.loads(triple.details)
         question = json.dumps(facts["before"]), triple.prompt
         factors = Scene.from_json(facts["after"]).factors()
         answers[question].add(json.dumps([v for f, v in factors.items() if f not in facts["free"]]))
         if facts["free"]:
-            open_ones[question].add(json.dumps(facts["after"]))
-    assert len(answers) < len(train) + len(validation)  # some questions were asked twice
+            free_answers[question].add(json.dumps(facts["after"]))
+    assert len(answers) < len(train) + len(validation)  # some questions repeat
     assert all(len(scenes) == 1 for scenes in answers.values())
-    assert max(map(len, open_ones.values())) > 5
+    assert max(map(len, free_answers.values())) > 5
 
 
-def test_the_shape_of_an_instruction_names_one_object(train):
+def test_the_shape_in_an_instruction_identifies_one_object(train):
     for triple in train:
         facts = json.loads(triple.details)
         if facts["kind"] in ("recolour", "reshape", "remove"):
@@ -91,7 +91,7 @@ def test_the_shape_of_an_instruction_names_one_object(train):
             assert len(set(shapes)) == len(shapes)
 
 
-def test_the_details_describe_the_pictures(train):
+def test_the_details_describe_the_images(train):
     for triple in train[:100]:
         facts = json.loads(triple.details)
         np.testing.assert_array_equal(render(Scene.from_json(facts["after"]), 32), triple.target)
@@ -101,34 +101,34 @@ def test_the_details_describe_the_pictures(train):
             assert (context != triple.target).any()
 
 
-def test_every_letter_has_its_own_glyph():
+def test_letters_have_distinct_glyphs_and_words_use_twelve_of_them():
     assert {glyph.shape for glyph in FONT.values()} == {(6, 4)}
     assert len({glyph.tobytes() for glyph in FONT.values()}) == len(ALPHABET)
     assert len(set(world.WORDS)) == 40
     assert set("".join(world.WORDS)) == set("ABCDEGNOPSTU")
 
 
-def test_a_larger_picture_is_the_same_picture(train):
+def test_larger_images_show_the_same_scene(train):
     for index in range(60):
         large = world.triple(index, split="train", size=64).target.astype(float)
         averaged = large.reshape(32, 2, 32, 2, 3).mean((1, 3))
         assert abs(averaged - train[index].target).mean() < 2.0  # of 255
 
 
-def test_the_context_may_have_its_own_size():
+def test_the_context_can_have_another_size():
     examples = list(world.triples(20, split="train", size=32, context_size=48))
     assert {triple.target.shape for triple in examples} == {(32, 32, 3)}
     assert {c.shape for triple in examples for c in triple.contexts} == {(48, 48, 3)}
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_are_named():
     with pytest.raises(ValueError, match="split is 'test'"):
         world.triple(0, split="test")
     with pytest.raises(ValueError, match="size is 16"):
         world.triple(0, split="train", size=16)
 
 
-# ---- evaluation over several turns --------------------------------------------------------------
+# ---- multi-turn evaluation ----------------------------------------------------------------------
 
 
 def _facts(task):
@@ -140,11 +140,11 @@ def sessions():
     return list(world.sessions(20, turns=4))
 
 
-def test_sessions_depend_on_their_arguments_alone(sessions):
+def test_sessions_are_a_pure_function_of_their_arguments(sessions):
     again = list(world.sessions(3, turns=4))
     longer = [task for task in world.sessions(3, turns=6) if task.turn <= 4]
-    for task, *same in zip(sessions, again, longer, strict=False):
-        for other in same:
+    for task, *copies in zip(sessions, again, longer, strict=False):
+        for other in copies:
             assert (task.id, task.prompt, task.details) == (other.id, other.prompt, other.details)
             np.testing.assert_array_equal(task.truth, other.truth)
             np.testing.assert_array_equal(task.contexts[0], other.contexts[0])
@@ -172,7 +172,7 @@ def test_turns_of_a_session_follow_one_another(sessions):
     assert kinds == set(world.SESSION_KINDS.items())
 
 
-def test_truths_of_all_turns_read_as_right(sessions):
+def test_reference_images_of_all_turns_pass_the_checker(sessions):
     for task in sessions:
         facts = _facts(task)
         assert facts["category"] == task.category and facts["names"] and facts["free"] == []
@@ -183,8 +183,8 @@ def test_truths_of_all_turns_read_as_right(sessions):
         assert check(before, task.details) == (False, True)
 
 
-def test_one_can_tell_what_every_turn_is_about(sessions):
-    """Things differ in shape in every scene, and the instruction names one that is there."""
+def test_every_turn_names_an_unambiguous_object(sessions):
+    """Objects have different shapes in every scene, and the instruction names one of them."""
     for task in sessions:
         facts = _facts(task)
         after, shapes = (
@@ -203,7 +203,7 @@ def test_one_can_tell_what_every_turn_is_about(sessions):
     }
 
 
-def test_probes_ask_for_what_is_there():
+def test_probes_ask_for_edits_that_are_already_done():
     probes = list(world.probes(40, turns=2))
     assert len({task.id for task in probes}) == 80
     kinds = set()
@@ -214,11 +214,11 @@ def test_probes_ask_for_what_is_there():
         scene = Scene.from_json(facts["before"])
         np.testing.assert_array_equal(task.truth, render(scene, 32))
         things = [thing for thing in (scene.left, scene.right) if thing]
-        said = {f"make the {thing.shape} {thing.colour}" for thing in things}
-        said.add(f"change the background to {scene.background}")
-        assert task.prompt in said
+        prompts = {f"make the {thing.shape} {thing.colour}" for thing in things}
+        prompts.add(f"change the background to {scene.background}")
+        assert task.prompt in prompts
         kinds.add(task.prompt.split()[0])
-        assert check(task.truth, task.details) == (None, True)  # nothing is left to be done
+        assert check(task.truth, task.details) == (None, True)  # nothing to edit
         assert check(255 - task.truth, task.details) == (None, False)
     assert kinds == {"make", "change"}
     for first, second in zip(probes[::2], probes[1::2], strict=True):
@@ -231,7 +231,7 @@ def test_probes_ask_for_what_is_there():
     ]
 
 
-def test_sessions_and_probes_may_be_larger():
+def test_sessions_and_probes_have_the_requested_size():
     for task in (next(world.sessions(1, turns=1, size=64)), next(world.probes(1, size=64))):
         assert task.size == (64, 64) == task.truth.shape[:2] == task.contexts[0].shape[:2]
         assert check(task.truth, task.details).preserved is True

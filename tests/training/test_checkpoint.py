@@ -30,7 +30,7 @@ def mesh_of(num_devices=8, **sizes):
 
 @pytest.fixture(scope="module")
 def state(recipe) -> TrainState:
-    """A state of which no two arrays are alike."""
+    """A train state whose arrays all differ."""
     rng = np.random.default_rng(0)
 
     def noise(tree):
@@ -38,21 +38,20 @@ def state(recipe) -> TrainState:
             lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)).astype(x.dtype), tree
         )
 
-    count = lambda n: jnp.asarray(n, jnp.int32)  # noqa: E731
+    step, skipped, skipped_in_a_row = (jnp.asarray(n, jnp.int32) for n in (7, 2, 1))
     moments = jax.eval_shape(lambda: {"model": OPTIMIZERS["model"].init(recipe.params["model"])})
-    return TrainState(
-        count(7), count(2), count(1), recipe.params, noise(moments), noise(recipe.params)
-    )
+    params, ema = recipe.params, noise(recipe.params)
+    return TrainState(step, skipped, skipped_in_a_row, params, noise(moments), ema)
 
 
-def saved(workdir, state, **config) -> None:
+def save(workdir, state, **config) -> None:
     checkpointer = Checkpointer(workdir, CheckpointConfig(**config))
     checkpointer.save(state, {"position": 3}, {"config": {"seed": 5}, "metrics": {"loss": 0.5}})
     checkpointer.close()
 
 
 def small_state(step: int, params) -> TrainState:
-    """One of these parameters, and of nothing else to speak of."""
+    """A state with these parameters, and one scalar in place of each other tree."""
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         jnp.asarray(step), zero, zero, {"model": params}, {"model": zero}, {"model": zero}
@@ -60,7 +59,7 @@ def small_state(step: int, params) -> TrainState:
 
 
 def stored_chunks(item: Path) -> dict[str, tuple[int, ...]]:
-    """What the arrays of a checkpoint's tree are cut into: the shape of a piece, by name."""
+    """The chunk shape of each array in a checkpoint's tree, by name."""
     store = ts.KvStore.open({"driver": "ocdbt", "base": f"{item.as_uri()}/"}).result()
     arrays = [key.decode() for key in store.list().result() if key.endswith(b"/.zarray")]
     return {
@@ -78,12 +77,12 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-def test_a_state_moves_from_mesh_to_mesh_bit_by_bit(recipe, state, tmp_path):
-    """From eight devices to two groups of four, and on to one."""
+def test_restored_state_is_bitwise_equal_on_any_mesh(recipe, state, tmp_path):
+    """It moves from eight devices to two groups of four, and then to one device."""
     _, shardings = abstract_state(recipe.objective, OPTIMIZERS, mesh_of(fsdp=8))
     current = jax.device_put(state, shardings)
     for name, mesh in (("two groups", mesh_of(data=2, fsdp=4)), ("one", mesh_of(1))):
-        saved(tmp_path / name, current)
+        save(tmp_path / name, current)
         abstract, shardings = abstract_state(recipe.objective, OPTIMIZERS, mesh)
         current, data = Checkpointer(tmp_path / name).restore(abstract, shardings)
         assert data == {"position": 3}
@@ -93,8 +92,8 @@ def test_a_state_moves_from_mesh_to_mesh_bit_by_bit(recipe, state, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["params", "ema"])
-def test_one_network_without_the_rest(recipe, state, tmp_path, kind):
-    saved(tmp_path, state)
+def test_one_network_is_restored_without_the_others(recipe, state, tmp_path, kind):
+    save(tmp_path, state)
     abstract = jax.eval_shape(lambda: recipe.objective.init(jax.random.key(0)))["model"]
     network = Checkpointer(tmp_path).restore_network(
         "model", abstract, shardings_of(abstract, mesh_of(1)), kind
@@ -102,7 +101,7 @@ def test_one_network_without_the_rest(recipe, state, tmp_path, kind):
     assert_same(network, getattr(state, kind)["model"])
 
 
-def test_names_are_readable(state):
+def test_array_names_are_readable(state):
     transformer = by_name(state.params)["model"]["transformer"]
     assert "kernel" in transformer["double_blocks"]["img_attn"]["qkv"]
     moments = by_name(state.opt_state)["model"]
@@ -110,7 +109,7 @@ def test_names_are_readable(state):
     assert len(jax.tree.leaves(by_name(state.ema))) == len(jax.tree.leaves(state.ema))
 
 
-def test_meta_and_the_latest_steps_are_kept(state, tmp_path):
+def test_meta_and_the_latest_checkpoints_are_kept(state, tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=2))
     assert checkpointer.latest_step() is None
     for step in (1, 2, 3):
@@ -124,8 +123,8 @@ def test_meta_and_the_latest_steps_are_kept(state, tmp_path):
     assert kept == ["2", "3"]
 
 
-def test_milestones_are_kept_for_good(tmp_path):
-    """By the process that goes on, too."""
+def test_milestones_are_kept_forever(tmp_path):
+    """Also by a process that resumes the run."""
     config = CheckpointConfig(every=1, keep=2, keep_every=3)
     for steps, kept in ((range(1, 6), [3, 4, 5]), (range(6, 9), [3, 6, 7, 8])):
         with closing(Checkpointer(tmp_path, config)) as checkpointer:
@@ -134,7 +133,7 @@ def test_milestones_are_kept_for_good(tmp_path):
         assert steps_at(tmp_path) == kept
 
 
-def test_milestones_are_among_the_checkpoints():
+def test_invalid_settings_are_refused():
     for keep_every in (0, 1000, 3000):
         assert CheckpointConfig(every=1000, keep_every=keep_every).keep_every == keep_every
     for keep_every in (-1000, 500, 1500):
@@ -147,19 +146,22 @@ def test_milestones_are_among_the_checkpoints():
 
 
 @pytest.mark.parametrize(("fsdp", "optimizer"), [(1, "muon"), (8, "adamw")])
-def test_a_layer_is_a_piece_and_so_is_all_that_has_none(tmp_path, fsdp, optimizer):
-    """Of parameters and moments; within a device's shard."""
+def test_chunks_are_single_layers_or_complete_arrays(tmp_path, fsdp, optimizer):
+    """Of parameters and optimizer moments, within each device's shard."""
 
     def ones(abstract):
         shardings = shardings_of(abstract, mesh_of(fsdp, fsdp=fsdp))
-        make = lambda x, place: jax.device_put(np.ones(x.shape, x.dtype), place)  # noqa: E731
+
+        def make(x, sharding):
+            return jax.device_put(np.ones(x.shape, x.dtype), sharding)
+
         return jax.tree.map(make, abstract, shardings)
 
     networks = [ALL_NETWORKS[name] for name in ("transformer", "dino")]
     params = ones({network.name: network.abstract(CONFIGS[network.name]) for network in networks})
     expected = {}
     for network in networks:
-        layers = dict(network.places(CONFIGS[network.name]))  # as the tables of names have them
+        layers = dict(network.layer_keys(CONFIGS[network.name]))  # from the name tables
         for name, array in named_leaves(params[network.name]).items():
             shard = array.sharding.shard_shape(array.shape)
             stacked = layers[name] is not None
@@ -175,7 +177,7 @@ def test_a_layer_is_a_piece_and_so_is_all_that_has_none(tmp_path, fsdp, optimize
 
     optimizer = make_optimizer(OptimConfig(optimizer=optimizer), num_steps=10)
     moments = ones(jax.eval_shape(optimizer.init, params))
-    saved(tmp_path, small_state(1, params).replace(opt_state={"model": moments}))
+    save(tmp_path, small_state(1, params).replace(opt_state={"model": moments}))
     folder = tmp_path / "checkpoints" / "1"
     assert stored_chunks(folder / "params") == {f"model/{k}": v for k, v in expected.items()}
     assert stored_chunks(folder / "opt_state") == {
@@ -186,17 +188,17 @@ def test_a_layer_is_a_piece_and_so_is_all_that_has_none(tmp_path, fsdp, optimize
     }
 
 
-def test_no_piece_is_larger_than_asked_for(tmp_path, monkeypatch):
+def test_chunks_are_no_larger_than_chunk_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1024)
     kernels = {
-        "whole": nnx.Param(jnp.ones((16, 16)), axes=("embed", "mlp")),
+        "small": nnx.Param(jnp.ones((16, 16)), axes=("embed", "mlp")),
         "large": nnx.Param(jnp.ones((64, 8)), axes=("embed", "mlp")),
         "layers": nnx.Param(jnp.ones((2, 4, 4)), axes=("embed", "mlp")),
         "large_layers": nnx.Param(jnp.ones((2, 8, 64)), axes=("embed", "mlp")),
     }
-    saved(tmp_path, small_state(1, kernels))
+    save(tmp_path, small_state(1, kernels))
     assert stored_chunks(tmp_path / "checkpoints" / "1" / "params") == {
-        "model/whole": (16, 16),
+        "model/small": (16, 16),
         "model/large": (32, 8),
         "model/layers": (1, 4, 4),
         "model/large_layers": (1, 8, 32),
@@ -217,27 +219,27 @@ def other_objective(recipe, **sizes):
         ({"depth": 2}, r"double_blocks/.* is \(1, .*not \(2, "),
     ],
 )
-def test_another_network_is_refused_by_name(recipe, state, tmp_path, sizes, message):
-    saved(tmp_path, state)
+def test_mismatched_arrays_are_named(recipe, state, tmp_path, sizes, message):
+    save(tmp_path, state)
     objective = other_objective(recipe, **sizes)
-    with pytest.raises(ValueError, match=f"does not fit the configured networks.*{message}"):
+    with pytest.raises(ValueError, match=f"does not match the configured networks.*{message}"):
         Checkpointer(tmp_path).restore(*abstract_state(objective, OPTIMIZERS, mesh_of(1)))
 
 
-def test_a_stored_array_too_many_is_refused(recipe, state, tmp_path):
+def test_unexpected_array_is_refused(recipe, state, tmp_path):
     params = {"model": state.params["model"] | {"extra": {"kernel": jnp.ones(2)}}}
-    saved(tmp_path, state.replace(params=params))
-    with pytest.raises(ValueError, match="model/extra/kernel is not wanted"):
+    save(tmp_path, state.replace(params=params))
+    with pytest.raises(ValueError, match="model/extra/kernel is unexpected"):
         Checkpointer(tmp_path).restore(*abstract_state(recipe.objective, OPTIMIZERS, mesh_of(1)))
 
 
-def test_nothing_to_restore(recipe, tmp_path):
+def test_missing_checkpoint_is_named(recipe, tmp_path):
     checkpointer = Checkpointer(tmp_path, CheckpointConfig())
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*checkpoints"):
         checkpointer.meta()
 
 
-def test_an_older_step_gives_its_own_arrays_and_meta(tmp_path):
+def test_earlier_step_has_its_own_arrays_and_meta(tmp_path):
     zero = jnp.zeros((), jnp.int32)
     abstract = {"kernel": jax.ShapeDtypeStruct((2,), jnp.float32)}
     with closing(Checkpointer(tmp_path, CheckpointConfig(keep=3))) as checkpointer:
@@ -249,40 +251,40 @@ def test_an_older_step_gives_its_own_arrays_and_meta(tmp_path):
             checkpointer.save(state, {"position": step}, {"config": {}, "metrics": {"at": step}})
     assert steps_at(tmp_path) == [3, 12, 100]
     one = shardings_of(abstract, mesh_of(1))
-    for asked, step in ((None, 100), (3, 3), (12, 12), (100, 100)):
-        place = tmp_path if asked is None else f"{tmp_path}@{asked}"
-        assert step_at(place) == step and is_run(place)
-        assert load_meta(place)["metrics"] == {"at": step}
-        with closing(Checkpointer(tmp_path, step=asked)) as reader:
+    for selected, step in ((None, 100), (3, 3), (12, 12), (100, 100)):
+        location = tmp_path if selected is None else f"{tmp_path}@{selected}"
+        assert step_at(location) == step and is_run(location)
+        assert load_meta(location)["metrics"] == {"at": step}
+        with closing(Checkpointer(tmp_path, step=selected)) as reader:
             assert (reader.step(), reader.latest_step()) == (step, 100)
             for kind, sign in (("params", 1), ("ema", -1)):
                 kernel = reader.restore_network("model", abstract, one, kind)["kernel"]
                 np.testing.assert_array_equal(kernel, np.full(2, sign * step))
-    whole = TrainState(
+    template = TrainState(
         *3 * [jax.ShapeDtypeStruct((), jnp.int32)], {"model": abstract},
         {"model": jax.ShapeDtypeStruct((), jnp.int32)}, {"model": abstract},
     )  # fmt: skip
     with closing(Checkpointer(tmp_path, step=12)) as reader:
-        restored, data = reader.restore(whole, shardings_of(whole, mesh_of(1)))
+        restored, data = reader.restore(template, shardings_of(template, mesh_of(1)))
     assert (int(restored.step), data) == (12, {"position": 12})
     for read in (step_at, load_meta):
-        with pytest.raises(FileNotFoundError, match="has steps 3, 12, 100, and no 4"):
+        with pytest.raises(FileNotFoundError, match="has steps 3, 12, 100, but not 4"):
             read(f"{tmp_path}@4")
 
 
-def test_a_step_behind_a_place(tmp_path, monkeypatch):
+def test_location_may_end_with_a_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert split_step("runs/x@5") == (Path("runs/x"), 5)
     assert split_step(Path("runs/x@5")) == (Path("runs/x"), 5)
     assert split_step("runs/x") == (Path("runs/x"), None)
-    for no_step in ("x@y", "x@", "x@-1", "a@b/c", "x@1.5"):
-        assert split_step(no_step) == (Path(no_step), None)
+    for location in ("x@y", "x@", "x@-1", "a@b/c", "x@1.5"):
+        assert split_step(location) == (Path(location), None)
     Path("a@5").mkdir()
     assert split_step("a@5") == (Path("a@5"), None)
     assert split_step("a@5@6") == (Path("a@5"), 6)
 
 
-def test_a_place_without_checkpoints_is_no_run(tmp_path):
+def test_folder_without_checkpoints_is_not_a_run(tmp_path):
     assert not is_run(tmp_path)
     for read in (steps_at, step_at, load_meta):
         with pytest.raises(FileNotFoundError, match="There is no run with checkpoints in"):

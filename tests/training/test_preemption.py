@@ -1,4 +1,4 @@
-"""A request to stop reaches all processes."""
+"""All processes stop after the same step."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.training.preemption import MAX_STEPS_AHEAD, Preemption
 
 
-def test_the_reduced_request_is_read_some_steps_later():
-    """And the previous signal handler is restored."""
+def test_reduced_request_takes_effect_max_steps_ahead_later():
+    """Closing restores the previous signal handler."""
     previous = signal.getsignal(signal.SIGTERM)
     preemption = Preemption(make_mesh(MeshConfig()))
     stops = []

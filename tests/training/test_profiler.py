@@ -1,4 +1,4 @@
-"""Traces hold whole steps."""
+"""Traces consist of complete steps."""
 
 import itertools
 from pathlib import Path
@@ -16,16 +16,21 @@ from kontext_jax.training.train_state import TrainState
     ("run", "expected"),
     [
         (range(1, 6), ["wait for 1", "start DIR", "wait for 3", "stop"]),
-        (range(3, 6), ["wait for 2", "start DIR", "wait for 3", "stop"]),  # goes on within them
-        (range(1, 3), ["wait for 1", "start DIR", "stop"]),  # ends within them
+        (
+            range(3, 6),
+            ["wait for 2", "start DIR", "wait for 3", "stop"],
+        ),  # resumes within the range
+        (range(1, 3), ["wait for 1", "start DIR", "stop"]),  # ends within the range
         (range(4, 6), []),
     ],
 )
-def test_a_trace_holds_whole_steps_and_its_own_time_is_paused(monkeypatch, run, expected):
-    told, paused, clock = [], [], itertools.count()
-    monkeypatch.setattr(jax, "block_until_ready", lambda s: told.append(f"wait for {s.step}"))
-    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append(f"start {folder}"))
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("stop"))
+def test_trace_has_complete_steps_and_its_overhead_is_paused(monkeypatch, run, expected):
+    events, paused, clock = [], [], itertools.count()
+    monkeypatch.setattr(jax, "block_until_ready", lambda s: events.append(f"wait for {s.step}"))
+    monkeypatch.setattr(
+        jax.profiler, "start_trace", lambda folder: events.append(f"start {folder}")
+    )
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
 
     def after(step):
@@ -36,5 +41,5 @@ def test_a_trace_holds_whole_steps_and_its_own_time_is_paused(monkeypatch, run, 
         profiler.before(step, after(step - 1))
         profiler.after(step, after(step))
     profiler.close()
-    assert told == expected
+    assert events == expected
     assert paused == [1] * (2 * bool(expected))

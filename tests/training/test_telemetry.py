@@ -1,4 +1,4 @@
-"""Rates per chip, waiting for data, and data that goes bad late."""
+"""Rates per chip, time spent waiting for data, and data that goes bad late."""
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ def new_window(data: DataConfig | None = None) -> MetricsWindow:
 
 
 @pytest.mark.parametrize("peak", [None, 5e12])
-def test_a_window_rates_chips_by_the_flops_of_all_its_steps(monkeypatch, peak):
-    """Steps that were skipped were computed too. MFU needs a chip whose peak is known."""
+def test_rates_per_chip_count_all_steps_of_a_window(monkeypatch, peak):
+    """Skipped steps were computed too. MFU needs a chip with a known peak."""
     if peak:
         monkeypatch.setitem(CHIPS, jax.devices()[0].device_kind, Chip(peak))
     window = new_window()
@@ -45,7 +45,7 @@ def good_step(**changed) -> dict:
 
 
 @pytest.mark.parametrize("windows_before", [1, 1000])
-def test_data_that_breaks_stops_a_run_however_long_it_went_well(windows_before):
+def test_unreadable_data_stops_a_run_even_after_many_good_steps(windows_before):
     window = new_window(DataConfig(max_skipped=0.01))
     for _ in range(windows_before):
         for _ in range(20):
@@ -59,7 +59,7 @@ def test_data_that_breaks_stops_a_run_however_long_it_went_well(windows_before):
             window.stop_if_hopeless()
 
 
-def test_a_share_of_lost_records_that_is_allowed_never_stops_a_run():
+def test_allowed_share_of_unreadable_records_never_stops_a_run():
     window = new_window(DataConfig(max_skipped=0.01))
     for _ in range(2000):
         window.add(good_step(examples=498, skipped_records=2))
@@ -67,8 +67,8 @@ def test_a_share_of_lost_records_that_is_allowed_never_stops_a_run():
         window.stop_if_hopeless()
 
 
-def test_a_window_tells_how_long_data_was_waited_for_and_what_was_skipped(monkeypatch):
-    """Of its own time: pauses do not count."""
+def test_summary_has_the_share_of_waiting_and_the_skipped_steps(monkeypatch):
+    """Pauses are not part of the window's time."""
     clock = iter([0.0, 10.0, 10.0, 14.0, 14.0])
     monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(clock))
     window = new_window()
@@ -85,8 +85,8 @@ def test_a_window_tells_how_long_data_was_waited_for_and_what_was_skipped(monkey
     assert (summary["data_wait"], summary["skipped_steps"]) == (0.0, 0)
 
 
-class Running:
-    """A number that devices are still at, or are not."""
+class PendingMetric:
+    """A metric that devices have computed if ``ready``."""
 
     def __init__(self, ready: bool):
         self.ready = ready
@@ -95,16 +95,16 @@ class Running:
         return self.ready
 
 
-def test_waiting_for_data_counts_where_devices_have_nothing_left_to_do():
+def test_waiting_for_data_counts_only_while_devices_are_idle():
     window = new_window()
-    window.wait(0.25)  # nothing was queued yet
+    window.wait(0.25)  # no step is queued yet
     for ready, seconds in ((False, 1.0), (True, 0.5), (False, 2.0)):
-        window.add(good_step() | {"skipped": Running(ready)})
+        window.add(good_step() | {"skipped": PendingMetric(ready)})
         window.wait(seconds)
     assert window._waited == 0.75
 
 
-def test_a_window_tells_of_the_fullest_device(monkeypatch):
+def test_summary_has_the_peak_memory_of_the_fullest_device(monkeypatch):
     class Device:
         def __init__(self, peak):
             self.peak = peak

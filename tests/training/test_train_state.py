@@ -1,4 +1,4 @@
-"""One step: exact updates with a toy of two players, and accumulation on packed rows."""
+"""One train step: exact updates of a toy with two players, and accumulation on packed rows."""
 
 import functools
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from kontext_jax.training.train_state import (
 
 
 class Chase:
-    """``leader`` runs to a target, ``follower`` to the leader: half the squared distance each."""
+    """``leader`` chases a target, ``follower`` the leader; a loss is half the squared distance."""
 
     players = ("leader", "follower")
     generator = "leader"
@@ -53,45 +53,45 @@ class Chase:
         return weight * 0.5 * jnp.sum(jnp.square(gap)), sums
 
 
-class Seldom(Chase):
-    """The leader runs in every second step."""
+class RareLeader(Chase):
+    """The leader is updated in every second step."""
 
     every = MappingProxyType({"leader": 2})
 
 
-class Light(Chase):
-    """An example weighs an eighth."""
+class LightExamples(Chase):
+    """Each example has a weight of 1/8."""
 
     def prepare(self, frozen, batch):
         inputs = super().prepare(frozen, batch)
         return inputs | {"weight": inputs["weight"] / 8}
 
 
-class Telling(Seldom):
-    """And hands something on, which others could not count on."""
+class ForwardingRareLeader(RareLeader):
+    """Forwards an input that later players would miss in every second step."""
 
-    forwarded = MappingProxyType({"word": jnp.ones(())})
+    forwarded = MappingProxyType({"extra": jnp.ones(())})
 
 
-class Chased(NamedTuple):
+class Setup(NamedTuple):
     state: TrainState
     step: object
     batch: object
 
 
-def start(recipe, optimizer, objective=Chase, **config) -> Chased:
+def start(recipe, optimizer, objective=Chase, **config) -> Setup:
     optimizers = dict.fromkeys(Chase.players, optimizer)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = init_state(objective(), optimizers, mesh, seed=0)
     step = jax.jit(make_train_step(objective(), optimizers, OptimConfig(**config), seed=0))
-    return Chased(state, step, recipe.rows([1, 3]))
+    return Setup(state, step, recipe.rows([1, 3]))
 
 
 def target(value):
     return {"target": jnp.full(2, value)}
 
 
-def test_players_take_turns_and_averages_follow(recipe):
+def test_players_are_updated_in_turn_and_averages_follow(recipe):
     state, step, batch = start(recipe, optax.sgd(0.5), ema_decay=0.9)
     state, metrics = step(state, target(4.0), batch)
     np.testing.assert_allclose(state.params["leader"]["kernel"], 2.0)  # halfway to 4
@@ -110,8 +110,8 @@ def test_players_take_turns_and_averages_follow(recipe):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_a_bad_batch_changes_nothing_but_the_counters(recipe, bad):
-    """1e30 is finite, and so is its gradient, but not the loss."""
+def test_bad_batch_changes_only_the_counters(recipe, bad):
+    """1e30 and its gradient are finite, but the loss is not."""
     optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
     state, step, batch = start(recipe, optimizer)
     good, _ = step(state, target(1.0), batch)
@@ -130,33 +130,35 @@ def test_a_bad_batch_changes_nothing_but_the_counters(recipe, bad):
     assert np.any(state.params["leader"]["kernel"] != good.params["leader"]["kernel"])
 
 
-def test_a_player_that_is_bad_whenever_it_is_due_is_bad_in_a_row(recipe):
-    """The steps between, in which it is not due, are good and count for nothing."""
-    state, step, batch = start(recipe, optax.sgd(0.5), Seldom)
-    counted = []
+def test_bad_updates_are_in_a_row_even_if_the_player_is_not_due_between_them(recipe):
+    """The good steps in which it is not due do not reset the count."""
+    state, step, batch = start(recipe, optax.sgd(0.5), RareLeader)
+    counts = []
     for _ in range(5):
         state, metrics = step(state, target(np.nan), batch)
-        counted.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
-    assert counted == [(1, 1), (0, 1), (1, 2), (0, 2), (1, 3)]
+        counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+    assert counts == [(1, 1), (0, 1), (1, 2), (0, 2), (1, 3)]
     assert (state.step, state.skipped, state.skipped_in_a_row) == (5, 3, 3)
 
 
-def test_each_player_s_learning_rate_goes_by_its_own_updates(recipe):
-    """The leader makes one in two steps; a bad step makes none."""
+def test_learning_rate_of_each_player_follows_its_own_updates(recipe):
+    """The leader has one update in two steps, and a bad step has none."""
     config = OptimConfig(learning_rate=0.8, warmup_steps=4)
-    optimizers = make_optimizers(Seldom(), config, num_steps=8)
-    state, step, batch = start(recipe, optimizers["leader"], Seldom)
-    told = []
+    optimizers = make_optimizers(RareLeader(), config, num_steps=8)
+    state, step, batch = start(recipe, optimizers["leader"], RareLeader)
+    logged = []
     for value in (1.0, 1.0, 1.0, np.nan, 1.0):
         state, _ = step(state, target(value), batch)
-        told.append(learning_rates(Seldom(), config, 8, state))
-    leader, follower = ([rates[f"{p}/learning_rate"] for rates in told] for p in Seldom.players)
+        logged.append(learning_rates(RareLeader(), config, 8, state))
+    leader, follower = (
+        [rates[f"{p}/learning_rate"] for rates in logged] for p in RareLeader.players
+    )
     np.testing.assert_allclose(leader, [0, 0, 0.2, 0.2, 0.4], rtol=1e-6)
     np.testing.assert_allclose(follower, [0, 0.2, 0.4, 0.6, 0.8], rtol=1e-6)
 
 
-def test_a_batch_without_examples_changes_nothing_but_the_counters(recipe):
-    """All is finite there, but momentum, weight decay, schedule and average must wait."""
+def test_batch_without_examples_changes_only_the_counters(recipe):
+    """Everything is finite, but momentum, weight decay, schedule and average must not advance."""
     optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
     state, step, batch = start(recipe, optimizer)
     good, _ = step(state, target(1.0), batch)
@@ -177,8 +179,8 @@ def test_a_batch_without_examples_changes_nothing_but_the_counters(recipe):
     jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
 
 
-def test_steps_without_examples_are_skipped_whoever_is_due(recipe):
-    state, step, _ = start(recipe, optax.sgd(0.5), Seldom)
+def test_steps_without_examples_are_skipped_whichever_player_is_due(recipe):
+    state, step, _ = start(recipe, optax.sgd(0.5), RareLeader)
     before = state.params
     for count in (1, 2, 3):
         state, metrics = step(state, target(1.0), recipe.rows([0, 0]))
@@ -188,29 +190,33 @@ def test_steps_without_examples_are_skipped_whoever_is_due(recipe):
 
 @pytest.mark.parametrize("accumulate_steps", [1, 3])
 def test_rows_without_examples_change_nothing(recipe, accumulate_steps):
-    """Nor do microbatches, as long as others have examples."""
+    """Nor do microbatches without examples, if other microbatches have some."""
     optimizer = make_optimizer(OptimConfig(warmup_steps=0), num_steps=10)
     state, step, batch = start(recipe, optimizer)
-    expected, without = step(state, target(1.0), batch)
+    expected, expected_metrics = step(state, target(1.0), batch)
     *_, step, _ = start(recipe, optimizer, accumulate_steps=accumulate_steps)
     result, metrics = step(state, target(1.0), recipe.rows([1, 0, 3]))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(close, (result, metrics), (expected, without))
+    jax.tree.map(close, (result, metrics), (expected, expected_metrics))
     assert (result.skipped, metrics["skipped"], metrics["examples"]) == (0, 0, 4)
 
 
-def test_an_example_may_weigh_less_than_one(recipe):
-    """Sums are divided by their weight, 1/2 here, whatever it is."""
-    (state, step, batch), light = (start(recipe, optax.sgd(0.5), kind) for kind in (Chase, Light))
+def test_total_weight_may_be_below_one(recipe):
+    """Sums are divided by their total weight, here 1/2."""
+    (state, step, batch), light = (
+        start(recipe, optax.sgd(0.5), kind) for kind in (Chase, LightExamples)
+    )
     expected, _ = step(state, target(4.0), batch)
     result, metrics = light.step(state, target(4.0), batch)
     jax.tree.map(np.testing.assert_array_equal, result, expected)
     assert metrics["leader/loss"] == 16
 
 
-def test_who_hands_on_must_be_due_in_every_step(recipe):
-    state, step, batch = start(recipe, optax.sgd(0.5), Telling)
-    with pytest.raises(ValueError, match="leader hands on, and is not due in every step"):
+def test_player_that_forwards_must_be_updated_in_every_step(recipe):
+    state, step, batch = start(recipe, optax.sgd(0.5), ForwardingRareLeader)
+    with pytest.raises(
+        ValueError, match="leader forwards inputs, so it must be updated in every step"
+    ):
         step(state, target(1.0), batch)
 
 
@@ -222,7 +228,7 @@ def test_unreadable_records_are_counted(recipe):
 
 @pytest.fixture(scope="module")
 def packed_step(recipe):
-    """A function (accumulate_steps, batch) -> (state, metrics) after one step."""
+    """A function ``(accumulate_steps, batch) -> (state, metrics)`` of one step."""
     optimizers = {"model": make_optimizer(OptimConfig(warmup_steps=0, eps=1e-3), num_steps=10)}
     zero = jnp.zeros((), jnp.int32)
     moments = {"model": optimizers["model"].init(recipe.params["model"])}
@@ -241,13 +247,13 @@ def packed_step(recipe):
 
 @pytest.mark.parametrize("accumulate_steps", [4])
 def test_accumulation_weighs_examples_not_rows(recipe, packed_step, accumulate_steps):
-    """Rows of 3, 0, 1 and 2 examples: a mean of the rows' means would be another update."""
+    """Rows of 3, 0, 1 and 2 examples: averaging the rows' means would give another update."""
     batch = recipe.rows([3, 0, 1, 2])
     state, metrics = packed_step(1, batch)
     split_state, split_metrics = packed_step(accumulate_steps, batch)
     for name, value in metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=1e-5, err_msg=name)
-    moved = False
+    changed = False
     for leaf, split, old in zip(
         jax.tree.leaves((state.params, state.opt_state)),
         jax.tree.leaves((split_state.params, split_state.opt_state)),
@@ -255,12 +261,12 @@ def test_accumulation_weighs_examples_not_rows(recipe, packed_step, accumulate_s
         strict=True,
     ):
         np.testing.assert_allclose(split, leaf, rtol=1e-4, atol=1e-6)
-        moved |= bool(np.abs(leaf - old).max() > 1e-5)
-    assert moved
+        changed |= bool(np.abs(leaf - old).max() > 1e-5)
+    assert changed
 
 
-def test_rows_of_padding_teach_a_network_nothing(recipe, packed_step):
-    """The rows that a plan does not fill, alone."""
+def test_batch_of_padding_leaves_a_network_unchanged(recipe, packed_step):
+    """Such as rows that the packing plan leaves empty."""
     state, metrics = packed_step(1, recipe.rows([0, 0, 0, 0]))
     jax.tree.map(np.testing.assert_array_equal, state.params, recipe.params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))

@@ -1,4 +1,4 @@
-"""The small networks, made once."""
+"""A session fixture of the small networks."""
 
 import functools
 
@@ -15,5 +15,5 @@ def _new(name):
 
 @pytest.fixture(scope="session")
 def networks(random_network):
-    """One of each kind, by name, with random float32 parameters."""
+    """One network of each kind, by name, with random float32 parameters."""
     return {name: random_network(functools.partial(_new, name)) for name in CONFIGS}

@@ -1,4 +1,4 @@
-"""Files as ``torch.save`` wrote them before version 1.6, put together by hand."""
+"""Builds files of ``torch.save`` before PyTorch 1.6 from bytes, without PyTorch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,9 +26,10 @@ def pickled(value: bytes) -> bytes:
     return b"\x80\x02" + value + b"."
 
 
-def storage(key: str, array: np.ndarray, whole: bytes = b"N") -> bytes:
+def storage(key: str, array: np.ndarray, view_metadata: bytes = b"N") -> bytes:
     kind = b"ctorch\n" + STORAGES[array.dtype.char.replace("l", "i")] + b"\n"
-    return group(text("storage"), kind, text(key), text("cpu"), number(array.size), whole) + b"Q"
+    parts = (text("storage"), kind, text(key), text("cpu"), number(array.size), view_metadata)
+    return group(*parts) + b"Q"
 
 
 def tensor(stored: bytes, shape, strides, offset: int = 0) -> bytes:
@@ -39,7 +40,7 @@ def tensor(stored: bytes, shape, strides, offset: int = 0) -> bytes:
 
 
 def entries(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """A dict of contiguous tensors; the storage of each has its name."""
+    """Returns a dict of contiguous tensors whose storages have the tensors' names."""
     items = b""
     for name, array in tensors.items():
         strides = [step // array.itemsize for step in array.strides]
@@ -53,7 +54,7 @@ def save(
     pickle: bytes | None = None,
     little_endian: bytes = b"\x88",
 ) -> Path:
-    """Writes the tensors; or their storages alone, with another pickle in front of them."""
+    """Writes the tensors, or only their storages behind a given pickle."""
     magic = MAGIC.to_bytes(10, "little")
     parts = [
         pickled(b"\x8a\x0a" + magic),

@@ -1,4 +1,4 @@
-"""Networks as small as can be, of all kinds, and their tensors in the layouts of others."""
+"""Tiny networks of all kinds, and their tensors in PyTorch's layouts."""
 
 import json
 
@@ -34,24 +34,24 @@ CONFIGS = {
 
 
 def reader_of(module) -> ArrayReader:
-    """Of a network in memory."""
+    """Returns a reader of a network in memory."""
     return ArrayReader(
         next(n for n in ALL_NETWORKS.values() if isinstance(module, n.model)), module
     )
 
 
 def tensors_of(module, layout: str) -> dict[str, np.ndarray]:
-    """A network's tensors, by their names in a layout."""
+    """Returns a network's tensors in a layout, by name."""
     reader = reader_of(module)
     return {
-        piece.name: piece.to_tensor(reader.read(place))
-        for place, pieces in reader.network.table(module.config, layout).pieces.items()
+        piece.name: piece.to_tensor(reader.read(key))
+        for key, pieces in reader.network.table(module.config, layout).pieces.items()
         for piece in pieces
     }
 
 
 def save_folder(folder, module, tensors: dict[str, np.ndarray] | None = None):
-    """A network's folder in diffusers' layout, with other tensors than its own if given."""
+    """Writes a network's folder in diffusers' layout, with the given tensors or its own."""
     network = reader_of(module).network
     values = network.format.to_json(module.config)
     (folder / "config.json").write_text(json.dumps(values))
@@ -61,8 +61,8 @@ def save_folder(folder, module, tensors: dict[str, np.ndarray] | None = None):
 
 
 def assert_same(actual: Reader, expected: Reader) -> None:
-    """Every bit and dtype."""
+    """Asserts that two readers agree in every bit and dtype."""
     assert actual.network is expected.network and actual.dtypes == expected.dtypes
-    for place in expected.network.places(expected.config):
-        ours, theirs = actual.read(place), expected.read(place)
-        assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes(), place
+    for key in expected.network.layer_keys(expected.config):
+        ours, theirs = actual.read(key), expected.read(key)
+        assert ours.dtype == theirs.dtype and ours.tobytes() == theirs.tobytes(), key

@@ -1,4 +1,4 @@
-"""A whole CLIP from a folder of transformers' layout, and its vectors."""
+"""Tests of a full CLIP from a folder in transformers' layout, and of its embeddings."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.clip_vision import ClipPair, ClipPairConfig, ClipVisionConfig
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.tree_paths import named_leaves
-from kontext_jax.weights.clip_vision import NETWORK, from_json, known_as, load_clip
+from kontext_jax.weights.clip_vision import NETWORK, canonical_name, from_json, load_clip
 from kontext_jax.weights.files import WeightsError
 from kontext_jax.weights.reading import ArrayReader
 
@@ -44,7 +44,7 @@ JSON = {
     },
 }
 
-# Names and shapes in PyTorch's layout, written down from transformers' model.
+# Names and shapes in PyTorch's layout, copied from transformers' model.
 BLOCK = {
     "self_attn.q_proj": (32, 32),
     "self_attn.k_proj": (32, 32),
@@ -92,8 +92,8 @@ def pair(random_network):
 def tensors(pair):
     reader = ArrayReader(NETWORK, pair)
     return {
-        piece.name: piece.to_tensor(reader.read(place))
-        for place, pieces in NETWORK.table(CONFIG, "diffusers").pieces.items()
+        piece.name: piece.to_tensor(reader.read(key))
+        for key, pieces in NETWORK.table(CONFIG, "diffusers").pieces.items()
         for piece in pieces
     }
 
@@ -105,7 +105,7 @@ def tokenizer_folder(flux_tokenizers):
 
 @pytest.fixture
 def folder(tmp_path, tensors, tokenizer_folder):
-    """With what only training reads, and old files have."""
+    """A folder that includes the tensors of training only and of old files."""
     more = {"logit_scale": np.zeros((), np.float32)}
     for tower, number in (("text", 77), ("vision", 5)):
         more[f"{tower}_model.embeddings.position_ids"] = np.arange(number)[None]
@@ -119,40 +119,42 @@ def save(folder, tensors, tokenizer_folder, values=JSON):
     return folder
 
 
-def test_the_table_has_transformers_names_and_shapes(tensors):
+def test_the_table_matches_transformers_names_and_shapes(tensors):
     assert {name: x.shape for name, x in tensors.items()} == SHAPES
 
 
-def test_every_bit_is_read(folder, pair, mesh):
+def test_parameters_are_read_bit_for_bit(folder, pair, mesh):
     loaded = load_clip(folder, mesh, crop=False).network
-    found, wanted = named_leaves(loaded), named_leaves(pair)
-    assert found.keys() == wanted.keys()
-    for name, array in wanted.items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    actual, expected = named_leaves(loaded), named_leaves(pair)
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == np.float32
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
     assert loaded.config.text.dtype == loaded.config.vision.dtype == "float32"
     assert loaded.config.vision.projection_dim == 24
 
 
-def test_vectors_come_in_order_whatever_the_batches(folder, pair, mesh, tokenizer_folder):
-    """On eight devices, over which neither batches of three nor 19 prompts divide."""
+def test_embeddings_are_in_order_for_any_batch_size(folder, pair, mesh, tokenizer_folder):
+    """On eight devices, which divide neither batches of three nor 19 prompts."""
     clip, rng = load_clip(folder, mesh, crop=False), np.random.default_rng(0)
     words = ["make", "it", "red", "a", "zebra"]
     prompts = [" ".join(rng.choice(words, n)) for n in [1, 2, 3, 4, 100] * 3 + [0] * 4]
     images = [rng.integers(0, 256, (*size, 3), np.uint8) for size in [(16, 16), (20, 12)] * 4]
-    texts, pictures = clip.text(prompts, mesh, 3), clip.image(images, mesh, 3)
-    assert texts.shape == (19, 24) and pictures.shape == (8, 24)
-    assert texts.dtype == pictures.dtype == np.float32
+    of_prompts, of_images = clip.text(prompts, mesh, 3), clip.image(images, mesh, 3)
+    assert of_prompts.shape == (19, 24) and of_images.shape == (8, 24)
+    assert of_prompts.dtype == of_images.dtype == np.float32
     tokenizer = Tokenizer(TextConfig(clip_tokenizer=str(tokenizer_folder)))
     ids = np.stack([tokenizer.clip(prompt) for prompt in prompts])
     assert ids.shape == (19, 77) and (ids[4] != 519).sum() == 76  # truncated
-    np.testing.assert_allclose(texts, jax.jit(lambda p, x: p.read(x))(pair, ids), atol=2e-5)
+    np.testing.assert_allclose(
+        of_prompts, jax.jit(lambda p, x: p.encode_text(x))(pair, ids), atol=2e-5
+    )
     alone = jax.jit(lambda pair, image: pair.vision(to_pixels(image[None])).pooled[0])
-    for image, vector in zip(images, pictures, strict=True):
+    for image, vector in zip(images, of_images, strict=True):
         np.testing.assert_allclose(vector, alone(pair, image), atol=2e-5)
 
 
-def test_nothing_to_look_at_is_refused(folder, mesh):
+def test_empty_inputs_are_refused(folder, mesh):
     clip = load_clip(folder, mesh)
     assert clip.network.config.vision.crop
     with pytest.raises(ValueError, match="There are no prompts"):
@@ -161,8 +163,7 @@ def test_nothing_to_look_at_is_refused(folder, mesh):
         clip.image([], mesh)
 
 
-def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, tokenizer_folder, mesh):
-    """Of both encoders."""
+def test_one_message_names_everything_that_does_not_fit(tmp_path, tensors, tokenizer_folder, mesh):
     wrong = {name: x for name, x in tensors.items() if name != "text_projection.weight"}
     wrong["vision_model.embeddings.position_embedding.weight"] = np.zeros((50, 32), np.float32)
     wrong["vision_model.extra"] = np.zeros(1, np.float32)
@@ -171,7 +172,7 @@ def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, tokeniz
         load_clip(folder, mesh)
     for part in (
         f"weights in {folder} do not fit this CLIP: ",
-        "vision_model.extra is not wanted",
+        "vision_model.extra is unexpected",
         "text_projection.weight is missing",
         "vision_model.embeddings.position_embedding.weight is (50, 32), not (5, 32)",
     ):
@@ -181,12 +182,15 @@ def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, tokeniz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "clip_text_model"}, "describes clip_text_model and no whole CLIP"),
-        ({"vision_config": {"hidden_act": "gelu"}}, "CLIP has no hidden_act = gelu"),
+        ({"model_type": "clip_text_model"}, "describes clip_text_model, not a full CLIP"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "CLIP does not support hidden_act = gelu"),
         ({"vision_config": {"patch_size": 60}}, "image_size 224 must be a multiple of patch_size"),
         ({"vision_config": {"hidden_size": "x"}}, "config.json cannot be used"),
         ({"text_config": {"hidden_act": "gelu"}}, "it has hidden_act gelu"),
-        ({"text_config": JSON["text_config"] | {"eos_token_id": 3}}, "it writes no end, 3"),
+        (
+            {"text_config": JSON["text_config"] | {"eos_token_id": 3}},
+            "it does not end prompts with the end id 3",
+        ),
     ],
     ids=str,
 )
@@ -196,8 +200,8 @@ def test_other_networks_are_refused(tmp_path, tensors, tokenizer_folder, mesh, c
         load_clip(folder, mesh)
 
 
-def test_what_configs_leave_out_is_vit_b32_s():
-    """151,277,313 parameters in all, with the scale of the logits."""
+def test_missing_settings_are_those_of_vit_b32():
+    """151,277,313 parameters in total, including logit_scale."""
     for values in ({}, {"text_config": {"eos_token_id": 2}, "vision_config_dict": None}):
         config = from_json(values)
         assert config.vision == ClipVisionConfig.vit_b32()
@@ -209,7 +213,7 @@ def test_what_configs_leave_out_is_vit_b32_s():
     assert from_json(old).vision.hidden_size == 1536
 
 
-def test_what_is_not_read():
-    assert known_as("logit_scale") is None
-    assert known_as("text_model.embeddings.position_ids") is None
-    assert known_as("text_projection.weight") == "text_projection.weight"
+def test_unused_tensors_are_skipped():
+    assert canonical_name("logit_scale") is None
+    assert canonical_name("text_model.embeddings.position_ids") is None
+    assert canonical_name("text_projection.weight") == "text_projection.weight"

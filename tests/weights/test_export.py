@@ -1,4 +1,4 @@
-"""Writing weights: as others read them, a layer of a parameter at a time, and checked."""
+"""Tests of writing weights: other libraries' formats, one layer in memory, and verification."""
 
 import dataclasses
 import json
@@ -24,27 +24,27 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 class Watched(np.ndarray):
-    """An array whose copies, casts and views are counted as long as they live."""
+    """An array whose live copies and casts are counted."""
 
     alive: dict[int, int] = {}
 
-    def __array_finalize__(self, of):
-        if self.base is None:  # a view holds nothing of its own
+    def __array_finalize__(self, _):
+        if self.base is None:  # a view owns no memory
             Watched.alive[id(self)] = self.nbytes
             weakref.finalize(self, Watched.alive.pop, id(self))
 
 
 class WatchedReader(ArrayReader):
-    """Says what was read, in order, and how much of it was held whenever it was asked for more."""
+    """Records the keys it reads, and the bytes of live arrays at every read."""
 
     def __init__(self, module):
         super().__init__(NETWORKS["transformer"], module)
-        self.places, self.held = [], []
+        self.keys, self.held = [], []
 
-    def read(self, place):
-        self.places.append(place)
+    def read(self, key):
+        self.keys.append(key)
         self.held.append(sum(Watched.alive.values()))
-        values = super().read(place)
+        values = super().read(key)
         array = np.ndarray.__new__(Watched, values.shape, values.dtype)
         array[...] = values
         return array
@@ -56,20 +56,19 @@ def watched(networks):
     return WatchedReader(networks["transformer"])
 
 
-def all_places(reader):
-    return reader.network.places(reader.config)
+def all_keys(reader):
+    return reader.network.layer_keys(reader.config)
 
 
 def largest(reader) -> int:
-    """Bytes of the largest layer of a parameter."""
+    """Returns the bytes of the largest layer of a parameter."""
     shapes = reader.network.shapes(reader.config)
     return 4 * max(
-        np.prod(shapes[param][layer is not None :], dtype=int)
-        for param, layer in all_places(reader)
+        np.prod(shapes[param][layer is not None :], dtype=int) for param, layer in all_keys(reader)
     )
 
 
-def test_shards_are_small_and_whole(networks, tmp_path):
+def test_shards_have_at_most_the_maximum_size_and_hold_every_tensor(networks, tmp_path):
     reader = reader_of(networks["transformer"])
     write_diffusers(reader, tmp_path / "out", {"step": 3}, max_shard_bytes=8000)
     index = json.loads(
@@ -98,75 +97,76 @@ def test_shards_are_small_and_whole(networks, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "other"), [("mlp_ratio", 2.0), ("theta", 500.0)])
-def test_diffusers_has_no_other_mlp_and_no_other_theta(networks, tmp_path, name, other):
+def test_settings_that_diffusers_does_not_support_are_refused(networks, tmp_path, name, other):
     reader = reader_of(networks["transformer"])
     reader.config = dataclasses.replace(reader.config, **{name: other})
-    with pytest.raises(ValueError, match="has mlp_ratio 4 and theta 10000, not .*" + str(other)):
+    with pytest.raises(
+        ValueError, match="supports only mlp_ratio 4 and theta 10000, not .*" + str(other)
+    ):
         write_diffusers(reader, tmp_path / "out", {})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cast_is_what_is_written_and_checked(networks, tmp_path):
+def test_cast_weights_are_written_and_checked(networks, tmp_path):
     reader = reader_of(networks["text_encoder"])
     write_diffusers(reader, tmp_path / "out", {}, BFLOAT16)
     stored = open_folder(tmp_path / "out")
     assert set(stored.dtypes.values()) == {BFLOAT16}
     check_copy(reader, stored, BFLOAT16)
     with pytest.raises(
-        WeightsError, match="the written text_encoder differs in .*shared/embedding"
+        WeightsError, match="written text_encoder differs from its source in .*shared/embedding"
     ):
         check_copy(reader, stored)  # other dtypes
 
 
 class Changed(ArrayReader):
-    """A network but for the last bit of an element in some places."""
+    """A reader that flips the last bit of one element in the layers of some keys."""
 
-    def __init__(self, module, *places):
+    def __init__(self, module, *keys):
         super().__init__(NETWORKS["clip"], module)
-        self.places = places
+        self.keys = keys
 
-    def read(self, place):
-        array = super().read(place).copy()
-        if place in self.places:
+    def read(self, key):
+        array = super().read(key).copy()
+        if key in self.keys:
             array.view(np.uint32).flat[-1] ^= 1
         return array
 
 
-def test_all_that_differs_is_named(networks):
+def test_one_message_names_every_layer_that_differs(networks):
     reader = reader_of(networks["clip"])
     check_copy(reader, Changed(networks["clip"]))
-    places = ("blocks/norm1/bias", 1), ("position_embedding", None)
+    keys = ("blocks/norm1/bias", 1), ("position_embedding", None)
     with pytest.raises(WeightsError) as error:
-        check_copy(reader, Changed(networks["clip"], *places))
+        check_copy(reader, Changed(networks["clip"], *keys))
     assert str(error.value) == (
-        "Read again, the written clip differs in position_embedding, blocks/norm1/bias of layer 1; "
-        "is the disk sound?"
+        "The written clip differs from its source in position_embedding, layer 1 of "
+        "blocks/norm1/bias; check the disk for errors."
     )
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "bfl"])
-def test_files_are_written_from_one_layer_at_a_time(watched, tmp_path, layout):
+def test_files_are_written_with_one_layer_in_memory(watched, tmp_path, layout):
     if layout == "diffusers":
         write_diffusers(watched, tmp_path / "out", {}, max_shard_bytes=8000)
     else:
         write_bfl(watched, tmp_path / "out.safetensors", {})
-    places = all_places(watched)
-    assert watched.places == 2 * places  # to be written, and to be compared
+    assert watched.keys == 2 * all_keys(watched)  # written, then compared
     assert 0 < max(watched.held) <= 2 * largest(watched)
 
 
-def test_orbax_is_written_from_one_layer_at_a_time(watched, tmp_path):
+def test_orbax_checkpoints_are_written_with_one_layer_in_memory(watched, tmp_path):
     write_orbax({"transformer": watched}, tmp_path, 5, {}, BFLOAT16)
-    places = all_places(watched)
-    written, compared = watched.places[: len(places)], watched.places[len(places) :]
-    assert sorted(written, key=str) == sorted(places, key=str) and compared == places
-    assert watched.held[: len(places)] == [0] * len(places)
+    keys = all_keys(watched)
+    written, compared = watched.keys[: len(keys)], watched.keys[len(keys) :]
+    assert sorted(written, key=str) == sorted(keys, key=str) and compared == keys
+    assert watched.held[: len(keys)] == [0] * len(keys)
     assert 0 < max(watched.held) <= 2 * largest(watched)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(networks, tmp_path_factory):
-    """A folder with the transformer in bfloat16 and CLIP in float32, as step 5."""
+    """A checkpoint of step 5 with the transformer in bfloat16 and CLIP in float32."""
     folder = tmp_path_factory.mktemp("orbax")
     half = jax.tree.map(lambda x: np.asarray(x).astype(BFLOAT16), networks["transformer"])
     readers = {"transformer": reader_of(half), "clip": reader_of(networks["clip"])}
@@ -182,8 +182,8 @@ def assert_arrays(tree, expected):
         assert np.asarray(actual[name]).tobytes() == np.asarray(array).tobytes(), name
 
 
-def test_orbax_reads_it_by_itself_onto_devices(checkpoint):
-    """With nothing of ours: names, shapes and values come from the checkpoint."""
+def test_orbax_alone_restores_our_checkpoint_onto_devices(checkpoint):
+    """Names, shapes and values come from the checkpoint."""
     folder, expected = checkpoint
     with ocp.CheckpointManager(
         folder / "checkpoints",
@@ -213,14 +213,14 @@ def test_orbax_reads_it_by_itself_onto_devices(checkpoint):
     assert restored.meta == {"networks": {"clip": network}}
 
 
-def test_orbax_reads_it_by_itself_into_numpy(checkpoint):
+def test_orbax_alone_restores_our_checkpoint_into_numpy(checkpoint):
     folder, expected = checkpoint
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         tree = checkpointer.restore(folder / "checkpoints" / "5" / "params")
     assert_arrays(tree, by_name(expected))
 
 
-def test_we_read_it_layer_by_layer(checkpoint):
+def test_our_reader_reads_the_checkpoint_layer_by_layer(checkpoint):
     folder, expected = checkpoint
     for name, network in expected.items():
         reader = reader_of(network)
@@ -228,11 +228,11 @@ def test_we_read_it_layer_by_layer(checkpoint):
         assert_same(OrbaxReader(item, [name], reader.network, reader.config, {}), reader)
 
 
-def test_orbax_has_a_layer_a_piece_and_the_rest_whole(checkpoint):
+def test_orbax_chunks_are_single_layers_or_full_unstacked_arrays(checkpoint):
     folder, networks = checkpoint
     expected = {}
     for name, network in networks.items():
-        layers = dict(all_places(reader_of(network)))
+        layers = dict(all_keys(reader_of(network)))
         for param, array in named_leaves(network).items():
             shape = array.shape if layers[param] is None else (1, *array.shape[1:])
             expected[f"{name}/{param}"] = shape
@@ -241,7 +241,7 @@ def test_orbax_has_a_layer_a_piece_and_the_rest_whole(checkpoint):
     assert stored_chunks(folder / "checkpoints" / "5" / "params") == expected
 
 
-def test_a_bfl_file_is_one_file_of_our_record(networks, tmp_path):
+def test_a_bfl_export_is_one_file_with_our_record(networks, tmp_path):
     reader = reader_of(networks["autoencoder"])
     write_bfl(reader, tmp_path / "new" / "ae.safetensors", {"step": 3})
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["ae.safetensors"]

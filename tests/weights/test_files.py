@@ -1,4 +1,4 @@
-"""safetensors files: written as the library writes them, and what is refused and why."""
+"""Tests of safetensors files: they equal the library's, and invalid files are refused."""
 
 import json
 import pickle
@@ -23,7 +23,7 @@ from kontext_jax.weights.files import (
 
 
 def arrays_of(dtype, *shapes) -> dict[str, np.ndarray]:
-    """Any bits there are, the odd ones included: infinities, subnormals, -0."""
+    """Returns arrays of random bits, including infinities, NaNs, subnormals and -0."""
     rng = np.random.default_rng(0)
     bits = [rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8) for shape in shapes]
     return {f"tensor.{i}": b.view(dtype)[..., 0] for i, b in enumerate(bits)}
@@ -46,7 +46,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
 
 
 def refusal(path: Path) -> str:
-    """The one sentence that opening a file or folder fails with."""
+    """Returns the message, one sentence, that opening a file or folder fails with."""
     with pytest.raises((WeightsError, FileNotFoundError)) as error:
         TensorFiles(path)
     sentence = str(error.value)
@@ -55,7 +55,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", TENSOR_DTYPES)
-def test_a_file_is_what_the_library_writes_and_reads(tmp_path, name):
+def test_the_library_reads_our_files_and_we_read_its_files(tmp_path, name):
     dtype = TENSOR_DTYPES[name]
     arrays = arrays_of(dtype, (3, 5), (7,), (2, 3, 1, 1), (1,))
     metadata = {"format": "pt", "kontext_jax": json.dumps({"prompt": '"夜"\n'})}
@@ -73,7 +73,7 @@ def test_a_file_is_what_the_library_writes_and_reads(tmp_path, name):
         assert files.entries["tensor.2"] == (tmp_path / file, (2, 3, 1, 1), name)
 
 
-def test_dtypes_may_be_mixed_and_tensors_start_at_multiples_of_eight(tmp_path):
+def test_mixed_dtypes_are_written_after_a_padded_header(tmp_path):
     shapes = iter([(3,), (2, 2), (5,)])
     arrays = {
         name: arrays_of(dtype, next(shapes))["tensor.0"] for name, dtype in TENSOR_DTYPES.items()
@@ -85,13 +85,13 @@ def test_dtypes_may_be_mixed_and_tensors_start_at_multiples_of_eight(tmp_path):
     assert (tmp_path / "file").stat().st_size == 8 + length + sum(a.nbytes for a in arrays.values())
 
 
-def test_a_tensor_is_made_when_the_one_before_is_written_and_gone(tmp_path):
-    made = []
+def test_only_one_tensor_is_in_memory_at_a_time(tmp_path):
+    references = []
 
     def make(value):
-        assert all(array() is None for array in made)
+        assert all(reference() is None for reference in references)
         array = np.full((50, 4), value, np.float32)
-        made.append(weakref.ref(array))
+        references.append(weakref.ref(array))
         return array
 
     float32 = np.dtype(np.float32)
@@ -104,7 +104,7 @@ def test_a_tensor_is_made_when_the_one_before_is_written_and_gone(tmp_path):
     }
 
 
-def test_many_shards_have_an_index_as_diffusers_writes_it(tmp_path):
+def test_shards_have_an_index_in_diffusers_format(tmp_path):
     arrays = arrays_of(np.dtype(np.float32), (2, 5), (5,), (30,), (1,), (1,))  # 40, 20, 120, 4, 4
     write_sharded(tmp_path, "model", new(arrays), {"format": "pt"}, max_shard_bytes=60)
     shards = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -128,7 +128,7 @@ def test_many_shards_have_an_index_as_diffusers_writes_it(tmp_path):
     assert_same(read_all(tmp_path), arrays)
 
 
-def test_what_fits_one_file_has_no_index(tmp_path):
+def test_a_single_file_has_no_index(tmp_path):
     arrays = arrays_of(np.dtype(ml_dtypes.bfloat16), (2, 5), (5,))
     write_sharded(tmp_path, "model", new(arrays), {}, max_shard_bytes=30)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
@@ -136,16 +136,16 @@ def test_what_fits_one_file_has_no_index(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 40, -1])
-def test_a_file_that_is_cut_off_is_refused(tmp_path, size):
+def test_a_truncated_file_is_refused(tmp_path, size):
     path = tmp_path / "model.safetensors"
     write_file(path, new(arrays_of(np.dtype(np.float32), (8, 8))), {"format": "pt"})
     path.write_bytes(path.read_bytes()[:size])
-    assert refusal(path).startswith(f"{path} is cut off or no safetensors file (")
-    assert refusal(tmp_path).startswith(f"{path} is cut off or no safetensors file (")
+    assert refusal(path).startswith(f"{path} is truncated or not a safetensors file (")
+    assert refusal(tmp_path).startswith(f"{path} is truncated or not a safetensors file (")
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -159,7 +159,7 @@ def pickled(path: Path, payload: Payload, protocol: int) -> None:
 
 
 def zipped(path: Path, payload: Payload) -> None:
-    """As torch.save writes it."""
+    """Writes the payload in the zip format of torch.save."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps({"weight": payload}, 2))
         archive.writestr("archive/data/0", bytes(16))
@@ -167,38 +167,38 @@ def zipped(path: Path, payload: Payload) -> None:
 
 @pytest.fixture
 def nothing_is_unpickled(tmp_path, monkeypatch):
-    """A payload that no one may load."""
+    """A payload; the test fails if anything unpickles it."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a pickle was loaded")
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
-    payload = Payload(tmp_path / "it has run")
+    payload = Payload(tmp_path / "unpickled")
     yield payload
     assert not payload.path.exists()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5, "zip"])
-def test_a_pickle_under_another_name_is_refused_unread(tmp_path, nothing_is_unpickled, protocol):
+def test_a_pickle_named_safetensors_is_refused_unread(tmp_path, nothing_is_unpickled, protocol):
     path = tmp_path / "model.safetensors"
     if protocol == "zip":
         zipped(path, nothing_is_unpickled)
     else:
         pickled(path, nothing_is_unpickled, protocol)
-    assert refusal(path).startswith(f"{path} is a pickle and no safetensors file; pickles can run")
+    assert refusal(path).startswith(f"{path} is a pickle, not a safetensors file; pickles can run")
     assert refusal(tmp_path).startswith(f"{path} is a pickle")
 
 
 @pytest.mark.parametrize("protocol", [0, 1])
-def test_an_old_pickle_is_no_safetensors_file_either(tmp_path, nothing_is_unpickled, protocol):
+def test_a_pickle_of_an_old_protocol_is_refused_unread(tmp_path, nothing_is_unpickled, protocol):
     path = tmp_path / "model.safetensors"
     pickled(path, nothing_is_unpickled, protocol)
-    assert refusal(path).startswith(f"{path} is cut off or no safetensors file")
+    assert refusal(path).startswith(f"{path} is truncated or not a safetensors file")
 
 
 @pytest.mark.parametrize("ending", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])
-def test_a_pickle_s_ending_is_refused_unread(tmp_path, nothing_is_unpickled, ending):
+def test_a_file_suffix_of_pickles_is_refused_unread(tmp_path, nothing_is_unpickled, ending):
     path = tmp_path / f"model{ending}"
     zipped(path, nothing_is_unpickled)
     assert refusal(path) == f"{path} is a pickle; only .safetensors files are loaded."
@@ -211,13 +211,13 @@ def test_a_folder_of_several_files_needs_an_index(tmp_path):
     assert refusal(tmp_path) == f"{tmp_path} holds 2 .safetensors files and no index."
 
 
-def test_files_that_the_index_names_must_be_there(tmp_path):
+def test_a_shard_missing_from_the_folder_is_refused(tmp_path):
     arrays = arrays_of(np.dtype(np.float32), (4,), (4,), (4,))
     write_sharded(tmp_path, "model", new(arrays), {}, max_shard_bytes=16)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     index = tmp_path / "model.safetensors.index.json"
     missing = ["model-00002-of-00003.safetensors"]
-    assert refusal(tmp_path) == f"{index} names files that are missing: {missing}."
+    assert refusal(tmp_path) == f"{index} lists missing files: {missing}."
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,10 @@ def test_files_that_the_index_names_must_be_there(tmp_path):
         '{"weight_map": {"a": ["b"]}}',
     ],
 )
-def test_an_index_that_is_none_is_refused(tmp_path, text):
+def test_an_invalid_index_is_refused(tmp_path, text):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
-    assert refusal(tmp_path) == f"{index} is no index of safetensors files."
+    assert refusal(tmp_path) == f"{index} is not an index of safetensors files."
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
@@ -244,8 +244,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
     write_sharded(tmp_path, "model", new(arrays), {}, max_shard_bytes=16)
     first, second = (tmp_path / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     write_file(second, new(arrays), {})
-    assert refusal(tmp_path) == f"tensor.0 is both in {first} and {second}."
+    assert refusal(tmp_path) == f"tensor.0 is in both {first} and {second}."
 
 
-def test_a_missing_folder_is_said(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     assert refusal(tmp_path / "no") == f"{tmp_path / 'no'} holds no .safetensors file."

@@ -1,4 +1,4 @@
-"""A network's short name: the same wherever and however it is stored, another for other values."""
+"""Tests of fingerprints: equal for equal values however they are stored, else different."""
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +13,7 @@ from kontext_jax.weights.reading import OrbaxReader, open_file, open_folder
 from tests.weights.small import reader_of
 
 
-def test_it_is_the_same_in_every_layout_and_on_every_mesh(networks, tmp_path):
+def test_the_fingerprint_is_equal_in_every_layout_and_on_every_mesh(networks, tmp_path):
     reader = reader_of(networks["transformer"])
     expected = fingerprint(networks["transformer"])
     assert fingerprint_of(reader) == expected
@@ -66,28 +66,28 @@ def transposed(arrays):
 @pytest.mark.parametrize(
     "change", [last_bit, sign_of_zero, two_layers, two_elements, two_parameters, transposed]
 )
-def test_any_change_changes_it(arrays, change):
+def test_any_change_of_values_changes_the_fingerprint(arrays, change):
     before = arrays | {"final_norm/bias": np.zeros(16, np.float32)}
     after = before | change(before)
     assert fingerprint(before) != fingerprint(after)
 
 
-def test_the_dtype_that_values_are_kept_in_does_not_matter():
-    """Infinities and subnormals too: all that a bfloat16 can be, but for NaN."""
+def test_the_fingerprint_does_not_depend_on_the_dtype():
+    """For all values of bfloat16 except NaN, including infinities and subnormals."""
     bits = np.arange(2**16, dtype=np.uint16)
-    every = bits[bits & 0x7FFF <= 0x7F80].view(ml_dtypes.bfloat16)
-    assert fingerprint({"a": every}) == fingerprint({"a": every.astype(np.float32)})
-    assert fingerprint({"a": every}) != fingerprint({"b": every})
+    values = bits[bits & 0x7FFF <= 0x7F80].view(ml_dtypes.bfloat16)
+    assert fingerprint({"a": values}) == fingerprint({"a": values.astype(np.float32)})
+    assert fingerprint({"a": values}) != fingerprint({"b": values})
 
 
-def test_a_network_without_some_parameters_has_one_too(networks):
+def test_missing_parameters_are_left_out_of_the_fingerprint(networks):
     reader = reader_of(networks["clip"])
     del reader.dtypes["final_norm/bias"]
     rest = {n: x for n, x in named_leaves(networks["clip"]).items() if n != "final_norm/bias"}
     assert fingerprint_of(reader) == fingerprint(rest)
 
 
-def test_it_will_stay_what_it_is():
-    """Runs and files remember it."""
+def test_the_fingerprint_of_fixed_values_never_changes():
+    """Runs and files store fingerprints."""
     values = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 3, 4)
     assert fingerprint({"blocks/a": values, "b": values[0, 0]}) == "5b865b72754ee4df"

@@ -1,4 +1,4 @@
-"""The weights of FID's network: names, norms folded, and what is said of files that do not fit."""
+"""Tests of the weights of FID's network: names, folded norms, and files that do not fit."""
 
 import hashlib
 import re
@@ -43,19 +43,19 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def tensors():
-    """Of a file with the widths of TINY."""
+    """The tensors of a file with the widths of TINY."""
     params = named_leaves(nnx.eval_shape(lambda: Inception(TINY, rngs=nnx.Rngs(0))))
-    rng, made = np.random.default_rng(0), {}
+    rng, arrays = np.random.default_rng(0), {}
     for name, ours in CONVOLUTIONS.items():
         height, width, inputs, outputs = params[f"{ours}/kernel"].shape
         shape = (outputs, inputs, height, width)
-        made[f"{name}.conv.weight"] = rng.standard_normal(shape, np.float32)
+        arrays[f"{name}.conv.weight"] = rng.standard_normal(shape, np.float32)
         for kind in ("weight", "bias", "running_mean"):
-            made[f"{name}.bn.{kind}"] = rng.standard_normal(outputs, np.float32)
-        made[f"{name}.bn.running_var"] = rng.uniform(0, 2, outputs).astype(np.float32)
-        made[f"{name}.bn.num_batches_tracked"] = np.array(3, np.int64)
-    made["fc.weight"] = rng.standard_normal((1008, 128), np.float32)
-    return made | {"fc.bias": rng.standard_normal(1008, np.float32)}
+            arrays[f"{name}.bn.{kind}"] = rng.standard_normal(outputs, np.float32)
+        arrays[f"{name}.bn.running_var"] = rng.uniform(0, 2, outputs).astype(np.float32)
+        arrays[f"{name}.bn.num_batches_tracked"] = np.array(3, np.int64)
+    arrays["fc.weight"] = rng.standard_normal((1008, 128), np.float32)
+    return arrays | {"fc.bias": rng.standard_normal(1008, np.float32)}
 
 
 def test_norms_are_folded_into_the_convolutions_before_them(tmp_path, tensors, mesh):
@@ -71,25 +71,25 @@ def test_norms_are_folded_into_the_convolutions_before_them(tmp_path, tensors, m
             for kind in ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
         )
         patch = np.random.default_rng(1).standard_normal(weight.shape[1:])
-        seen = np.einsum("ihw,oihw->o", patch, weight)
-        expected = gamma * (seen - mean) / np.sqrt(variance + 1e-3) + beta
+        out = np.einsum("ihw,oihw->o", patch, weight)
+        expected = gamma * (out - mean) / np.sqrt(variance + 1e-3) + beta
         kernel, bias = (np.asarray(params[f"{ours}/{kind}"]) for kind in ("kernel", "bias"))
         assert kernel.dtype == bias.dtype == np.float32
-        found = np.einsum("ihw,hwio->o", patch, kernel.astype(np.float64)) + bias
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4, err_msg=name)
+        actual = np.einsum("ihw,hwio->o", patch, kernel.astype(np.float64)) + bias
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4, err_msg=name)
 
 
-def test_safetensors_with_the_same_names_are_the_same_network(tmp_path, tensors, mesh):
-    """With or without the norms' counts, which nothing reads."""
+def test_safetensors_with_the_same_tensors_give_the_same_network(tmp_path, tensors, mesh):
+    """With or without the norms' batch counters, which are not read."""
     expected = load_inception(legacy.save(tmp_path / "file.pth", tensors), mesh, TINY)
     uncounted = {name: x for name, x in tensors.items() if "num_batches" not in name}
     for stored in (tensors, uncounted):
         save_file(stored, tmp_path / "file.safetensors")
-        found = load_inception(tmp_path / "file.safetensors", mesh, TINY)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        network = load_inception(tmp_path / "file.safetensors", mesh, TINY)
+        jax.tree.map(np.testing.assert_array_equal, network, expected)
 
 
-def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, mesh):
+def test_one_message_names_everything_that_does_not_fit(tmp_path, tensors, mesh):
     path, changed = tmp_path / "file.pth", dict(tensors)
     del changed["Mixed_7c.branch_pool.bn.bias"], changed["fc.bias"]
     changed["AuxLogits.fc.weight"] = np.zeros(1, np.float32)
@@ -97,37 +97,37 @@ def test_everything_that_does_not_fit_is_said_at_once(tmp_path, tensors, mesh):
     changed["fc.weight"] = np.zeros((1000, 128), np.float32)
     with pytest.raises(WeightsError) as error:
         load_inception(legacy.save(path, changed), mesh, TINY)
-    said = (
+    errors = (
         "Mixed_7c.branch_pool.bn.bias is missing; fc.bias is missing; "
-        "AuxLogits.fc.weight is not wanted; "
+        "AuxLogits.fc.weight is unexpected; "
         "Mixed_5b.branch1x1.conv.weight is (4, 12, 3, 3), not (4, 12, 1, 1); "
         "fc.weight is (1000, 128), not (1008, 128)."
     )
-    assert str(error.value) == f"{path} does not fit FID's network: {said}"
+    assert str(error.value) == f"{path} does not fit FID's network: {errors}"
 
 
-def test_other_files_are_refused(tmp_path, mesh):
+def test_invalid_files_are_refused(tmp_path, mesh):
     for name in ("file.pth", "file.safetensors"):
-        (tmp_path / name).write_bytes(b"PK\x03\x04 what torch.save writes from 1.6 on")
+        (tmp_path / name).write_bytes(b"PK\x03\x04 and no archive of torch.save")
         with pytest.raises(WeightsError, match=re.escape(name)):
             load_inception(tmp_path / name, mesh)
 
 
-def test_without_the_file_one_sentence_says_where_to_get_it(tmp_path, mesh):
+def test_a_missing_file_is_reported_with_its_url(tmp_path, mesh):
     path = tmp_path / "none.pth"
     assert URL.startswith("https://github.com/mseitzer/pytorch-fid/releases/download/")
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{path} is no file; ") + f".*{URL}"):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{path} does not exist; ") + f".*{URL}"):
         load_inception(path, mesh)
 
 
-def test_only_the_very_file_is_fid_s(tmp_path, tensors, monkeypatch):
+def test_only_the_published_file_is_fid(tmp_path, tensors, monkeypatch):
     assert len(FID_SHA256) == 64 and URL.endswith(f"-{FID_SHA256[:8]}.pth")
     path = legacy.save(tmp_path / "file.pth", tensors)
     assert not is_fid(path)
     monkeypatch.setattr(inception, "FID_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     assert is_fid(path)
     save_file(tensors, tmp_path / "file.safetensors")
-    assert not is_fid(tmp_path / "file.safetensors")  # who knows of what network
+    assert not is_fid(tmp_path / "file.safetensors")  # its origin is unknown
     with path.open("ab") as file:
         file.write(b"\0")
     assert not is_fid(path)

@@ -1,4 +1,4 @@
-"""From stored weights to networks on a mesh: the same values on any, in the dtype asked for."""
+"""Tests of loading weights onto a mesh: values do not depend on the mesh; dtypes are as set."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ import pytest
 from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.tree_paths import named_leaves
 from kontext_jax.weights.files import WeightsError
-from kontext_jax.weights.loading import check_same, load
+from kontext_jax.weights.loading import check_architecture, load
 from kontext_jax.weights.networks import ALL_NETWORKS
 from kontext_jax.weights.reading import ArrayReader, open_folder
 from tests.weights.small import CONFIGS, reader_of, save_folder, tensors_of
@@ -28,7 +28,7 @@ def mesh_of(**sizes):
 
 
 def assert_same(actual, expected):
-    """Every bit of two networks, wherever they are."""
+    """Asserts that two networks agree in every bit, however they are sharded."""
     actual, expected = named_leaves(actual), named_leaves(expected)
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
@@ -48,7 +48,7 @@ def rounded(networks):
     ids=["one", "fsdp", "fsdp-tensor"],
 )
 @pytest.mark.parametrize("name", ALL_NETWORKS)
-def test_a_network_is_the_same_on_any_mesh_and_lies_where_its_axes_say(networks, name, make):
+def test_a_network_is_equal_on_every_mesh_and_sharded_by_its_axes(networks, name, make):
     mesh = make()
     network = load(reader_of(networks[name]), CONFIGS[name], mesh)
     assert network.config == CONFIGS[name]
@@ -60,18 +60,18 @@ def test_a_network_is_the_same_on_any_mesh_and_lies_where_its_axes_say(networks,
     assert any(split) == (mesh.size > 1)
 
 
-def test_each_device_has_its_share_alone(networks):
+def test_each_device_holds_only_its_shard(networks):
     mesh = mesh_of(fsdp=4, tensor=2)
     network = load(reader_of(networks["transformer"]), CONFIGS["transformer"], mesh)
     kernel = network.double_blocks.img_attn.qkv.kernel[...]
-    whole = np.asarray(networks["transformer"].double_blocks.img_attn.qkv.kernel[...])
-    assert whole.shape == (2, 16, 48)
+    expected = np.asarray(networks["transformer"].double_blocks.img_attn.qkv.kernel[...])
+    assert expected.shape == (2, 16, 48)
     for shard in kernel.addressable_shards:
         assert shard.data.shape == (2, 4, 24)
-        np.testing.assert_array_equal(shard.data, whole[shard.index])
+        np.testing.assert_array_equal(shard.data, expected[shard.index])
 
 
-def test_a_dtype_is_kept_or_cast_as_asked(networks, tmp_path):
+def test_dtypes_are_kept_or_cast(networks, tmp_path):
     tensors = tensors_of(networks["clip"], "diffusers")
     stored = {n: t if "norm" in n else t.astype(BFLOAT16) for n, t in tensors.items()}
     reader = open_folder(save_folder(tmp_path, networks["clip"], stored))
@@ -86,7 +86,7 @@ def test_a_dtype_is_kept_or_cast_as_asked(networks, tmp_path):
             np.testing.assert_array_equal(x, np.asarray(kept[name]).astype(dtype), err_msg=name)
 
 
-def test_how_a_network_is_computed_is_the_caller_s_choice(networks):
+def test_compute_settings_come_from_the_given_config(networks):
     config = dataclasses.replace(CONFIGS["transformer"], dtype="bfloat16", remat="full")
     network = load(reader_of(networks["transformer"]), config, one_device())
     assert network.config == config and network.img_in.dtype == jnp.bfloat16
@@ -99,13 +99,13 @@ def without(module, *params: str) -> ArrayReader:
     return reader
 
 
-def test_what_is_missing_is_asked_for(networks):
+def test_missing_parameters_take_initial_values_or_are_refused(networks):
     config, mesh = CONFIGS["transformer"], mesh_of(fsdp=8)
     reader = without(networks["transformer"], "guidance_in/in_layer/kernel", "img_in/bias")
     initial = {"guidance_in/in_layer/kernel": jnp.full((256, 16), 3.0)}
-    with pytest.raises(WeightsError, match="hold no guidance_in/in_layer/kernel, and nothing says"):
+    with pytest.raises(WeightsError, match="lack guidance_in/in_layer/kernel, and it has no init"):
         load(reader, config, mesh)
-    with pytest.raises(WeightsError, match="hold no img_in/bias, and nothing says what it should"):
+    with pytest.raises(WeightsError, match="lack img_in/bias, and it has no initial value"):
         load(reader, config, mesh, initial=initial)
     network = load(reader, config, mesh, initial=initial | {"img_in/bias": jnp.full(16, 4.0)})
     kernel = network.guidance_in.in_layer.kernel[...]
@@ -116,32 +116,32 @@ def test_what_is_missing_is_asked_for(networks):
     )
 
 
-def test_what_is_there_is_not_taken_from_elsewhere(networks):
+def test_stored_parameters_ignore_initial_values(networks):
     initial = {"img_in/bias": jnp.full(16, 4.0)}
     reader, config = reader_of(networks["transformer"]), CONFIGS["transformer"]
     assert_same(load(reader, config, one_device(), initial=initial), networks["transformer"])
 
 
-def test_every_setting_that_differs_is_named(networks):
+def test_one_message_names_every_setting_that_differs(networks):
     reader = reader_of(networks["transformer"])
     other = {"depth": 4, "axes_dim": (4, 2, 2), "guidance_embed": False, "theta": 500.0}
     with pytest.raises(WeightsError) as error:
-        check_same(reader, dataclasses.replace(reader.config, **other), "some/folder")
+        check_architecture(reader, dataclasses.replace(reader.config, **other), "some/folder")
     assert str(error.value) == (
-        "The transformer in some/folder is another than this run's: depth is 2, not 4; axes_dim is "
+        "The transformer in some/folder differs from this run's: depth is 2, not 4; axes_dim is "
         "(2, 2, 4), not (4, 2, 2); theta is 10000.0, not 500.0; guidance_embed is True, not False. "
-        "Give the run its settings."
+        "Set the run's config to match the weights."
     )
 
 
-def test_settings_of_computing_may_differ(networks):
+def test_compute_settings_may_differ(networks):
     reader = reader_of(networks["transformer"])
-    computed = {"dtype": "bfloat16", "timestep_dtype": "bfloat16", "remat": "full"}
-    check_same(reader, dataclasses.replace(reader.config, **computed), "")
+    settings = {"dtype": "bfloat16", "timestep_dtype": "bfloat16", "remat": "full"}
+    check_architecture(reader, dataclasses.replace(reader.config, **settings), "")
 
 
 def forward(network) -> jax.Array:
-    """Everything of the network at work, on inputs of its kind."""
+    """Returns the output of the full network on fixed inputs."""
 
     def normal(*shape):
         return jnp.asarray(np.random.default_rng(7).standard_normal(shape, np.float32))
@@ -169,7 +169,7 @@ def forward(network) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", ALL_NETWORKS)
-def test_bfloat16_parameters_compute_as_the_same_values_in_float32_do(rounded, name):
+def test_bfloat16_parameters_give_the_outputs_of_equal_float32_parameters(rounded, name):
     reader, config, mesh = reader_of(rounded[name]), CONFIGS[name], one_device()
     assert config.dtype == "float32"
     half, full = (load(reader, config, mesh, dtype) for dtype in (None, np.float32))
@@ -182,7 +182,7 @@ def test_bfloat16_parameters_compute_as_the_same_values_in_float32_do(rounded, n
 
 @pytest.mark.parametrize("name", ALL_NETWORKS)
 def test_bfloat16_parameters_compute_in_bfloat16(rounded, name):
-    """As released weights do where nothing is trained: norms and biases of attention in float32."""
+    """As for inference with released weights; norms and biases of attention are in float32."""
     config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
     out = forward(load(reader_of(rounded[name]), config, one_device(), dtype=None))
     assert out.dtype == (jnp.float32 if name in ("transformer", "autoencoder") else jnp.bfloat16)

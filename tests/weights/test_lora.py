@@ -1,4 +1,4 @@
-"""Adapters in diffusers' layout: bit for bit there and back, and any file's exact function."""
+"""Tests of adapters in diffusers' layout: exact round trips, and the same function as in a file."""
 
 import json
 import math
@@ -34,7 +34,7 @@ TO_Q, TO_K, TO_V = (f"transformer_blocks.{{}}.attn.to_{part}" for part in "qkv")
 
 
 def random_adapters(config=ALL, seed=0):
-    """As if trained: ``b`` is not zero."""
+    """Returns adapters with a nonzero ``b``, as after training."""
     rng = np.random.default_rng(seed)
     network = NETWORKS["transformer"].abstract(CONFIG)
     adapters = jax.eval_shape(lambda: lora.init(network, config, jax.random.key(0)))
@@ -50,7 +50,7 @@ def assert_same(actual, expected):
 
 
 def fields_of(file):
-    """What diffusers hands to peft's ``LoraConfig``."""
+    """Returns the fields that diffusers passes to peft's ``LoraConfig``."""
     with safe_open(file, framework="np") as opened:
         metadata = opened.metadata()
     assert metadata["format"] == "pt"
@@ -60,7 +60,7 @@ def fields_of(file):
 
 
 def save(folder, tensors, **fields):
-    """A file as diffusers saves it; without fields, one without alpha."""
+    """Writes a file in diffusers' layout; without fields, the file has no alpha."""
     metadata = {"format": "pt"}
     if fields:
         metadata["lora_adapter_metadata"] = json.dumps(
@@ -71,7 +71,7 @@ def save(folder, tensors, **fields):
 
 
 def pair(module, rank, in_features=D, out_features=D, seed=0, dtype=np.float32):
-    """A and B of a map, in a file."""
+    """Returns A and B of one module, as stored in a file."""
     rng = np.random.default_rng([seed, *module.encode()])
     return {
         f"transformer.{module}.lora_A.weight": rng.standard_normal((rank, in_features)).astype(
@@ -84,7 +84,7 @@ def pair(module, rank, in_features=D, out_features=D, seed=0, dtype=np.float32):
 
 
 def product(tensors, module):
-    """B A, in float64 and as our kernels lie: (in, out)."""
+    """Returns the product B A in float64, transposed to our kernels' (in, out)."""
     a, b = (
         tensors[f"transformer.{module}.lora_{letter}.weight"].astype(np.float64) for letter in "AB"
     )
@@ -92,7 +92,7 @@ def product(tensors, module):
 
 
 def delta(adapter):
-    """What an adapter adds to its kernel, in float64."""
+    """Returns the change of an adapter to its kernel, in float64."""
     a, b = (np.asarray(x[...], np.float64) for x in (adapter.a, adapter.b))
     return adapter.scale * (a @ b)
 
@@ -102,7 +102,7 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0, 8.0, 0.7])
-def test_every_bit_comes_back(tmp_path, alpha):
+def test_adapters_round_trip_bit_for_bit(tmp_path, alpha):
     adapters = random_adapters(LoraConfig(rank=3, alpha=alpha, targets=("*",)))
     write_lora(adapters, CONFIG, tmp_path, {})
     assert_same(read_lora(tmp_path, CONFIG), adapters)
@@ -110,15 +110,15 @@ def test_every_bit_comes_back(tmp_path, alpha):
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_new_adapters_come_back_too(tmp_path):
+def test_newly_initialised_adapters_round_trip(tmp_path):
     network = NETWORKS["transformer"].abstract(CONFIG)
     adapters = lora.init(network, LoraConfig(rank=2), jax.random.key(0))
-    write_lora(adapters, CONFIG, tmp_path / "new" / "mine.safetensors", {})
-    assert_same(read_lora(tmp_path / "new" / "mine.safetensors", CONFIG), adapters)
+    write_lora(adapters, CONFIG, tmp_path / "new" / "style.safetensors", {})
+    assert_same(read_lora(tmp_path / "new" / "style.safetensors", CONFIG), adapters)
     assert_same(read_lora(tmp_path / "new", CONFIG), adapters)
 
 
-def test_ranks_and_alphas_of_many_kinds_come_back(tmp_path):
+def test_mixed_ranks_and_alphas_round_trip(tmp_path):
     kinds = {"double_blocks/*": (4, 3.0), "single_blocks/linear1": (4, 0.1), "*_in*": (2, 3.0)}
     adapters = {}
     for target, (rank, alpha) in kinds.items():
@@ -133,7 +133,7 @@ def test_ranks_and_alphas_of_many_kinds_come_back(tmp_path):
     assert len(fields["alpha_pattern"]) == 3 * 4
 
 
-def test_names_and_metadata_are_diffusers(tmp_path):
+def test_names_and_metadata_match_diffusers(tmp_path):
     write_lora(random_adapters(LoraConfig(rank=2, alpha=3.0)), CONFIG, tmp_path, {"step": 7})
     double = ["attn." + name for name in ("to_q", "to_k", "to_v", "to_out.0")]
     double += ["attn." + name for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
@@ -161,16 +161,16 @@ def test_names_and_metadata_are_diffusers(tmp_path):
     assert record == {"step": 7, "network": network}
 
 
-def test_a_target_that_is_the_ending_of_others_is_a_pattern(tmp_path):
-    """peft would take ``proj_out`` for every single block's."""
+def test_targets_that_match_other_modules_are_a_regular_expression(tmp_path):
+    """As a name, peft would match ``proj_out`` in every single block too."""
     write_lora(
         random_adapters(LoraConfig(rank=1, targets=("final_layer/*",))), CONFIG, tmp_path, {}
     )
     assert fields_of(tmp_path / FILE_NAME)["target_modules"] == r"norm_out\.linear|proj_out"
 
 
-def test_what_a_file_adds_is_what_the_adapters_add(tmp_path):
-    """Each of diffusers' maps, by the name table of whole transformers."""
+def test_a_file_changes_every_kernel_as_the_adapters_do(tmp_path):
+    """For all modules of diffusers, by the name table of the transformer."""
     adapters = random_adapters()
     write_lora(adapters, CONFIG, tmp_path, {})
     tensors, fields = load_file(tmp_path / FILE_NAME), fields_of(tmp_path / FILE_NAME)
@@ -188,7 +188,7 @@ def test_what_a_file_adds_is_what_the_adapters_add(tmp_path):
     assert 2 * count == len(tensors)
 
 
-def test_the_halves_of_the_last_modulation_are_swapped(tmp_path):
+def test_halves_of_the_final_modulation_are_swapped(tmp_path):
     path = "final_layer/adaLN_modulation"
     adapters = random_adapters(LoraConfig(rank=2, targets=(path,)))
     write_lora(adapters, CONFIG, tmp_path, {})
@@ -198,7 +198,7 @@ def test_the_halves_of_the_last_modulation_are_swapped(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 10, 49, 64, 128])
-def test_alpha_is_such_that_its_quotient_is_the_scale(rank):
+def test_alpha_divided_by_rank_is_exactly_the_scale(rank):
     rng = np.random.default_rng(rank)
     for alpha in [*range(1, 200), *rng.uniform(0, 100, 200).tolist()]:
         scale = alpha / rank
@@ -206,7 +206,7 @@ def test_alpha_is_such_that_its_quotient_is_the_scale(rank):
     assert repr(lora_files._alpha(1 / rank, rank)) == "1"
 
 
-def test_equal_a_share_their_rank(tmp_path):
+def test_modules_with_equal_a_share_ranks(tmp_path):
     tensors = {}
     for i in range(2):
         for part in (TO_Q, TO_K, TO_V):
@@ -221,7 +221,7 @@ def test_equal_a_share_their_rank(tmp_path):
         assert_close(delta(adapters[QKV])[i], np.concatenate(parts, axis=1))
 
 
-def test_different_a_get_ranks_of_their_own(tmp_path):
+def test_modules_with_different_a_get_separate_ranks(tmp_path):
     tensors = {}
     for i in range(2):
         for rank, part in enumerate((TO_Q, TO_K, TO_V), start=2):
@@ -240,8 +240,8 @@ def test_different_a_get_ranks_of_their_own(tmp_path):
     assert_same(read_lora(tmp_path / "again", CONFIG), {QKV: adapter})
 
 
-def test_maps_and_layers_without_an_adapter_get_nothing(tmp_path):
-    """Queries and values in one layer; one single block's MLP; a layer of higher rank."""
+def test_modules_and_layers_without_an_adapter_do_not_change(tmp_path):
+    """Queries and values in one layer; the MLP of one single block; a layer of higher rank."""
     mlp = "single_transformer_blocks.1.proj_mlp"
     tensors = pair(TO_Q.format(0), 2) | pair(TO_V.format(0), 2) | pair(TO_V.format(1), 5)
     tensors |= pair(mlp, 2, out_features=4 * D)
@@ -258,7 +258,7 @@ def test_maps_and_layers_without_an_adapter_get_nothing(tmp_path):
     assert not np.any(linear1[[0, 2]]) and not np.any(linear1[1, :, : 3 * D])
 
 
-def test_scales_that_differ_become_part_of_b(tmp_path):
+def test_different_scales_are_folded_into_b(tmp_path):
     tensors = pair(TO_Q.format(0), 2) | pair(TO_K.format(0), 2) | pair(TO_K.format(1), 2)
     tensors |= pair("x_embedder", 2, in_features=8)
     alphas = {"^transformer_blocks.0.attn.to_k": 3.0, "x_embedder": 5.0}
@@ -272,8 +272,8 @@ def test_scales_that_differ_become_part_of_b(tmp_path):
     assert_close(delta(adapters["img_in"]), 2.5 * product(tensors, "x_embedder"))
 
 
-def test_patterns_match_whole_names_from_their_start_or_after_a_dot(tmp_path):
-    """``^proj_out`` is the last map's alone, ``proj_out`` the single blocks' too, as in peft."""
+def test_patterns_match_from_the_start_of_a_name_or_after_a_dot(tmp_path):
+    """As in peft, ``^proj_out`` is only the last module, ``proj_out`` the single blocks' too."""
     single = "single_transformer_blocks.0.proj_out"
     tensors = pair("proj_out", 2, out_features=8) | pair(single, 2, in_features=5 * D)
     for pattern, expected in (("^proj_out", 1.0), ("proj_out", 4.0), ("oj_out", 1.0)):
@@ -283,21 +283,21 @@ def test_patterns_match_whole_names_from_their_start_or_after_a_dot(tmp_path):
         assert adapters["final_layer/linear"].scale == (1.0 if pattern == "oj_out" else 4.0)
 
 
-def test_alpha_may_be_a_tensor_and_may_be_missing(tmp_path):
+def test_alpha_may_be_a_tensor_or_missing(tmp_path):
     tensors = pair("x_embedder", 2, in_features=8)
     assert read_lora(save(tmp_path, tensors), CONFIG)["img_in"].scale == 1.0
     tensors["transformer.x_embedder.alpha"] = np.asarray(3.0, np.float32)
     assert read_lora(save(tmp_path, tensors), CONFIG)["img_in"].scale == 1.5
 
 
-def test_rank_stabilised_scales_are_understood(tmp_path):
+def test_rank_stabilised_scales_are_read(tmp_path):
     tensors = pair("x_embedder", 2, in_features=8)
     folder = save(tmp_path, tensors, r=2, lora_alpha=3, use_rslora=True)
     assert read_lora(folder, CONFIG)["img_in"].scale == 3 / math.sqrt(2)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_half_precision_becomes_float32(tmp_path, dtype):
+def test_half_precision_is_read_as_float32(tmp_path, dtype):
     tensors = pair("context_embedder", 3, in_features=12, dtype=dtype)
     adapter = read_lora(save(tmp_path, tensors), CONFIG)["txt_in"]
     assert adapter.a.dtype == adapter.b.dtype == np.float32
@@ -305,8 +305,8 @@ def test_half_precision_becomes_float32(tmp_path, dtype):
     np.testing.assert_array_equal(np.asarray(adapter.a[...]).T, a.astype(np.float32))
 
 
-def test_a_transformers_own_file_has_no_prefix(tmp_path):
-    """``FluxTransformer2DModel.save_lora_adapter`` writes so."""
+def test_a_file_without_prefix_is_read(tmp_path):
+    """The format of ``FluxTransformer2DModel.save_lora_adapter``."""
     tensors = pair("x_embedder", 2, in_features=8)
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     fields = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 8})}
@@ -327,7 +327,7 @@ def test_a_transformers_own_file_has_no_prefix(tmp_path):
         ("transformer.x_embedder.lokr_w1", "LyCORIS'"),
     ],
 )
-def test_other_layouts_are_named(tmp_path, name, layout):
+def test_other_layouts_are_refused_by_name(tmp_path, name, layout):
     save(tmp_path, {name: np.zeros((2, 8), np.float32)})
     with pytest.raises(
         WeightsError, match=rf"adapters in {layout}.* layout \({name}\); diffusers'"
@@ -345,7 +345,7 @@ def test_a_file_without_adapters_is_refused(tmp_path):
         read_lora(tmp_path / "nowhere", CONFIG)
 
 
-def test_all_that_does_not_fit_is_named_at_once(tmp_path):
+def test_one_message_names_everything_that_does_not_fit(tmp_path):
     tensors = pair("x_embedder", 2, in_features=9) | pair(TO_Q.format(7), 2)
     tensors |= pair(TO_K.format(0), 2) | pair(TO_Q.format(0), 2, dtype=np.float64)
     tensors |= pair("text_encoder.q_proj", 2) | pair("proj_out", 0, out_features=8)
@@ -379,16 +379,16 @@ def test_all_that_does_not_fit_is_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 4}, "x_embedder has rank 2, and 4 in the metadata"),
+        ({"r": 4}, "x_embedder has rank 2, but 4 in the metadata"),
         ({"r": 2, "lora_alpha": None}, "x_embedder has alpha None in the metadata"),
-        ({"lora_alpha": 2}, "x_embedder has rank 2, and 8 in the metadata"),  # peft's default
+        ({"lora_alpha": 2}, "x_embedder has rank 2, but 8 in the metadata"),  # peft's default
         (
             {"r": 2, "init_lora_weights": "pissa_niter_4"},
-            "'pissa_niter_4' means adapters of a base",
+            "'pissa_niter_4' changes the base model's kernels too",
         ),
     ],
 )
-def test_metadata_that_cannot_be_meant_is_refused(tmp_path, fields, message):
+def test_invalid_or_unsupported_metadata_is_refused(tmp_path, fields, message):
     folder = save(tmp_path, pair("x_embedder", 2, in_features=8), **fields)
     with pytest.raises(WeightsError, match=message):
         read_lora(folder, CONFIG)
@@ -398,23 +398,26 @@ def test_metadata_must_be_a_json_object(tmp_path):
     for text in ("{", "[1]", "3"):
         metadata = {"lora_adapter_metadata": text}
         save_file(pair("x_embedder", 2, in_features=8), tmp_path / FILE_NAME, metadata)
-        with pytest.raises(WeightsError, match="metadata is no JSON object"):
+        with pytest.raises(WeightsError, match="metadata of .* is not a JSON object"):
             read_lora(tmp_path, CONFIG)
 
 
-def test_alphas_that_are_not_one_number_each_are_refused(tmp_path):
+def test_ambiguous_alphas_are_refused(tmp_path):
     tensors = pair("x_embedder", 2, in_features=8) | pair("context_embedder", 2, in_features=12)
     tensors["transformer.x_embedder.alpha"] = np.zeros((2,), np.float32)
     with pytest.raises(WeightsError) as error:
         read_lora(save(tmp_path, tensors), CONFIG)
-    assert "context_embedder has no alpha, others do; x_embedder's alpha is no number." in str(
-        error.value
-    )
-    with pytest.raises(WeightsError, match="alpha is both in the metadata and in tensors, x_embed"):
+    assert (
+        "context_embedder has no alpha, unlike other modules; the alpha of x_embedder is not a "
+        "scalar."
+    ) in str(error.value)
+    with pytest.raises(
+        WeightsError, match=r"alpha is in both the metadata and tensors \(x_embedder\)"
+    ):
         read_lora(save(tmp_path, tensors, r=2, lora_alpha=2), CONFIG)
 
 
-def test_adapters_of_nothing_or_of_another_transformer_are_not_written(tmp_path):
+def test_no_adapters_or_adapters_of_another_network_are_not_written(tmp_path):
     adapters = random_adapters(LoraConfig(rank=2, targets=(QKV,)))
     with pytest.raises(ValueError, match="no adapters to write"):
         write_lora({}, CONFIG, tmp_path, {})
@@ -425,7 +428,7 @@ def test_adapters_of_nothing_or_of_another_transformer_are_not_written(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+def test_a_corrupt_write_keeps_the_existing_file(tmp_path, monkeypatch):
     first, second = random_adapters(seed=0), random_adapters(seed=1)
     write_lora(first, CONFIG, tmp_path, {})
     write_file = lora_files.write_file
@@ -436,7 +439,7 @@ def test_a_bad_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
         write_file(path, [*tensors[:i], NewTensor(*flipped), *tensors[i + 1 :]], metadata)
 
     monkeypatch.setattr(lora_files, "write_file", flip)
-    message = "adapters differ in double_blocks/img_attn/proj; is the disk sound"
+    message = "adapters differ from their source in double_blocks/img_attn/proj; check the disk"
     with pytest.raises(WeightsError, match=message):
         write_lora(second, CONFIG, tmp_path, {})
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
@@ -448,7 +451,7 @@ def network(random_network):
     return random_network(lambda: Flux(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def test_a_merged_reader_reads_the_merged_network(network, tmp_path):
+def test_a_merged_reader_returns_the_merged_network(network, tmp_path):
     adapters = random_adapters()
     write_lora(adapters, CONFIG, tmp_path / "lora", {})
     source = ArrayReader(NETWORKS["transformer"], network, {"from": "here"})
@@ -457,27 +460,25 @@ def test_a_merged_reader_reads_the_merged_network(network, tmp_path):
     write_diffusers(reader, tmp_path / "merged", {})
     merged = open_folder(tmp_path / "merged")
     expected = named_leaves(lora.merge(network, adapters))
-    for param, layer in merged.network.places(CONFIG):
-        wanted = expected[param] if layer is None else expected[param][layer]
-        np.testing.assert_allclose(merged.read((param, layer)), wanted, rtol=1e-6, atol=2e-6)
+    for param, layer in merged.network.layer_keys(CONFIG):
+        array = expected[param] if layer is None else expected[param][layer]
+        np.testing.assert_allclose(merged.read((param, layer)), array, rtol=1e-6, atol=2e-6)
 
 
-def test_a_merged_reader_keeps_dtypes_and_what_has_no_adapter(network):
+def test_a_merged_reader_keeps_dtypes_and_parameters_without_an_adapter(network):
     adapters = random_adapters(LoraConfig(rank=2, alpha=1.0, targets=(QKV,)))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), network)
     source = ArrayReader(NETWORKS["transformer"], half)
     reader = MergedReader(source, adapters)
     merged = named_leaves(lora.merge(half, adapters))
-    for place in reader.network.places(CONFIG):
-        there = reader.read(place)
-        assert there.dtype == ml_dtypes.bfloat16
-        if place[0] == f"{QKV}/kernel":
-            actual, wanted = (
-                np.asarray(x, np.float32) for x in (there, merged[place[0]][place[1]])
-            )
-            np.testing.assert_allclose(actual, wanted, rtol=2**-8, atol=1e-6)
-            assert np.mean(actual == wanted) > 0.99
+    for param, layer in reader.network.layer_keys(CONFIG):
+        array = reader.read((param, layer))
+        assert array.dtype == ml_dtypes.bfloat16
+        if param == f"{QKV}/kernel":
+            actual, expected = (np.asarray(x, np.float32) for x in (array, merged[param][layer]))
+            np.testing.assert_allclose(actual, expected, rtol=2**-8, atol=1e-6)
+            assert np.mean(actual == expected) > 0.99
         else:
-            assert there.tobytes() == source.read(place).tobytes()
+            assert array.tobytes() == source.read((param, layer)).tobytes()
     with pytest.raises(ValueError, match="does not fit its kernel"):
         MergedReader(source, {"img_in": adapters[QKV]})

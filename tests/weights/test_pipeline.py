@@ -1,4 +1,4 @@
-"""What a pipeline's folder holds beside its networks."""
+"""Tests of the parts of a pipeline's folder beside its networks."""
 
 import json
 
@@ -6,7 +6,12 @@ import pytest
 
 from kontext_jax.flow import TimeConfig
 from kontext_jax.weights.files import WeightsError
-from kontext_jax.weights.pipeline import time_of, write_index, write_scheduler, write_tokenizer
+from kontext_jax.weights.pipeline import (
+    read_scheduler,
+    write_index,
+    write_scheduler,
+    write_tokenizer,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,19 +22,19 @@ from kontext_jax.weights.pipeline import time_of, write_index, write_scheduler, 
         TimeConfig(base_tokens=64, max_tokens=1024, base_shift=0.25, max_shift=2.0),
     ],
 )
-def test_a_scheduler_gives_its_times_back(tmp_path, time):
+def test_a_scheduler_round_trips(tmp_path, time):
     write_scheduler(tmp_path, time)
-    assert time_of(tmp_path) == time
+    assert read_scheduler(tmp_path) == time
 
 
 @pytest.mark.parametrize(
     ("time", "shift", "dynamic"),
     [
-        (TimeConfig(), 3.0, True),  # as of [dev] and Kontext
-        (TimeConfig(shift="none"), 1.0, False),  # as of [schnell]
+        (TimeConfig(), 3.0, True),  # [dev] and Kontext
+        (TimeConfig(shift="none"), 1.0, False),  # [schnell]
     ],
 )
-def test_schedulers_are_those_of_the_originals(tmp_path, time, shift, dynamic):
+def test_schedulers_equal_the_released_ones(tmp_path, time, shift, dynamic):
     write_scheduler(tmp_path, time)
     values = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
     del values["_diffusers_version"]
@@ -52,13 +57,13 @@ def save_scheduler(folder, text: str):
     return path
 
 
-def test_without_a_scheduler_times_are_flux_s(tmp_path):
-    assert time_of(tmp_path) == TimeConfig()
+def test_a_pipeline_without_a_scheduler_has_flux_s_schedule(tmp_path):
+    assert read_scheduler(tmp_path) == TimeConfig()
 
 
-def test_settings_that_a_scheduler_leaves_out_are_diffusers_own(tmp_path):
+def test_missing_settings_of_a_scheduler_take_diffusers_defaults(tmp_path):
     save_scheduler(tmp_path, '{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
-    assert time_of(tmp_path) == TimeConfig(shift="none")
+    assert read_scheduler(tmp_path) == TimeConfig(shift="none")
 
 
 @pytest.mark.parametrize(
@@ -66,23 +71,23 @@ def test_settings_that_a_scheduler_leaves_out_are_diffusers_own(tmp_path):
     [
         (
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
-            "is a FlowMatchEulerDiscreteScheduler with a fixed shift of 3.0; FLUX has a ",
+            "is a FlowMatchEulerDiscreteScheduler with a fixed shift of 3.0; supported is ",
         ),
-        ({"_class_name": "DDIMScheduler"}, "is a DDIMScheduler with a fixed shift of 1.0; FLUX "),
+        ({"_class_name": "DDIMScheduler"}, "is a DDIMScheduler with a fixed shift of 1.0; suppo"),
         ({}, "is a None with"),
     ],
 )
-def test_another_scheduler_is_refused(tmp_path, values, sentence):
+def test_other_schedulers_are_refused(tmp_path, values, sentence):
     path = save_scheduler(tmp_path, json.dumps(values))
     with pytest.raises(WeightsError) as error:
-        time_of(tmp_path)
+        read_scheduler(tmp_path)
     assert str(error.value).startswith(f"{path} {sentence}")
 
 
-def test_a_scheduler_that_is_no_json_is_refused(tmp_path):
+def test_a_scheduler_with_invalid_json_is_refused(tmp_path):
     path = save_scheduler(tmp_path, "{")
-    with pytest.raises(WeightsError, match=f"^{path} is no JSON "):
-        time_of(tmp_path)
+    with pytest.raises(WeightsError, match=f"^{path} is not valid JSON "):
+        read_scheduler(tmp_path)
 
 
 def test_a_tokenizer_is_copied_file_by_file(tmp_path):
@@ -94,12 +99,12 @@ def test_a_tokenizer_is_copied_file_by_file(tmp_path):
 
 def test_a_missing_tokenizer_is_refused(tmp_path):
     source = str(tmp_path / "no")
-    with pytest.raises(FileNotFoundError, match=f"^There is no tokenizer folder '{source}' to cop"):
+    with pytest.raises(FileNotFoundError, match=f"^The tokenizer folder '{source}' does not exist"):
         write_tokenizer(source, tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
 
 
-def test_the_index_names_what_is_there_and_null_for_the_rest(tmp_path):
+def test_the_index_lists_the_networks_and_null_for_absent_ones(tmp_path):
     (tmp_path / "tokenizer_2").mkdir()
     config = tmp_path / "tokenizer_2" / "tokenizer_config.json"
     config.write_text('{"tokenizer_class": "T5TokenizerFast"}')

@@ -1,4 +1,4 @@
-"""The name tables: every element of every parameter once, under the names that others know."""
+"""Tests of the name tables: every element is stored once, under PyTorch's names."""
 
 import functools
 import math
@@ -139,7 +139,7 @@ def table_of(kind: str, layout: str) -> Table:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", FULL)
-def test_every_element_of_every_parameter_is_in_one_tensor(kind, layout):
+def test_every_element_of_every_parameter_is_in_exactly_one_tensor(kind, layout):
     name, config = FULL[kind]
     shapes, pieces = ALL_NETWORKS[name].shapes(config), table_of(kind, layout).pieces
     layers = {param: [] for param in shapes}
@@ -152,13 +152,13 @@ def test_every_element_of_every_parameter_is_in_one_tensor(kind, layout):
             width = piece.stop - piece.start
             assert width > 0 and sorted(piece.axes) == list(range(len(shape))), piece
             assert math.prod(piece.shape) == math.prod(shape[:-1]) * width, piece
-    for param, found in layers.items():
+    for param, indices in layers.items():
         stacked = param.startswith(("double_blocks/", "single_blocks/", "blocks/"))
-        assert found == (list(range(shapes[param][0])) if stacked else [None]), param
+        assert indices == (list(range(shapes[param][0])) if stacked else [None]), param
 
 
 @pytest.mark.parametrize("kind", FULL)
-def test_as_many_tensors_and_parameters_as_in_the_originals(kind):
+def test_numbers_of_tensors_and_parameters_match_the_released_weights(kind):
     parameters, *counts = COUNTS[kind]
     for layout, count in zip(LAYOUTS, counts, strict=True):
         names = [p.name for parts in table_of(kind, layout).pieces.values() for p in parts]
@@ -168,12 +168,12 @@ def test_as_many_tensors_and_parameters_as_in_the_originals(kind):
 
 
 @pytest.mark.parametrize(("kind", "layout"), NAMED, ids="-".join)
-def test_names_and_shapes_are_those_of_the_originals(kind, layout):
+def test_names_and_shapes_match_the_released_weights(kind, layout):
     tensors = table_of(kind, layout).tensors()
     assert {name: tensors.get(name) for name in NAMED[kind, layout]} == NAMED[kind, layout]
 
 
-def test_schnell_has_no_guidance_and_is_dev_otherwise():
+def test_schnell_is_dev_without_guidance():
     for layout in LAYOUTS:
         dev, schnell = (table_of(kind, layout).tensors() for kind in ("dev", "schnell"))
         assert schnell.items() <= dev.items()
@@ -182,8 +182,7 @@ def test_schnell_has_no_guidance_and_is_dev_otherwise():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ALL_NETWORKS)
-def test_tensors_hold_each_number_once_and_give_it_back(name, layout):
-    """On parameters whose elements are all different."""
+def test_parameters_with_distinct_elements_round_trip_through_tensors(name, layout):
     network, config = ALL_NETWORKS[name], CONFIGS[name]
     shapes = network.shapes(config)
     for (param, layer), pieces in network.table(config, layout).pieces.items():
@@ -210,7 +209,7 @@ def test_a_kernel_is_transposed():
     )
 
 
-def test_a_convolution_goes_from_hwio_to_oihw():
+def test_a_convolution_kernel_is_transposed_from_hwio_to_oihw():
     (piece,) = pieces_of(*kernel("a", "b"), (2, 3, 4, 5), "bfl")
     ours = np.arange(120).reshape(2, 3, 4, 5)
     tensor = piece.to_tensor(ours)
@@ -218,7 +217,7 @@ def test_a_convolution_goes_from_hwio_to_oihw():
     assert tensor[4, 3, 1, 2] == ours[1, 2, 3, 4] and tensor[1, 2, 0, 1] == ours[0, 1, 2, 1]
 
 
-def test_a_pixelwise_map_is_a_convolution_of_one_pixel_in_bfl_s_layout_alone():
+def test_a_pixelwise_kernel_is_a_1x1_convolution_only_in_bfl_layout():
     row = kernel("a", "b", pixelwise=True)[0]
     ours = np.arange(6).reshape(2, 3)
     for layout, shape in (("bfl", (3, 2, 1, 1)), ("diffusers", (3, 2))):
@@ -228,7 +227,7 @@ def test_a_pixelwise_map_is_a_convolution_of_one_pixel_in_bfl_s_layout_alone():
         np.testing.assert_array_equal(piece.to_ours(piece.to_tensor(ours)), ours)
 
 
-def test_halves_are_swapped_in_diffusers_layout_alone():
+def test_halves_are_swapped_only_in_diffusers_layout():
     weight, bias = linear("a", "b", "c", swapped=True)
     ours = np.arange(8).reshape(2, 4)
     for layout, order in (("bfl", [0, 1, 2, 3]), ("diffusers", [2, 3, 0, 1])):
@@ -239,7 +238,7 @@ def test_halves_are_swapped_in_diffusers_layout_alone():
         np.testing.assert_array_equal(piece.to_tensor(np.arange(4)), order)
 
 
-def test_a_fused_map_is_cut_where_its_parts_end():
+def test_a_fused_parameter_is_split_by_its_sizes():
     row = linear("a", "b", ("q", "k", "mlp"), sizes=(2, 2, 5))[1]
     pieces = pieces_of(row, (9,), "diffusers")
     assert {piece.name: piece.to_tensor(np.arange(9)).tolist() for piece in pieces} == {
@@ -254,8 +253,8 @@ def test_a_fused_map_is_cut_where_its_parts_end():
     ("params", "wrong"),
     [
         (("a",), "b"),  # one is missing
-        (("a", "b", "c"), "c"),  # one is too many
-        (("a", "b", "b"), "b"),  # one is there twice
+        (("a", "b", "c"), "c"),  # one is unknown
+        (("a", "b", "b"), "b"),  # one is duplicate
         (("a", "c"), "b, c"),
     ],
     ids=str,
@@ -266,9 +265,9 @@ def test_a_table_that_does_not_describe_the_network_is_refused(params, wrong):
         Table(rows, {"a": (2,), "b": (3,)}, "bfl")
 
 
-def test_layers_follow_one_another():
-    places = [("blocks/b", 1), ("blocks/a", 1), ("z", None), ("blocks/b", 0), ("blocks/a", 0)]
-    assert in_layer_order(places) == [
+def test_keys_are_ordered_layer_by_layer_after_unstacked_parameters():
+    keys = [("blocks/b", 1), ("blocks/a", 1), ("z", None), ("blocks/b", 0), ("blocks/a", 0)]
+    assert in_layer_order(keys) == [
         ("z", None),
         ("blocks/a", 0),
         ("blocks/b", 0),

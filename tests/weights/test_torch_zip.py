@@ -1,4 +1,4 @@
-"""PyTorch's files of 1.6 and later: zip archives of tensors, and of nothing that is run."""
+"""Tests of PyTorch's zip archives (since 1.6): tensors are read, and nothing is executed."""
 
 import os
 import pickle
@@ -36,7 +36,7 @@ def storage(key: str, array: np.ndarray) -> bytes:
 
 
 def entries(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """A dict of contiguous tensors, whose storages have their names, with modules' versions."""
+    """Returns a dict of contiguous tensors whose storages have their names, and module versions."""
     items = b""
     for name, array in tensors.items():
         strides = [step // array.itemsize for step in array.strides]
@@ -45,9 +45,9 @@ def entries(tensors: Mapping[str, np.ndarray]) -> bytes:
     return b"ccollections\nOrderedDict\n)R(" + items + b"u" + versions
 
 
-def save(path: Path, tensors: Mapping[str, np.ndarray], made: bytes | None = None, **more: bytes):
-    """Writes the tensors, or their storages alone with another pickle; ``more`` are records."""
-    program = legacy.pickled(entries(tensors) if made is None else made)
+def save(path: Path, tensors: Mapping[str, np.ndarray], pickle: bytes | None = None, **more: bytes):
+    """Writes the tensors, or only their storages with a given pickle; ``more`` are records."""
+    program = legacy.pickled(entries(tensors) if pickle is None else pickle)
     records = {"data.pkl": program, ".format_version": b"1", ".storage_alignment": b"64"}
     records |= {"byteorder": b"little", "version": b"3\n", ".data/serialization_id": b"0" * 40}
     records |= {f"data/{name}": array.tobytes() for name, array in tensors.items()}
@@ -58,16 +58,17 @@ def save(path: Path, tensors: Mapping[str, np.ndarray], made: bytes | None = Non
 
 
 def refusal(path) -> str:
-    """Why the file is not read."""
+    """Returns the reason in the message that a file is refused with."""
     with pytest.raises(WeightsError) as error:
         read_tensors(path)
-    start, end = f"{path} is not read: ", ". Give a dict of tensors that torch.save wrote."
-    sentence = str(error.value)
-    assert sentence.startswith(start) and sentence.endswith(end)
-    return sentence.removeprefix(start).removesuffix(end)
+    start = f"Cannot read {path}: "
+    end = ". Pass a file of torch.save with a dict of tensors."
+    message = str(error.value)
+    assert message.startswith(start) and message.endswith(end)
+    return message.removeprefix(start).removesuffix(end)
 
 
-def test_tensors_come_out_bit_for_bit(tmp_path):
+def test_tensors_are_read_bit_for_bit(tmp_path):
     tensors = read_tensors(save(tmp_path / "file.pth", TENSORS))
     assert list(tensors) == list(TENSORS)
     for name, array in TENSORS.items():
@@ -75,17 +76,17 @@ def test_tensors_come_out_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(tensors[name], array, strict=True)
 
 
-def test_tensors_share_storages_in_any_order(tmp_path):
+def test_tensors_may_share_a_storage_with_any_strides(tmp_path):
     numbers = np.arange(12).astype(ml_dtypes.bfloat16)
     stored = storage("0", numbers)
-    made = b"}(" + legacy.text("whole") + legacy.tensor(stored, (3, 4), (4, 1))
-    made += legacy.text("turned") + legacy.tensor(stored, (4, 2), (1, 4), offset=4) + b"u"
-    tensors = read_tensors(save(tmp_path / "file.pth", {"0": numbers}, made))
-    np.testing.assert_array_equal(tensors["whole"], numbers.reshape(3, 4))
-    np.testing.assert_array_equal(tensors["turned"], numbers.reshape(3, 4)[1:].T)
+    program = b"}(" + legacy.text("full") + legacy.tensor(stored, (3, 4), (4, 1))
+    program += legacy.text("transposed") + legacy.tensor(stored, (4, 2), (1, 4), offset=4) + b"u"
+    tensors = read_tensors(save(tmp_path / "file.pth", {"0": numbers}, program))
+    np.testing.assert_array_equal(tensors["full"], numbers.reshape(3, 4))
+    np.testing.assert_array_equal(tensors["transposed"], numbers.reshape(3, 4)[1:].T)
 
 
-def test_files_of_1_6_tell_no_byte_order(tmp_path):
+def test_archives_of_1_6_without_byte_order_are_read(tmp_path):
     path = save(tmp_path / "file.pth", TENSORS)
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -98,7 +99,7 @@ def test_files_of_1_6_tell_no_byte_order(tmp_path):
 
 
 class Malicious:
-    """Pickled, it makes a folder for whoever loads it."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -108,13 +109,14 @@ class Malicious:
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_a_malicious_file_is_refused_and_does_nothing(tmp_path, is_alone):
-    target = tmp_path / "made"
-    program = pickle.dumps(Malicious(target), protocol=2)[2:-1]  # its PROTO and STOP left out
-    made = entries(TENSORS)[: -len(b"}X\x09\x00\x00\x00_metadata}sb") - 1]
-    made = program if is_alone else made + legacy.text("more") + program + b"u"
-    path = save(tmp_path / "file.pth", TENSORS, made)
-    assert refusal(path).startswith("it asks for ") and refusal(path).endswith(".mkdir")
+def test_a_malicious_file_is_refused_and_not_executed(tmp_path, is_alone):
+    target = tmp_path / "target"
+    program = pickle.dumps(Malicious(target), protocol=2)[2:-1]  # without PROTO and STOP
+    if not is_alone:
+        start = entries(TENSORS)[: -len(b"}X\x09\x00\x00\x00_metadata}sb") - 1]
+        program = start + legacy.text("more") + program + b"u"
+    path = save(tmp_path / "file.pth", TENSORS, program)
+    assert refusal(path).startswith("it refers to ") and refusal(path).endswith(".mkdir")
     assert not target.exists()
 
 
@@ -122,54 +124,54 @@ NUMBERS = np.arange(6, dtype=np.float32)
 
 
 @pytest.mark.parametrize(
-    ("value", "why"),
+    ("value", "reason"),
     [
-        (legacy.tensor(storage("0", NUMBERS), (2, 3), (3, 1), offset=1), "one of its tensors rea"),
-        (legacy.tensor(storage("0", NUMBERS[1:]), (5,), (1,)), "its storage 0 is of another size"),
-        (legacy.tensor(storage("1", NUMBERS), (6,), (1,)), "it is cut off or mixed up"),
+        (legacy.tensor(storage("0", NUMBERS), (2, 3), (3, 1), offset=1), "one of its tensors exc"),
+        (legacy.tensor(storage("0", NUMBERS[1:]), (5,), (1,)), "the size of its storage 0 differs"),
+        (legacy.tensor(storage("1", NUMBERS), (6,), (1,)), "it is truncated or corrupt"),
         (legacy.tensor(legacy.storage("0", NUMBERS, b")"), (6,), (1,)), "one of its storages is a"),
-        (b"}", "it holds more than tensors and their names"),
+        (b"}", "it holds more than named tensors"),
     ],
 )
-def test_tensors_that_do_not_fit_their_storages_are_refused(tmp_path, value, why):
-    made = b"}(" + legacy.text("a") + value + b"u"
-    assert refusal(save(tmp_path / "file.pth", {"0": NUMBERS}, made)).startswith(why)
+def test_tensors_that_do_not_fit_their_storages_are_refused(tmp_path, value, reason):
+    program = b"}(" + legacy.text("a") + value + b"u"
+    assert refusal(save(tmp_path / "file.pth", {"0": NUMBERS}, program)).startswith(reason)
 
 
-def test_every_cut_is_noticed(tmp_path):
+def test_a_truncated_archive_is_refused(tmp_path):
     path = save(tmp_path / "file.pth", {"half": TENSORS["half"]})
-    whole = path.read_bytes()
-    for length in range(4, len(whole), 7):
-        path.write_bytes(whole[:length])
-        assert refusal(path) == "it is cut off or mixed up"
+    content = path.read_bytes()
+    for length in range(4, len(content), 7):
+        path.write_bytes(content[:length])
+        assert refusal(path) == "it is truncated or corrupt"
 
 
-def test_no_changed_byte_goes_further_than_a_refusal(tmp_path):
-    """Or changes nothing: a name of the archive's, or what no tensor needs."""
+def test_a_changed_byte_is_refused_or_does_not_change_the_tensors(tmp_path):
+    """Tensors do not change with the archive's name or with records that they do not need."""
     path, refused = save(tmp_path / "file.pth", {"half": TENSORS["half"]}), 0
-    whole = path.read_bytes()
-    for at in range(0, len(whole), 3):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    content = path.read_bytes()
+    for i in range(0, len(content), 3):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
         try:
             np.testing.assert_array_equal(read_tensors(path)["half"], TENSORS["half"])
         except WeightsError:
             refused += 1
-    assert refused > len(whole) / 30
+    assert refused > len(content) / 30
 
 
-def test_archives_of_other_kinds_are_refused(tmp_path):
+def test_other_archives_are_refused(tmp_path):
     path = save(tmp_path / "file.pth", TENSORS, byteorder=b"big")
     assert refusal(path) == "its numbers are big-endian"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("weights.npy", b"0")
-    assert refusal(path) == "it is a zip archive of 0 data.pkl"
+    assert refusal(path) == "it is a zip archive with 0 data.pkl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("one/data.pkl", b"0")
         archive.writestr("two/data.pkl", b"0")
-    assert refusal(path) == "it is a zip archive of 2 data.pkl"
+    assert refusal(path) == "it is a zip archive with 2 data.pkl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", legacy.pickled(b"}"))
-    assert refusal(path) == "some of its records are compressed"
+    assert refusal(path) == "its records are compressed"
     path.write_bytes(b"PK\x03\x04 and no archive")
-    assert refusal(path) == "it is cut off or mixed up"
+    assert refusal(path) == "it is truncated or corrupt"
     assert read_tensors(save(path, {})) == {}

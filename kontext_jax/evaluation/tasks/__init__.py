@@ -1,0 +1,1 @@
+"""Task sets: triples, KontextBench, MagicBrush, the toy world, and identity probes."""

@@ -1,7 +1,7 @@
-"""KontextBench, read from a local copy: 1,026 instructions for 108 pictures, in five kinds of edit.
+"""Reads a local copy of KontextBench: 1,026 instructions for 108 images, in five categories.
 
 Labs et al., arXiv 2506.15742; huggingface.co/datasets/black-forest-labs/kontext-bench. A copy is a
-folder with pictures and one table, of which each line is one instruction::
+folder with images and one table, with one instruction per line::
 
     test/metadata.jsonl
     test/images/0000.jpg
@@ -9,7 +9,7 @@ folder with pictures and one table, of which each line is one instruction::
     {"file_name": "images/0000.jpg", "key": "0000_00", "instruction": "...",
      "category": "Instruction Editing - Local"}
 
-Nobody knows the right pictures: there is no truth to compare with.
+The benchmark has no target images.
 """
 
 import os
@@ -33,19 +33,19 @@ CATEGORIES = {
     "Character Reference": "character",
     "Style Reference": "style",
 }
-"""The benchmark's names of the categories, and ours."""
+"""The benchmark's category names -> ours."""
 
 _KEYS = ("file_name", "key", "instruction", "category")
 
 _QUOTED = re.compile(r"""["“”]([^"“”]+)["“”]|(?<!\w)['‘’](.+?)['‘’](?!\w)""", re.DOTALL)
 _ANY = r"[^.;!?\0]*"
 _SAYING = r"\b(?:says?|saying|reads?|reading|spells?|spelling)\b"
-# What may stand right before the words: articles, nouns for words, and words that are listed.
+# What may precede the words directly: articles, nouns for text, and other quotations in a list.
 _NOUNS = "words?|text|phrase|name|title|numbers?|letters?|sentence|slogan|message|caption|line"
 _LEAD = rf'(?:[\s,:&]|""|\b(?:the|an?|new|and|following|instead|now|just|{_NOUNS})\b)*'
 _NO_LOOKS = rf"(?!{_ANY}\b(?:colou?r|font|style|size|background|position)\b)"
-# For each group of verbs, what stands between the verb and the words, here "\0", if they are to be
-# written; whatever stands between them and the verbs of the last group, they are not.
+# Verbs -> pattern of the text between the verb and the quotation ("\0") if the quotation is to be
+# written. After a verb of the last group it never is.
 _ORDERS = {
     "add|write|insert|put|place|print|paint|engrave|type|display|include": (
         rf"(?:{_ANY}(?:{_SAYING}|\bwith\b))?{_LEAD}\0"
@@ -64,7 +64,7 @@ _VERB = re.compile(rf"\b(?:{'|'.join(_ORDERS)})\b", re.IGNORECASE)
 
 
 class _Line(NamedTuple):
-    """One line of the table, checked; ``where`` names it in messages."""
+    """One validated line of the table; ``where`` is its location for error messages."""
 
     where: str
     file_name: str
@@ -75,20 +75,21 @@ class _Line(NamedTuple):
 
 
 def kontext_bench(folder: os.PathLike | str, turns: int = 1) -> list[Task]:
-    """The benchmark's tasks, in the order of its table; tasks of one picture share its array.
+    """The benchmark's tasks in the order of its table.
 
-    Each picture that is asked for is of its context's size. Tasks of one picture are one group.
+    A task asks for an image of its context's size. The tasks of one image share its array, and form
+    a group.
 
     Args:
-      folder: the one with ``test/metadata.jsonl``, or the one with ``metadata.jsonl``.
-      turns: for more than one, sessions: each picture's local and global instructions are followed
-        one after the other, sorted by their keys, up to so many. Pictures with fewer than two are
-        left out, and so are all other instructions.
+      folder: folder that contains ``test/metadata.jsonl`` or ``metadata.jsonl``.
+      turns: with more than one, the tasks are sessions: the local and global instructions of an
+        image, sorted by key, are followed one after the other, up to this many. Images with fewer
+        than two, and all other instructions, are left out.
 
     Raises:
-      FileNotFoundError: there is no table in `folder`.
-      ValueError: a line is wrong or names a picture that is missing or broken, no line is left, or
-        `turns` is below 1.
+      FileNotFoundError: `folder` has no table.
+      ValueError: a line is invalid, its image is missing or damaged, no line is left, or `turns` is
+        below 1.
     """
     if turns < 1:
         raise ValueError(f"turns must be 1 or more, not {turns}.")
@@ -98,9 +99,7 @@ def kontext_bench(folder: os.PathLike | str, turns: int = 1) -> list[Task]:
         return [_task(line, images[line.image]) for line in lines]
     sessions = _sessions(lines, turns)
     if not sessions:
-        raise ValueError(
-            f"No picture of {folder} has two local or global instructions: set turns=1."
-        )
+        raise ValueError(f"No image of {folder} has two local or global instructions: set turns=1.")
     images = _load(line for session in sessions for line in session)
     return [
         _task(line, images[line.image])._replace(
@@ -114,20 +113,19 @@ def kontext_bench(folder: os.PathLike | str, turns: int = 1) -> list[Task]:
 
 
 def words_to_write(instruction: str) -> str:
-    """The words that an instruction wants to see in the picture; empty if that is not certain.
+    """The words that an instruction asks to write into the image; empty unless they are certain.
 
-    Words are certain if they are the only ones in quotation marks that an order to write leads up
-    to: the last verb before them is
+    They are certain if exactly one quotation is to be written, judging by the last verb before it:
 
-      - to replace, and they follow "with" or "by";
-      - to change, and they follow "to", "into" or "so that it says";
-      - to add or write, and they follow at once or after "saying", "that reads", "with the text";
-      - to make or have, or "should", and they follow "say", "read" or "spell".
+      - replace, and the quotation follows "with" or "by";
+      - change, and it follows "to", "into" or "so that it says";
+      - add or write, and it follows directly or after "saying", "that reads", "with the text";
+      - make, have or should, and it follows "say", "read" or "spell".
 
-    Quotations that are to be removed, that name a place, or of which the colour, font or the like
-    is to change are not words to write.
+    Quotations to be removed, that locate something, or whose colour, font or the like is to change
+    are not to be written.
     """
-    if len(re.findall('["“”]', instruction)) % 2:  # inches, or a mark was forgotten
+    if len(re.findall('["“”]', instruction)) % 2:  # a sign for inches, or an unclosed quotation
         return ""
     quotations = list(_QUOTED.finditer(instruction))
     written = [quotation for quotation in quotations if _is_written(quotation, quotations)]
@@ -137,19 +135,19 @@ def words_to_write(instruction: str) -> str:
 
 
 def _is_written(quotation: re.Match, quotations: list[re.Match]) -> bool:
-    """Whether the last verb before a quotation orders to write it."""
+    """Whether the last verb before a quotation asks to write it."""
     text = quotation.string
-    around, end = "", 0
-    for other in quotations:  # what is quoted are no verbs
-        around += text[end : other.start()] + ("\0" if other is quotation else '""')
+    masked, end = "", 0
+    for other in quotations:  # verbs inside quotations do not count
+        masked += text[end : other.start()] + ("\0" if other is quotation else '""')
         end = other.end()
-    around += text[end:]
-    verbs = list(_VERB.finditer(around, 0, around.index("\0")))
+    masked += text[end:]
+    verbs = list(_VERB.finditer(masked, 0, masked.index("\0")))
     if not verbs:
         return False
     verb = verbs[-1]
     order = next(order for group, order in _ORDERS.items() if verb[0].lower() in group.split("|"))
-    return re.match(order, around[verb.end() :], re.IGNORECASE) is not None
+    return re.match(order, masked[verb.end() :], re.IGNORECASE) is not None
 
 
 def _table(folder: pathlib.Path) -> pathlib.Path:
@@ -157,7 +155,7 @@ def _table(folder: pathlib.Path) -> pathlib.Path:
         if table.is_file():
             return table
     raise FileNotFoundError(
-        f"There is no KontextBench in {folder}: neither test/{TABLE} nor {TABLE} is there."
+        f"{folder} does not contain KontextBench: it has neither test/{TABLE} nor {TABLE}."
     )
 
 
@@ -168,7 +166,7 @@ def _read(table: pathlib.Path) -> list[_Line]:
             continue
         line = _parse(text, f"{table}, line {number}", table.parent)
         if line.key in lines:
-            raise ValueError(f'{line.where}: the key "{line.key}" is that of another line also.')
+            raise ValueError(f'{line.where}: the key "{line.key}" is also that of another line.')
         lines[line.key] = line
     if not lines:
         raise ValueError(f"{table} is empty.")
@@ -180,11 +178,11 @@ def _parse(text: bytes, where: str, folder: pathlib.Path) -> _Line:
     check_strings(fields, _KEYS, where)
     if fields["category"] not in CATEGORIES:
         raise ValueError(
-            f'{where}: the category "{fields["category"]}" is none of {", ".join(CATEGORIES)}.'
+            f'{where}: the category "{fields["category"]}" is not one of {", ".join(CATEGORIES)}.'
         )
     image = folder / fields["file_name"]
     if not image.is_file():
-        raise ValueError(f"{where}: there is no image {image}.")
+        raise ValueError(f"{where}: the image {image} does not exist.")
     return _Line(
         where=where,
         file_name=fields["file_name"],
@@ -196,7 +194,7 @@ def _parse(text: bytes, where: str, folder: pathlib.Path) -> _Line:
 
 
 def _sessions(lines: list[_Line], turns: int) -> list[list[_Line]]:
-    """Each picture's first so many local and global lines, where there are two or more."""
+    """The first ``turns`` local and global lines of each image that has at least two."""
     of_image: dict[str, list[_Line]] = {}
     for line in sorted(lines, key=lambda line: line.key):
         if line.category in ("local", "global"):
@@ -205,7 +203,7 @@ def _sessions(lines: list[_Line], turns: int) -> list[list[_Line]]:
 
 
 def _load(lines: Iterable[_Line]) -> dict[pathlib.Path, UInt8[np.ndarray, "_ _ 3"]]:
-    """Decodes each picture once."""
+    """Decodes each image once."""
     images = {}
     for line in lines:
         if line.image not in images:

@@ -1,17 +1,17 @@
-"""MagicBrush, read from a local copy: edits of photographs in sessions of up to a few turns.
+"""Reads a local copy of MagicBrush: edits of photographs, in sessions of one or more turns.
 
-Zhang et al., arXiv 2306.10012; github.com/OSU-NLP-Group/MagicBrush. There are two layouts. Files
-are what the authors' archives of the dev and test splits hold, and how test is published::
+Zhang et al., arXiv 2306.10012; github.com/OSU-NLP-Group/MagicBrush. There are two layouts. The
+authors' archives of the dev and test splits, and the published test split, consist of files::
 
     edit_sessions.json               {"<id>": [{"input": "<id>-input.png", "output":
                                       "<id>-output1.png", "instruction": "..."}, ...], ...}
     global_descriptions.json         {"<id>": {"<id>-input.png": "caption", ...}, ...}
     images/<id>/<id>-input.png       and <id>-output1.png, <id>-output2.png, ...
 
-The captions may be missing. Tables are how train and dev are published, at
-huggingface.co/datasets/osunlp/MagicBrush: ``data/dev-00000-of-00004.parquet`` and so on, with the
-columns ``img_id``, ``turn_index`` (from 1), ``source_img``, ``instruction``, ``target_img``, and no
-captions. Masks are in both, and are not read: an instruction is all that the model is given.
+The captions are optional. The train and dev splits at huggingface.co/datasets/osunlp/MagicBrush
+consist of tables: ``data/dev-00000-of-00004.parquet`` and so on, with the columns ``img_id``,
+``turn_index`` (from 1), ``source_img``, ``instruction``, ``target_img``, and without captions. The
+masks of both layouts are not read, because models get only the instruction.
 """
 
 import functools
@@ -56,30 +56,31 @@ class _Turn(NamedTuple):
 def magic_brush(
     folder: os.PathLike | str, split: str = "test", sessions: bool = False
 ) -> list[Task]:
-    """The benchmark's tasks, session by session; a session is one group.
+    """The benchmark's tasks, session by session; a session is a group.
 
-    All pictures are decoded, each once: about 3 MB apiece, 5 GB for the whole of test.
+    Each image is decoded once and kept: about 3 MB per image, 5 GB for all of test.
 
     Args:
-      folder: the one with ``test/edit_sessions.json`` or ``data/test-*.parquet``, as the split may
-        be; or the one with ``edit_sessions.json``, unless it is called as the other split.
+      folder: folder that contains the split as ``test/edit_sessions.json`` or
+        ``data/test-*.parquet``; or the split's own folder, with ``edit_sessions.json``, unless its
+        name is that of the other split.
       split: "dev" or "test".
-      sessions: whether each turn starts from the picture made in the turn before (the paper's
-        multi-turn setting). If not, it starts from the picture stored for it, by itself.
+      sessions: whether each turn starts from the image generated in the turn before (the paper's
+        multi-turn setting); otherwise every turn starts from its stored image.
 
     Raises:
-      FileNotFoundError: the split, or a file of it, is not in `folder`.
-      ValueError: there is no such split or no edit in it, or what is stored is wrong: the message
-        names the file, and the session or row of it.
+      FileNotFoundError: the split, or one of its files, is not in `folder`.
+      ValueError: the split is unknown, empty or invalid; the message names the file, and the
+        session or row.
     """
     if split not in SPLITS:
         raise ValueError(f'The splits of MagicBrush are {" and ".join(SPLITS)}, not "{split}".')
-    of_session: dict[str, list[_Turn]] = {}
+    turns_of: dict[str, list[_Turn]] = {}
     for turn in _turns(pathlib.Path(folder), split):
-        of_session.setdefault(turn.session, []).append(turn)
-    if not of_session:
-        raise ValueError(f"The split {split} of MagicBrush in {folder} has no edits.")
-    return [task for turns in of_session.values() for task in _tasks(turns, sessions)]
+        turns_of.setdefault(turn.session, []).append(turn)
+    if not turns_of:
+        raise ValueError(f"The {split} split of MagicBrush in {folder} has no edits.")
+    return [task for turns in turns_of.values() for task in _tasks(turns, sessions)]
 
 
 def _tasks(turns: list[_Turn], chained: bool) -> Iterator[Task]:
@@ -87,8 +88,8 @@ def _tasks(turns: list[_Turn], chained: bool) -> Iterator[Task]:
     numbers = [turn.number for turn in turns]
     if numbers != list(range(1, len(turns) + 1)):
         raise ValueError(
-            f"The session {turns[0].session} of MagicBrush has the turns"
-            f" {', '.join(map(str, numbers))}, which should count from 1: download it anew."
+            f"Session {turns[0].session} of MagicBrush has turns {', '.join(map(str, numbers))}, which"
+            " must count from 1 without gaps: download it again."
         )
     for turn in turns:
         start = turns[0] if chained else turn
@@ -118,27 +119,27 @@ def _turns(folder: pathlib.Path, split: str) -> Iterator[_Turn]:
     if (folder / SESSIONS).is_file() and folder.resolve().name not in others:
         return _from_files(folder)
     raise FileNotFoundError(
-        f"There is no {split} split of MagicBrush in {folder}: neither {split}/{SESSIONS} nor"
-        f" data/{split}-*.parquet is there."
+        f"{folder} does not contain the {split} split of MagicBrush: it has neither"
+        f" {split}/{SESSIONS} nor data/{split}-*.parquet."
     )
 
 
 def _from_files(folder: pathlib.Path) -> Iterator[_Turn]:
-    load = functools.cache(load_image)  # most pictures are the output of one turn, input of another
+    load = functools.cache(load_image)  # most images are one turn's output and the next one's input
     captions = _captions(folder / CAPTIONS)
     for session, edits in _object(folder / SESSIONS).items():
         where = f'{folder / SESSIONS}, session "{session}"'
         if not isinstance(edits, list):
             raise ValueError(f"{where}: this is not a list of edits.")
-        for place, edit in enumerate(edits, 1):
-            _check(edit, f"{where}, edit {place}")
-            images = [folder / "images" / session / edit[key] for key in ("input", "output")]
-            named = re.search(r"-output(\d+)\.", edit["output"])
+        for position, edit in enumerate(edits, 1):
+            _check(edit, f"{where}, edit {position}")
+            images = folder / "images" / session
+            match = re.search(r"-output(\d+)\.", edit["output"])
             yield _Turn(
                 session=session,
-                number=int(named[1]) if named else place,
-                source=load(images[0]),
-                target=load(images[1]),
+                number=int(match[1]) if match else position,
+                source=load(images / edit["input"]),
+                target=load(images / edit["output"]),
                 instruction=edit["instruction"],
                 source_caption=captions.get(edit["input"], ""),
                 target_caption=captions.get(edit["output"], ""),
@@ -152,13 +153,13 @@ def _check(edit: Any, where: str) -> None:
 
 
 def _captions(path: pathlib.Path) -> dict[str, str]:
-    """The captions of all files, whose names begin with their session's; none without `path`."""
-    found = {}
+    """File name -> caption; empty if `path` is missing. File names begin with their session."""
+    captions_of = {}
     for session, captions in (_object(path) if path.is_file() else {}).items():
         if not isinstance(captions, dict) or not all(isinstance(c, str) for c in captions.values()):
             raise ValueError(f'{path}, session "{session}": this is not an object of captions.')
-        found |= captions
-    return found
+        captions_of |= captions
+    return captions_of
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
@@ -169,10 +170,10 @@ def _from_tables(tables: list[pathlib.Path]) -> Iterator[_Turn]:
     expected = re.search(r"-of-(\d+)", tables[0].name)
     if expected and len(tables) != int(expected[1]):
         raise FileNotFoundError(
-            f"{tables[0]} is one of {int(expected[1])} files, and {len(tables)} are there:"
-            " download the split anew."
+            f"{tables[0]} is one of {int(expected[1])} files, but there are {len(tables)}:"
+            " download the split again."
         )
-    images: dict[bytes, np.ndarray] = {}  # as in `_from_files`, most come twice
+    images: dict[bytes, np.ndarray] = {}  # as in `_from_files`, most occur twice
     for table in tables:
         for number, row in enumerate(_rows(table), 1):
             where = f"{table}, row {number}"
@@ -189,8 +190,8 @@ def _from_tables(tables: list[pathlib.Path]) -> Iterator[_Turn]:
 
 
 def _rows(table: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Reads a table bit by bit: its pictures are gigabytes."""
-    import pyarrow.parquet  # TFDS brings it; nothing but these tables needs it
+    """Reads a table in small batches, because its images are gigabytes."""
+    import pyarrow.parquet  # installed with TFDS; only these tables need it
 
     try:
         with pyarrow.parquet.ParquetFile(table) as file:
@@ -206,7 +207,7 @@ def _rows(table: pathlib.Path) -> Iterator[dict[str, Any]]:
 def _decode(
     stored: dict[str, Any], images: dict[bytes, np.ndarray], where: str
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """Decodes the bytes of an image, or takes the picture that `images` has of them."""
+    """Decodes an image, or returns the one in `images` that has the same bytes."""
     data = stored.get("bytes")
     if not data:
         raise ValueError(f"{where}: an image has no bytes.")

@@ -1,4 +1,4 @@
-"""What an evaluation asks for: sets of tasks, and these as examples that can be packed."""
+"""Loads task sets, and turns tasks into examples for the model."""
 
 import dataclasses
 import functools
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import Tokenizer
@@ -19,26 +18,27 @@ from kontext_jax.evaluation.tasks.triples import identity_probe, triples
 from kontext_jax.geometry import fit, nearest_size
 from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.toy_data import world
-from kontext_jax.types import Example, Task, Triple
+from kontext_jax.types import Example, RGBImage, Task, Triple
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class SetConfig(Settings):
-    """One set of tasks.
+    """A task set.
 
     Attributes:
-      name: what results call it.
-      kind: "triples", a data set that `data.build` wrote; "kontext_bench" or "magic_brush", a local
-        copy of these; "world", sessions or probes that are drawn on the spot.
-      path: of the data.
-      split: of triples, and of MagicBrush.
-      num_examples: the first so many, each with the turns that follow it; 0 for all.
-      turns: of a session; each turn edits the picture that was made in the turn before. 1 takes
-        every edit by itself.
-      probe: if there, the set's images are asked to stay as they are, in these words, in each of
-        ``turns`` turns. The world has words of its own: "done" asks for edits that are done
-        already, and nothing else can be asked there.
-      seed: of what is drawn on the spot.
+      name: label in all results.
+      kind: "triples", a data set written by `data.build`; "kontext_bench" or "magic_brush", a local
+        copy of the benchmark; "world", sessions or probes of the toy world, drawn on the fly.
+      path: folder of the data.
+      split: split of triples or of MagicBrush.
+      num_examples: number of tasks to use, from the first on, each with the later turns of its
+        session; 0 for all.
+      turns: turns per session; each turn edits the image generated in the turn before. With 1,
+        every edit starts from its stored image.
+      probe: if not empty, the instruction of an identity probe: each first context should be
+        returned unchanged, in each of ``turns`` turns. The toy world only has "done", which asks
+        for edits that are already done.
+      seed: seed of the toy world's tasks.
     """
 
     name: str
@@ -54,30 +54,26 @@ class SetConfig(Settings):
         where = f"set {self.name!r}: "
         check_choices(self, where, kind=("triples", "kontext_bench", "magic_brush", "world"))
         if not self.path and self.kind != "world":
-            raise ValueError(f"set {self.name!r}: path is empty; it names the data's folder.")
-        if self.num_examples < 0:
-            raise ValueError(
-                f"set {self.name!r}: num_examples {self.num_examples} must be 0, for all, or more."
-            )
-        check_least(self, where, turns=1)
+            raise ValueError(f"{where}path is empty; set it to the folder of the data.")
+        check_least(self, where, num_examples=0, turns=1)
         if self.kind == "triples" and self.turns > 1 and not self.probe:
-            raise ValueError(f"set {self.name!r}: triples have no sessions; set turns=1.")
+            raise ValueError(f"{where}triples have no sessions; set turns=1.")
         if self.kind == "world" and self.probe not in ("", "done"):
-            raise ValueError(f"set {self.name!r}: the world's probe is 'done', not {self.probe!r}.")
+            raise ValueError(f"{where}the toy world's probe is 'done', not {self.probe!r}.")
         if self.kind == "world" and not self.num_examples:
-            raise ValueError(f"set {self.name!r}: the world has no end; set num_examples.")
+            raise ValueError(f"{where}the toy world is infinite; set num_examples.")
 
     @property
     def held_out(self) -> bool:
-        """Whether no model was trained on it; sessions of the world repeat what training has."""
+        """Whether models have not seen the set in training; the toy world repeats training data."""
         return self.kind != "world" and self.split != "train"
 
 
 def load_tasks(config: SetConfig) -> list[Task]:
-    """The tasks of a set, those of a session in the order of their turns.
+    """The tasks of a set; those of one session come in the order of their turns.
 
     Raises:
-      FileNotFoundError, ValueError: the data is missing, or not what it should be.
+      FileNotFoundError, ValueError: the data is missing or invalid.
     """
     if config.kind == "world":
         draw = world.probes if config.probe else world.sessions
@@ -96,24 +92,24 @@ def load_tasks(config: SetConfig) -> list[Task]:
 
 
 def _first(tasks: Iterable[Task], number: int) -> list[Task]:
-    """The first so many tasks that follow none, and those that follow them; 0 for all."""
+    """The first ``number`` tasks that start a session, and their later turns; 0 for all."""
     kept: dict[str, Task] = {}
-    begun = 0
+    started = 0
     for task in tasks:
-        begins = not task.follows and (not number or begun < number)
-        if begins or task.follows in kept:
+        starts = not task.follows and (not number or started < number)
+        if starts or task.follows in kept:
             kept[task.id] = task
-            begun += begins
+            started += starts
     return list(kept.values())
 
 
-class Set(NamedTuple):
-    """A set as it is used.
+class TaskSet(NamedTuple):
+    """A loaded task set.
 
     Attributes:
-      name: what results call it.
-      tasks: in the order of their turns, each with an id of its own.
-      fingerprint: tells them from others.
+      name: label in all results.
+      tasks: tasks with unique ids, sorted by turn.
+      fingerprint: hash of the tasks.
     """
 
     name: str
@@ -121,18 +117,17 @@ class Set(NamedTuple):
     fingerprint: str
 
 
-def load_sets(configs: Sequence[SetConfig]) -> list[Set]:
-    """All sets; those that differ by their names only are read once.
+def load_sets(configs: Sequence[SetConfig]) -> list[TaskSet]:
+    """Loads sets; those that differ only by name are read once.
 
     Raises:
-      FileNotFoundError, ValueError: data is missing or not what it should be, or a set is empty; it
-        names the set.
+      FileNotFoundError, ValueError: data is missing, invalid or empty; the message names the set.
     """
     load = functools.cache(_load)
     sets = []
     for config in configs:
         try:
-            sets.append(Set(config.name, *load(dataclasses.replace(config, name=""))))
+            sets.append(TaskSet(config.name, *load(dataclasses.replace(config, name=""))))
         except (FileNotFoundError, ValueError) as error:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
             raise kind(f"set {config.name!r}: {error}") from error
@@ -143,14 +138,14 @@ def _load(config: SetConfig) -> tuple[list[Task], str]:
     tasks = sorted(load_tasks(config), key=lambda task: task.turn)  # stable
     if not tasks:
         raise ValueError("it has no tasks.")
-    twice = [task for task, number in Counter(task.id for task in tasks).items() if number > 1]
-    if twice:
-        raise ValueError(f"the task {twice[0]!r} is there twice.")
+    repeated = [name for name, count in Counter(task.id for task in tasks).items() if count > 1]
+    if repeated:
+        raise ValueError(f"the task id {repeated[0]!r} is not unique.")
     return tasks, fingerprint_of_tasks(tasks)
 
 
 def fingerprint_of_tasks(tasks: Sequence[Task]) -> str:
-    """Short, of all that tasks ask for and are judged by, their images included."""
+    """A short hash of all fields of the tasks, including their images."""
     digest = hashlib.sha256()
     for task in tasks:
         for value in task:
@@ -165,7 +160,7 @@ def fingerprint_of_tasks(tasks: Sequence[Task]) -> str:
 
 
 def triples_of(tasks: Sequence[Task]) -> list[Triple]:
-    """Those tasks that have a truth and start from what is stored, as they would be trained on."""
+    """Training triples from the tasks that have a target and start from stored images."""
     return [
         Triple(task.id, task.truth, task.contexts, task.prompt, task.category)
         for task in tasks
@@ -174,14 +169,14 @@ def triples_of(tasks: Sequence[Task]) -> list[Triple]:
 
 
 def examples_of(
-    tasks: Sequence[Task], made: Mapping[str, UInt8[np.ndarray, "_ _ 3"]], data: DataConfig
+    tasks: Sequence[Task], generated: Mapping[str, RGBImage], data: DataConfig
 ) -> list[Example]:
-    """Tasks as a model takes them: contexts resized, prompts tokenised, targets empty.
+    """Model inputs for tasks: contexts resized, prompts tokenised, targets blank.
 
     Args:
-      tasks: of one turn.
-      made: the pictures of the turn before, by the ids of their tasks.
-      data: sizes and tokenizers.
+      tasks: tasks of one turn.
+      generated: images generated in the turn before, by task id.
+      data: image sizes and tokenizers.
     """
     tokenizer, sizes = Tokenizer(data.text), data.geometry.sizes
     fitted: dict[int, np.ndarray] = {}  # tasks share images
@@ -196,7 +191,7 @@ def examples_of(
     for task in tasks:
         contexts = task.contexts
         if task.follows:
-            contexts = (made[task.follows], *contexts[1:])
+            contexts = (generated[task.follows], *contexts[1:])
         width, height = nearest_size(*task.size, sizes)
         blank = blanks.setdefault((width, height), np.zeros((height, width, 3), np.uint8))
         examples.append(

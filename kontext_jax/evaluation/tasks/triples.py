@@ -1,34 +1,33 @@
-"""Tasks from triples, and tasks that ask for no change.
+"""Tasks from triples, and identity probes.
 
-The public benchmarks have modules of their own: `kontext_bench` and `magic_brush`.
+For the public benchmarks see `kontext_bench` and `magic_brush`.
 """
 
 import os
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from jaxtyping import UInt8
 
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.files import short_digest
-from kontext_jax.types import Task, Triple
+from kontext_jax.types import RGBImage, Task, Triple
 
 
 def triples(path: os.PathLike | str, split: str, num: int = 0) -> Iterator[Task]:
-    """The triples of a data set as tasks whose right picture is known.
+    """Yields the triples of a data set as tasks with a target.
 
-    Those of the same first context are one group, and those of the same target where they have no
-    context. The data set is opened at once, and each triple read when its turn comes.
+    Triples with the same first context form a group; without contexts, those with the same target.
+    The data set is opened immediately, and each triple is read when it is needed.
 
     Args:
-      path: the data set's folder.
-      split: the name of the split.
-      num: the first so many; 0 for all.
+      path: folder of the data set.
+      split: name of the split.
+      num: number of triples, from the first on; 0 for all.
 
     Raises:
       CorruptRecordError: a record cannot be read.
-      FileNotFoundError: there is no data set at `path`, or not all of its files.
-      ValueError: the data set has no such split, or `num` is below 0.
+      FileNotFoundError: the data set or one of its files is missing.
+      ValueError: the data set has no such split, or `num` is negative.
     """
     if num < 0:
         raise ValueError(f"num must be 0, for all, or the number of triples, not {num}.")
@@ -50,39 +49,40 @@ def _task(triple: Triple) -> Task:
     )
 
 
-def _digest(image: UInt8[np.ndarray, "h w 3"]) -> str:
-    """Tells pictures from others."""
+def _digest(image: RGBImage) -> str:
+    """A short hash of an image's pixels and shape."""
     return short_digest(repr(image.shape).encode() + image.tobytes())
 
 
 def identity_probe(tasks: Iterable[Task], prompt: str, turns: int = 1, num: int = 0) -> list[Task]:
-    """Asks for no change of each different first context: what comes back should be that picture.
+    """Tasks that ask for no change: each distinct first context should come back unchanged.
 
-    Over several turns each starts from the picture made in the turn before, and the truth stays the
-    stored one: how far they drift apart is what repeated editing costs.
+    Over several turns, each turn starts from the image generated in the turn before, and the target
+    stays the stored image: the distance between them measures how errors of repeated edits add up.
 
     Args:
-      tasks: whose first contexts are taken; those of equal pixels once, with the group and the
-        caption of the first task that has them.
+      tasks: tasks whose first contexts are probed. Contexts with equal pixels are probed once, with
+        the group and caption of the first task.
       prompt: the instruction to change nothing.
-      turns: how often it is given.
-      num: the first so many pictures, and no task is asked for after them; 0 for all.
+      turns: number of turns per image.
+      num: number of distinct images, after which ``tasks`` is not read further; 0 for all.
 
     Raises:
       ValueError: no task has a context, or `turns` is below 1.
     """
     if turns < 1:
         raise ValueError(f"turns must be 1 or more, not {turns}.")
-    seen: dict[int, np.ndarray] = {}  # tasks may share arrays: no need to read them over and over
+    # Tasks share arrays, so each is hashed once. The dict keeps them alive: ids are then unique.
+    hashed: dict[int, np.ndarray] = {}
     distinct: dict[str, Task] = {}
     for task in tasks:
-        if task.contexts and id(image := task.contexts[0]) not in seen:
-            seen[id(image)] = image
+        if task.contexts and id(image := task.contexts[0]) not in hashed:
+            hashed[id(image)] = image
             distinct.setdefault(_digest(image), task)
             if len(distinct) == num:
                 break
     if not distinct:
-        raise ValueError("A probe of identity needs tasks with a context, and there is none.")
+        raise ValueError("An identity probe needs tasks with a context, but none has one.")
     probes = []
     for task in distinct.values():
         image = task.contexts[0]
