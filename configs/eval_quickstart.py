@@ -46,15 +46,19 @@ def edits_only(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def get_config() -> EvalConfig:
-    new = Cell(name="new networks", checkpoint=TEACHER, baseline="untrained", sampler=guided(12))
-    truth = Cell(name="truth, reconstructed", checkpoint=TEACHER, baseline="reconstruction")
+    untrained = Cell(
+        name="new networks", checkpoint=TEACHER, baseline="untrained", sampler=guided(12)
+    )
+    reconstruction = Cell(
+        name="truth, reconstructed", checkpoint=TEACHER, baseline="reconstruction"
+    )
     edits = SetConfig(name="edits", path=DATA, num_examples=384)
     return EvalConfig(
         cells=(
             teacher(12),
             *edits_only([teacher(50), teacher(4)]),
             *edits_only(students("untrained", TEACHER, (4, 1), shift="none")),
-            *edits_only([new, truth]),
+            *edits_only([untrained, reconstruction]),
             *students("student", STUDENT, (4,)),
             *edits_only(students("student", STUDENT, (2,))),
             *students("student", STUDENT, (1,)),

@@ -301,10 +301,10 @@ class Encoder:
             )
             parts = np.split(latents[row, in_example], ends[:-1])
             target, *contexts = map(Latents, sizes, parts)
-            sample = None
+            sampled = None
             if samples is not None:
-                sample = Latents(shape.target, samples[row, in_example][: ends[0]])
-            examples.append(EncodedExample(self._ids[number], target, tuple(contexts), sample))
+                sampled = Latents(shape.target, samples[row, in_example][: ends[0]])
+            examples.append(EncodedExample(self._ids[number], target, tuple(contexts), sampled))
         return examples
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's command, on a model that is as small as can be."""
+"""launch/benchmark.py on a minimal model."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", [["--preset=cpu"], ["--preset=gpu_8704", "--device=cpu"]])
-def test_it_compares_and_profiles(preset):
+def test_the_benchmark_compares_and_profiles(preset):
     for module in ("torch", "diffusers"):
         pytest.importorskip(module, reason="needs the convert extra: pip install -e '.[convert]'")
     done = run(*preset, "--tokens=16,16,8", "--profile")
@@ -33,11 +33,11 @@ def test_it_compares_and_profiles(preset):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--tokens=15,0,8", "images are square"),
-        ("--remat=offload", "remat 'offload' is not one of none, full, which PyTorch has too."),
+        ("--tokens=15,0,8", "images are square, so their tokens must be square numbers."),
+        ("--remat=offload", "remat 'offload' is not one of none, full, the modes that PyTorch"),
     ],
 )
-def test_mistakes_are_named(argument, message):
+def test_invalid_cases_are_refused(argument, message):
     done = run(argument)
     assert done.returncode == 1
     assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Compiling ahead of time: full rows, the platform that is compiled for, and what is reported."""
+"""Ahead-of-time compilation: full rows, the target platform, and the report."""
 
 import dataclasses
 import json
@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from kontext_jax import cli
 from kontext_jax import compile as compiling
 from kontext_jax.chips import CHIPS
 from kontext_jax.compilation import hlo
@@ -46,7 +45,7 @@ DATA = DataConfig(
 
 
 def config(**kwargs) -> Config:
-    """Flow matching with networks as small as can be, whose weights are nowhere."""
+    """Returns flow matching with minimal networks, whose weights do not exist."""
     transformer = FluxConfig.tiny(
         hidden_size=32,
         num_heads=2,
@@ -70,8 +69,8 @@ def config(**kwargs) -> Config:
     )
 
 
-def store_of(data: DataConfig, folder: Path) -> DataConfig:
-    """Reading latents, all of them 0, in place of the data set's pixels."""
+def with_latents(data: DataConfig, folder: Path) -> DataConfig:
+    """Returns settings that read latents from ``folder``, where it writes latents that are 0."""
     folder.mkdir()
     source, zeros = TripleSource(data.path, data.split), np.zeros((16, CHANNELS), latents.DTYPE)
 
@@ -90,62 +89,62 @@ def store_of(data: DataConfig, folder: Path) -> DataConfig:
     return dataclasses.replace(data, latents=LatentsConfig(path=str(folder)))
 
 
-@pytest.mark.parametrize("fed", ["pixels", "latents"])
-def test_rows_have_the_shapes_that_the_loader_yields(world_folder, tmp_path, fed):
-    data = dataclasses.replace(DATA, path=str(world_folder), negatives=fed == "latents")
-    if fed == "latents":
-        data = store_of(data, tmp_path / "store")
+@pytest.mark.parametrize("inputs", ["pixels", "latents"])
+def test_full_rows_have_the_shapes_of_the_loader(world_folder, tmp_path, inputs):
+    data = dataclasses.replace(DATA, path=str(world_folder), negatives=inputs == "latents")
+    if inputs == "latents":
+        data = with_latents(data, tmp_path / "store")
     loader = Loader(data, seed=0)
-    read = next(loader)
+    batch = next(loader)
     loader.close()
-    made = compiling.full_row(data, CHANNELS if fed == "latents" else 0)
-    assert jax.tree.structure(made) == jax.tree.structure(read)
-    for ours, theirs in zip(jax.tree.leaves(made), jax.tree.leaves(read), strict=True):
-        assert ((data.batch_size, *ours.shape), ours.dtype) == (theirs.shape, theirs.dtype)
+    row = compiling.full_row(data, CHANNELS if inputs == "latents" else 0)
+    assert jax.tree.structure(row) == jax.tree.structure(batch)
+    for x, expected in zip(jax.tree.leaves(row), jax.tree.leaves(batch), strict=True):
+        assert ((data.batch_size, *x.shape), x.dtype) == (expected.shape, expected.dtype)
 
 
-def test_a_row_is_filled_with_images_of_the_largest_size():
-    """FLUX's own: two of 1328 x 800 pixels, which is more than 1024 x 1024."""
+def test_a_full_row_has_images_of_the_largest_size():
+    """With FLUX's sizes: two images of 1328 x 800 pixels, which is more than 1024 x 1024."""
     packing = PackingConfig(image_tokens=8320, text_tokens=512, max_examples=1)
     row = compiling.full_row(DataConfig(packing=packing))
     assert {key: x.shape for key, x in row.images.items()} == {"1328x800": (2, 1328, 800, 3)}
     assert np.sum(row.segments == 1) == 2 * 4150 and np.sum(row.is_target) == 4150
     assert np.sum(row.text_segments == 1) == 512
-    with pytest.raises(ValueError, match="takes 4150 tokens, a row holds 4096"):
+    with pytest.raises(ValueError, match="takes 4150 tokens, but a row holds 4096"):
         compiling.full_row(DataConfig(packing=PackingConfig(image_tokens=4096)))
 
 
 @pytest.mark.slow
-def test_a_step_on_latents_is_compiled_without_a_store():
+def test_a_step_on_latents_compiles_without_the_latents():
     settings = config()
     settings.data = dataclasses.replace(DATA, latents=LatentsConfig(path="nowhere"), negatives=True)
     step = compiling.compile_step(settings, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert step.batch.images == {} and step.batch.latents.shape == (8, 64, CHANNELS)
     assert step.batch.negative.text_ids.shape == (8, 72)
-    assert "convolution" not in step.text  # nothing is encoded
+    assert "convolution" not in step.hlo_text  # no image is encoded
     assert compiling.make_report(settings, make_mesh(MeshConfig()), step).examples == 16
 
 
-def lowered_linear() -> str:
-    make = lambda: layers.Linear(  # noqa: E731
-        6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype("float32")
-    )
+def linear_jaxpr() -> str:
+    def init():
+        return layers.Linear(6, 4, ("embed", "mlp"), rngs=nnx.Rngs(0), dtype=jnp.dtype("float32"))
+
     x = jax.ShapeDtypeStruct((2, 5, 6), jnp.float32)
-    return str(jax.make_jaxpr(lambda linear, x: linear(x))(nnx.eval_shape(make), x))
+    return str(jax.make_jaxpr(lambda linear, x: linear(x))(nnx.eval_shape(init), x))
 
 
-def test_the_form_of_a_layer_is_that_of_the_platform_compiled_for():
+def test_a_layer_is_traced_for_the_platform_of_the_mesh():
     tpu = AbstractDevice("TPU v5 lite", 1, "tpu")
     mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, abstract_device=tpu)
-    on_cpu = lowered_linear()
+    on_cpu = linear_jaxpr()
     with use_abstract_mesh(mesh):
         assert platform() == "tpu"
-        on_tpu = lowered_linear()
+        on_tpu = linear_jaxpr()
     with jax.set_mesh(make_mesh(MeshConfig())):
         assert platform() == "cpu"
-        assert lowered_linear() == on_cpu
+        assert linear_jaxpr() == on_cpu
     assert platform() == "cpu"
-    assert "f32[10,6]" in on_cpu  # rows and tokens as one axis
+    assert "f32[10,6]" in on_cpu  # rows and tokens are merged into one axis
     assert "f32[10,6]" not in on_tpu
 
 
@@ -165,67 +164,61 @@ def test_the_report_adds_up():
         report.memory[name] for name in ("params", "opt_state", "ema", "temporaries")
     )
     assert not report.cost.unknown_loops
-    # The transformer's forward pass twice and its backward pass, and the encoders.
+    # Two forward passes and a backward pass of the transformer, and the encoders.
     assert report.cost.flops > 4 / 3 * report.model_flops > 0
     assert report.cost.collectives
-    assert report.fits and not report.seconds  # of a CPU nothing is known
+    assert report.fits and not report.seconds  # no data sheet of a CPU is known
     json.dumps(dataclasses.asdict(report))
 
 
-def test_the_roofline_names_its_limit(capsys):
-    kind = "TPU v5 lite"
-    chip = CHIPS[kind]
-    cost = hlo.Cost(
-        flops=197e12,
-        bytes=0.5 * chip.memory_bandwidth,
-        collectives={"all-gather": hlo.Traffic(3.0, 2 * chip.link_bandwidth)},
-        opaque={"kernel": 2.0},
-        unknown_loops=1,
-    )
-    seconds, mfu = compiling.roofline(cost, 0.5 * 197e12, chip)
-    assert seconds == {"compute": 1, "memory": 0.5, "links": 2}
-    np.testing.assert_allclose(mfu, (0.25, 0.5 / 3.5))
+def test_the_printed_report_names_the_limit_and_what_is_not_counted(capsys):
     report = compiling.Report(
-        device_kind=kind,
+        device_kind="TPU v5 lite",
         num_devices=8,
         mesh={"fsdp": 8},
         rows=8,
         examples=8,
         parameters={"transformer": 100},
         memory={"peak": 17_200_000_000},
-        capacity=float(chip.memory),
-        cost=cost,
+        capacity=float(CHIPS["TPU v5 lite"].memory),
+        cost=hlo.Cost(
+            flops=197e12,
+            bytes=1e9,
+            collectives={"all-gather": hlo.Traffic(3.0, 1e9)},
+            opaque={"kernel": 2.0},
+            unknown_loops=1,
+        ),
         model_flops=0.5 * 197e12,
-        seconds=seconds,
-        mfu=mfu,
+        seconds={"compute": 1.0, "memory": 0.5, "links": 2.0},
+        mfu=(0.25, 0.5 / 3.5),
     )
     assert not report.fits
     compiling.print_report(report)
-    said = capsys.readouterr().out
-    for words in ("links limits", "MFU 25.0%", "2 x kernel", "1 loops of unknown length"):
-        assert words in said
+    output = capsys.readouterr().out
+    for words in ("limited by links", "MFU 25.0%", "2 x kernel", "1 loops of unknown length"):
+        assert words in output
 
 
-def test_frozen_networks_that_are_not_at_hand_are_flux_s():
+def test_missing_frozen_weights_are_assumed_to_be_flux_s():
     frozen = compiling.abstract_frozen(config(lora=LoraConfig(rank=4)))
     assert set(frozen) == {"transformer", "text_encoder", "autoencoder"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {"bfloat16"}
     assert frozen["autoencoder"].config.token_channels == 24
-    odd = config()
-    odd.objective.transformer.in_channels = 20
-    with pytest.raises(ValueError, match="20 channels and are 8 pixels wide"):
-        compiling.abstract_frozen(odd)
+    unmatched = config()
+    unmatched.objective.transformer.in_channels = 20
+    with pytest.raises(ValueError, match="tokens of 20 channels that are 8 pixels wide"):
+        compiling.abstract_frozen(unmatched)
 
 
-def test_rows_that_do_not_divide_are_refused():
-    run = config()
-    run.optim = OptimConfig(accumulate_steps=3)
+def test_a_batch_that_does_not_divide_is_refused():
+    settings = config()
+    settings.optim = OptimConfig(accumulate_steps=3)
     with pytest.raises(ValueError, match="batch_size 8 must be a multiple of 24"):
-        compiling.compile_step(run, make_mesh(MeshConfig()))
+        compiling.compile_step(settings, make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize(
-    "words",
+    "message",
     [
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
         "required for HLO temporaries (19.4G) exceeds available HBM (15.75G). HLO module: jit_f.",
@@ -233,23 +226,18 @@ def test_rows_that_do_not_divide_are_refused():
         "Exceeded hbm capacity by 3.7G.\nTotal hbm usage >= 19.9G",
     ],
 )
-def test_a_program_that_does_not_fit_gets_one_sentence(words):
-    said = compiling._reason(jax.errors.JaxRuntimeError(words))
-    assert said.startswith("the step does not fit: it needs 19.4G of a device's 15.75G bytes.")
+def test_out_of_memory_errors_are_one_sentence(message):
+    sentence = compiling._error_message(jax.errors.JaxRuntimeError(message))
+    assert sentence.startswith("the step does not fit: it needs 19.4G of a device's 15.75G bytes.")
 
 
-def test_other_errors_of_the_compiler_are_told_in_a_line():
-    assert compiling._reason(jax.errors.JaxRuntimeError("INTERNAL: no\nmore")) == "INTERNAL: no"
-
-
-def test_a_topology_without_its_compiler_gets_one_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(cli.UserError, match="pip install 'kontext-jax\\[aot\\]'"):
-        compiling.topology_devices("v5e:2x4")
+def test_other_compiler_errors_are_their_first_line():
+    error = jax.errors.JaxRuntimeError("INTERNAL: no\nmore")
+    assert compiling._error_message(error) == "INTERNAL: no"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    """In a process of its own: JAX looks for libtpu once."""
+    """Runs the command in a new process, because JAX looks for libtpu only once per process."""
     return subprocess.run(
         [sys.executable, "-m", "kontext_jax.compile", *arguments],
         cwd=ROOT,
@@ -261,15 +249,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_a_step_compiles_for_tpus_that_are_elsewhere(tmp_path):
+def test_a_step_compiles_for_tpus_that_are_not_attached(tmp_path):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     table = tmp_path / "table.json"
     done = run("--config=configs/quickstart.py", "--topology=v5e:2x4", f"--json={table}")
     assert done.returncode == 0, done.stderr
-    assert "8 x TPU v5 lite, mesh fsdp=8" in done.stdout and "limits" in done.stdout
+    assert "8 x TPU v5 lite, mesh fsdp=8" in done.stdout and "limited by" in done.stdout
     report = json.loads(table.read_text())
     assert report["cost"]["unknown_loops"] == 0
-    # Full recomputation: the transformer's forward pass twice, and the text encoder.
+    # Full recomputation: two forward passes of the transformer, and the text encoder.
     assert 4 / 3 < report["cost"]["flops"] / report["model_flops"] < 3
     assert report["memory"]["peak"] < report["capacity"]
 
@@ -280,7 +268,7 @@ def test_a_step_compiles_for_tpus_that_are_elsewhere(tmp_path):
     assert "compile: the step does not fit: it needs" in refused.stderr.splitlines()[-1]
     refused = run("--config=configs/quickstart.py", "--topology=v5e:3x5")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert "compile: --topology=v5e:3x5 is no slice of TPUs" in refused.stderr.splitlines()[-1]
+    assert "compile: --topology=v5e:3x5 is not a TPU topology" in refused.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -289,12 +277,12 @@ def test_a_step_compiles_for_tpus_that_are_elsewhere(tmp_path):
     [
         ("kontext_1024", "v5p:2x2x1", (1.05, 2.2)),
         ("flow_256", "v6e:2x2", (1.05, 2.2)),
-        # Student and teacher repeat their forward passes, and nothing encodes images.
+        # Student and teacher repeat their forward passes, and no image is encoded.
         ("ladd_1024", "v5p:2x2x1", (1.15, 1.35)),
     ],
 )
-def test_the_configs_for_pods_compile(config, topology, executed, tmp_path):
-    """Fewer blocks and chips, all else at full size; README.md has the whole of it."""
+def test_configs_for_pods_compile(config, topology, executed, tmp_path):
+    """With fewer blocks and chips, everything else at full size; README.md has the full sizes."""
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     table = tmp_path / "table.json"
     done = run(
@@ -308,7 +296,7 @@ def test_the_configs_for_pods_compile(config, topology, executed, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(table.read_text())
-    # The kernels are there, and their FLOPs are known; with so few blocks the encoders show.
+    # All kernels have known FLOPs. With this few blocks, the encoders raise the ratio.
     assert "tpu_custom_call" not in report["cost"]["opaque"]
     least, most = executed
     assert least < report["cost"]["flops"] / report["model_flops"] < most
@@ -330,7 +318,7 @@ def test_a_step_compiles_for_several_slices():
     )
 
 
-def test_several_slices_need_to_be_told_apart():
+def test_num_slices_without_a_topology_is_refused():
     refused = run("--config=configs/quickstart.py", "--num_slices=2")
     assert refused.returncode == 1
     assert "compile: --num_slices needs --topology" in refused.stderr.splitlines()[-1]

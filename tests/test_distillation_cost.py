@@ -1,4 +1,4 @@
-"""The comparison's command, on images that are as small as can be."""
+"""launch/distillation_cost.py on small images."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_it_compares_the_two():
+def test_ladd_and_add_are_compared():
     done = subprocess.run(
         [sys.executable, ROOT / "launch/distillation_cost.py", "--size=32", "--rows=1"]
         + ["--rounds=1"],

@@ -1,4 +1,4 @@
-"""The table of several evaluations, by its command."""
+"""launch/distillation_table.py, run as a command."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_cells_have_mean_least_and_most(tmp_path):
+def test_entries_have_the_mean_and_the_range(tmp_path):
     paths = []
     for number, success in enumerate((0.5, 0.75)):
         cell = {

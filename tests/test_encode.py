@@ -277,7 +277,7 @@ def test_every_process_refuses_files_without_a_job_description(config, tmp_path,
     plan = Loader(config.data, seed=0).plan
     settings = latents.StoreSettings(data="", split="train", geometry={}, networks={})
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(ValueError, match="has files latents-train-.* and no latents-train.job"):
+    with pytest.raises(ValueError, match="has files latents-train-.* but no latents-train.job"):
         encoding.begin_job(tmp_path, settings, plan, batch_size=4)
 
 

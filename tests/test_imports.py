@@ -6,8 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "kontext_jax"
 
 FLOORS = [
-    {"chips", "files", "metrics", "tree_paths", "types"},
-    {"cli", "settings"},
+    {"chips", "files", "tree_paths", "types"},
+    {"cli", "metrics", "settings"},
     {"compilation", "flow", "geometry", "sharding", "toy_data"},
     {"data", "models"},
     {"encoders", "flops", "optim", "sampler", "weights"},

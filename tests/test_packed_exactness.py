@@ -1,4 +1,4 @@
-"""Packing changes nothing: a row of several examples is what each of them is alone."""
+"""Packing is exact: an example in a packed row gives the same results as in its own row."""
 
 from functools import partial
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from kontext_jax.types import Batch, Example, Tokens
 
 GEOMETRY = geometry.GeometryConfig(sizes=((32, 32), (32, 16), (16, 24)), pixels_per_token=8)
 SAMPLER = SamplerConfig(num_steps=3)
-# Steep, so that a wrong count of target tokens would show.
+# A steep shift, so that a wrong number of target tokens would change the noise levels.
 TIME = flow.TimeConfig(base_tokens=4, max_tokens=20, max_shift=2.0)
 CONFIG = FlowMatchingConfig(
     train_text_encoder=True,
@@ -33,7 +33,7 @@ CONFIG = FlowMatchingConfig(
     text_encoder=T5Config.tiny_bytes(num_layers=1),
     time=TIME,
 )
-# (target, contexts, bytes of the prompt): text-to-image, one context, several.
+# (target, contexts, bytes of the prompt): text-to-image, one context, several contexts.
 LAYOUTS = [
     ((32, 32), [], 9),
     ((16, 24), [(32, 16)], 14),
@@ -60,7 +60,7 @@ EXAMPLES = [example(number) for number in range(3)]
 
 
 def as_batch(examples, ids, image_tokens: int, text_tokens: int, max_examples: int) -> Batch:
-    """One row, with as many slots for images as it needs and one more."""
+    """Returns a batch of one row, with one unused slot for each image size."""
     packing = PackingConfig(
         image_tokens=image_tokens, text_tokens=text_tokens, max_examples=max_examples
     )
@@ -72,19 +72,19 @@ def as_batch(examples, ids, image_tokens: int, text_tokens: int, max_examples: i
 
 
 def packed_row(examples) -> Batch:
-    """All three examples, and room for more tokens, text and examples."""
+    """Returns a row with three examples, and unused tokens, text tokens and example slots."""
     return as_batch(examples, IDS, image_tokens=80, text_tokens=40, max_examples=5)
 
 
 def alone(number: int) -> Batch:
-    """One example in a row that it fills to the last token."""
-    one = EXAMPLES[number]
-    tokens = sum(image.size // 3 // 64 for image in (one.target, *one.contexts))
-    return as_batch([one], [IDS[number]], tokens, len(one.text_ids), max_examples=1)
+    """Returns a row that one example fills completely."""
+    single = EXAMPLES[number]
+    tokens = sum(image.size // 3 // 64 for image in (single.target, *single.contexts))
+    return as_batch([single], [IDS[number]], tokens, len(single.text_ids), max_examples=1)
 
 
 def only(numbers) -> Batch:
-    """The packed row without the other examples: their records could not be read."""
+    """Returns the packed row as if the records of all other examples were unreadable."""
     full = packed_row(EXAMPLES)
     slots = {key: images.shape[1] for key, images in full.images.items()}
     packing = PackingConfig(image_tokens=80, text_tokens=40, max_examples=5)
@@ -110,7 +110,7 @@ def encoded(models, autoencoder, batch: Batch) -> Tokens:
 
 @jax.jit
 def run(models, tokens: Tokens):
-    """Losses, times and presence of the examples, and sampled latents."""
+    """Returns each example's loss, noise level and presence, and sampled latents."""
     transformer = models["model"]["transformer"]
     losses = per_example_loss(transformer, tokens, TIME, 1.0, jax.random.key(5))
     return *losses, sample(transformer, tokens, jax.random.key(6), SAMPLER, TIME)
@@ -123,7 +123,7 @@ def packed(setup) -> Tokens:
 
 @pytest.fixture(scope="module")
 def gradient(setup):
-    """A function from a batch to (loss, (weight, metrics)), gradient: sums, as the step adds."""
+    """A function of a batch; returns the sums that a step accumulates: loss, weight, gradients."""
     frozen = {"autoencoder": setup.autoencoder}
 
     def loss(models, batch):
@@ -134,17 +134,18 @@ def gradient(setup):
     return partial(jax.jit(jax.value_and_grad(loss, has_aux=True)), setup.models)
 
 
-def places(tokens: Tokens, number: int) -> np.ndarray:
+def segment_of(tokens: Tokens, number: int) -> np.ndarray:
     return np.asarray(tokens.segments[0]) == number + 1
 
 
 @pytest.mark.parametrize("number", range(3))
 def test_an_example_is_the_same_packed_and_alone(setup, packed, number):
     single = encoded(setup.models, setup.autoencoder, alone(number))
-    mine, text = places(packed, number), np.asarray(packed.text_segments[0]) == number + 1
+    segment = segment_of(packed, number)
+    text_segment = np.asarray(packed.text_segments[0]) == number + 1
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
-    close(packed.latents[0, mine], single.latents[0])
-    close(packed.text[0, text], single.text[0])
+    close(packed.latents[0, segment], single.latents[0])
+    close(packed.text[0, text_segment], single.text[0])
     close(packed.pooled[0, number], single.pooled[0, 0])
 
     losses, times, present, images = run(setup.models, packed)
@@ -152,7 +153,7 @@ def test_an_example_is_the_same_packed_and_alone(setup, packed, number):
     assert present.tolist() == [[1, 1, 1, 0, 0]] and not losses[0, 3:].any()
     close(times[0, number], time[0, 0])
     close(losses[0, number], loss[0, 0])
-    close(images[0, mine], image[0])
+    close(images[0, segment], image[0])
 
 
 def test_gradients_of_a_packed_row_are_the_sum_of_its_examples(gradient):
@@ -161,57 +162,57 @@ def test_gradients_of_a_packed_row_are_the_sum_of_its_examples(gradient):
     (alone_loss, (alone_weight, _, _)), alone_grads = jax.tree.map(lambda *x: sum(x), *parts)
     assert weight == alone_weight == 3
     np.testing.assert_allclose(loss, alone_loss, rtol=1e-4)
-    for (path, mine), theirs in zip(
+    for (path, grad), expected in zip(
         jax.tree.leaves_with_path(grads), jax.tree.leaves(alone_grads), strict=True
     ):
-        name, size = jax.tree_util.keystr(path), np.abs(theirs).max()
+        name, size = jax.tree_util.keystr(path), np.abs(expected).max()
         assert size > 0, name
-        np.testing.assert_allclose(mine, theirs, atol=1e-4 * size, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(grad, expected, atol=1e-4 * size, rtol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("changed", range(3))
-def test_an_example_cannot_see_another(setup, packed, changed):
-    """Other pixels, other prompt: only that example moves, and the others not by a bit."""
+def test_an_example_does_not_depend_on_others_in_its_row(setup, packed, changed):
+    """Changing the pixels and prompt of an example leaves the others bit-identical."""
     examples = [e if i != changed else example(i, seed=1) for i, e in enumerate(EXAMPLES)]
     other = encoded(setup.models, setup.autoencoder, packed_row(examples))
     losses, _, _, images = run(setup.models, packed)
     other_losses, _, _, other_images = run(setup.models, other)
     for number in range(3):
-        mine = places(packed, number)
+        segment = segment_of(packed, number)
         if number == changed:
             assert abs(losses[0, number] - other_losses[0, number]) > 1e-4
-            assert not np.allclose(images[0, mine], other_images[0, mine], atol=1e-3)
+            assert not np.allclose(images[0, segment], other_images[0, segment], atol=1e-3)
         else:
             np.testing.assert_array_equal(losses[0, number], other_losses[0, number])
-            np.testing.assert_array_equal(images[0, mine], other_images[0, mine])
+            np.testing.assert_array_equal(images[0, segment], other_images[0, segment])
 
 
-@pytest.mark.parametrize("what", ["context", "prompt"])
-def test_context_and_prompt_reach_the_target(setup, packed, what):
-    one = EXAMPLES[1]
-    if what == "context":
-        other = one._replace(contexts=(255 - one.contexts[0],))
+@pytest.mark.parametrize("condition", ["context", "prompt"])
+def test_the_target_depends_on_context_and_prompt(setup, packed, condition):
+    original = EXAMPLES[1]
+    if condition == "context":
+        changed = original._replace(contexts=(255 - original.contexts[0],))
     else:
-        other = one._replace(text_ids=one.text_ids[::-1].copy())
-    row = packed_row([EXAMPLES[0], other, EXAMPLES[2]])
+        changed = original._replace(text_ids=original.text_ids[::-1].copy())
+    row = packed_row([EXAMPLES[0], changed, EXAMPLES[2]])
     images = run(setup.models, encoded(setup.models, setup.autoencoder, row))[-1]
-    target = places(packed, 1) & np.asarray(packed.is_target[0])
+    target = segment_of(packed, 1) & np.asarray(packed.is_target[0])
     assert np.abs(images - run(setup.models, packed)[-1])[0, target].max() > 1e-3
 
 
-def test_what_lies_in_the_padding_changes_nothing(setup, packed):
-    empty = np.asarray(packed.segments) == 0
-    assert empty.any()
-    dirty = packed.replace(
-        latents=jnp.where(empty[..., None], 1e3, packed.latents),
-        positions=jnp.where(empty[..., None], 17, packed.positions),
+def test_padding_content_does_not_change_losses_and_images(setup, packed):
+    padding = np.asarray(packed.segments) == 0
+    assert padding.any()
+    altered = packed.replace(
+        latents=jnp.where(padding[..., None], 1e3, packed.latents),
+        positions=jnp.where(padding[..., None], 17, packed.positions),
         text=jnp.where(packed.text_segments[..., None] == 0, 1e3, packed.text),
     )
-    *clean, clean_images = run(setup.models, packed)
-    *losses, images = run(setup.models, dirty)
+    *expected_losses, expected_images = run(setup.models, packed)
+    *losses, images = run(setup.models, altered)
     assert np.isfinite(images).all()
-    np.testing.assert_array_equal(images[~empty], clean_images[~empty])
-    jax.tree.map(np.testing.assert_array_equal, losses, clean)
+    np.testing.assert_array_equal(images[~padding], expected_images[~padding])
+    jax.tree.map(np.testing.assert_array_equal, losses, expected_losses)
 
 
 def test_a_row_without_examples_has_no_loss_and_no_gradient(gradient):

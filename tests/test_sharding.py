@@ -1,4 +1,4 @@
-"""Where arrays live, and that it changes nothing but where they live."""
+"""Meshes and sharding rules, and that sharding does not change the result of a step."""
 
 import dataclasses
 from unittest.mock import Mock
@@ -16,7 +16,7 @@ from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.sharding import MeshConfig, batch_part, check_batch, make_mesh, spec
 from kontext_jax.training.train_state import TrainState, abstract_state, init_state, make_train_step
 
-# A large eps: Adam would else turn the rounding of a gradient near zero into a whole step.
+# With a small eps, Adam would turn the rounding error of a gradient near zero into a full step.
 OPTIM = OptimConfig(learning_rate=0.1, warmup_steps=0, eps=1e-3, ema_decay=0.5)
 OPTIMIZERS = {"model": make_optimizer(OPTIM, num_steps=10)}
 
@@ -25,18 +25,18 @@ def mesh_of(**sizes):
     return make_mesh(MeshConfig(**({"fsdp": 1} | sizes)))
 
 
-def fake_gpus(num_slices: int, a_slice: int, a_process: int = 1) -> list[jax.Device]:
-    """So many a slice and a process, in an order of no use."""
+def fake_gpus(num_slices: int, per_slice: int, per_process: int = 1) -> list[jax.Device]:
+    """Returns fake GPUs of several slices and processes, in random order."""
     return [
         Mock(
             jax.Device,
             id=i,
-            slice_index=i // a_slice,
-            process_index=i // a_process,
+            slice_index=i // per_slice,
+            process_index=i // per_process,
             platform="gpu",
             device_kind="fake",
         )
-        for i in np.random.default_rng(0).permutation(num_slices * a_slice).tolist()
+        for i in np.random.default_rng(0).permutation(num_slices * per_slice).tolist()
     ]
 
 
@@ -45,19 +45,19 @@ def fake_gpus(num_slices: int, a_slice: int, a_process: int = 1) -> list[jax.Dev
     [
         ((32, 64), ("embed", "mlp"), P(("fsdp",), ("tensor",))),
         ((64, 32), ("mlp", "embed"), P(("tensor",), ("fsdp",))),
-        ((64,), ("mlp",), P(("tensor", "fsdp"))),  # a bias takes both
+        ((64,), ("mlp",), P(("tensor", "fsdp"))),  # a bias is split over both
         ((3, 32, 64), ("embed", "mlp"), P(None, ("fsdp",), ("tensor",))),  # stacked blocks
-        ((6, 64), ("embed", "mlp"), P(None, ("tensor", "fsdp"))),  # 6 rows do not split by 4
+        ((6, 64), ("embed", "mlp"), P(None, ("tensor", "fsdp"))),  # 4 does not divide 6
         ((32, 6), (None, "heads"), P(None, ("tensor",))),
         ((7, 5), ("embed", "mlp"), P(None, None)),
         ((), (), P()),
         ((8, 16, 32), ("batch", "seq", "act_embed"), P(("fsdp",), ("context",), None)),
     ],
 )
-def test_axes_are_split_by_their_names(shape, names, expected):
+def test_arrays_are_split_by_the_names_of_their_axes(shape, names, expected):
     mesh = mesh_of(fsdp=4, tensor=2)
 
-    def splits(partition):  # mesh axes of size one split nothing
+    def splits(partition):  # without mesh axes of size 1
         as_tuples = [(axes,) if isinstance(axes, str) else axes or () for axes in partition]
         return [[axis for axis in axes if mesh.shape[axis] > 1] for axes in as_tuples]
 
@@ -72,13 +72,13 @@ def test_rows_are_split_over_data_and_fsdp():
     assert sharding.num_batch_shards(mesh_of(data=2, fsdp=2, context=2)) == 4
 
 
-def test_a_name_without_a_rule_is_refused():
+def test_an_axis_name_without_a_rule_is_refused():
     with pytest.raises(ValueError, match="No sharding rule for axis 'width'; rules: embed, mlp"):
         spec((8, 8), ("embed", "width"), mesh_of(fsdp=8))
 
 
 @pytest.mark.parametrize(
-    ("sizes", "num_slices", "a_slice", "expected"),
+    ("sizes", "num_slices", "per_slice", "expected"),
     [
         ({}, 1, 1, (1, 1, 1, 1)),
         ({}, 1, 8, (1, 8, 1, 1)),
@@ -91,8 +91,8 @@ def test_a_name_without_a_rule_is_refused():
         ({"fsdp": 2, "context": -1}, 2, 8, (2, 2, 4, 1)),
     ],
 )
-def test_minus_one_takes_the_devices_that_are_left(sizes, num_slices, a_slice, expected):
-    mesh = make_mesh(MeshConfig(**sizes), fake_gpus(num_slices, a_slice))
+def test_minus_one_takes_the_remaining_devices(sizes, num_slices, per_slice, expected):
+    mesh = make_mesh(MeshConfig(**sizes), fake_gpus(num_slices, per_slice))
     assert mesh.devices.shape == expected
 
 
@@ -107,9 +107,9 @@ def test_minus_one_takes_the_devices_that_are_left(sizes, num_slices, a_slice, e
         MeshConfig(data=0),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(config):
-    asked = ", ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
-    with pytest.raises(ValueError, match=f"A mesh of {asked} does not fit 8 devices"):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(config):
+    sizes = ", ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(config).items())
+    with pytest.raises(ValueError, match=f"A mesh of {sizes} does not fit 8 devices"):
         make_mesh(config)
 
 
@@ -124,8 +124,8 @@ def test_a_mesh_that_does_not_fit_is_refused(config):
         ({"data": 1, "context": 2, "tensor": 3}, (1, 4)),
     ],
 )
-def test_slices_lie_along_data_and_then_fsdp(sizes, across):
-    """Four slices of six: each is a block of the mesh."""
+def test_data_and_then_fsdp_cross_slices(sizes, across):
+    """Each of four slices of six devices is a block of the mesh."""
     grid = make_mesh(MeshConfig(**sizes), fake_gpus(4, 6)).devices
     slices = np.vectorize(lambda device: device.slice_index)(grid)
     data, fsdp = (size // parts for size, parts in zip(grid.shape, across, strict=False))
@@ -134,8 +134,8 @@ def test_slices_lie_along_data_and_then_fsdp(sizes, across):
     np.testing.assert_array_equal(slices, blocks)
 
 
-def test_an_axis_may_take_part_of_a_side_of_the_torus():
-    """Which `jax.make_mesh` refuses on most TPUs."""
+def test_a_mesh_axis_may_be_a_part_of_a_torus_dimension():
+    """`jax.make_mesh` refuses this on most TPUs."""
     tpus = [
         Mock(
             jax.Device, coords=[x, y, 0], core_on_chip=0, platform="tpu", device_kind="TPU v6 lite"
@@ -162,26 +162,26 @@ def test_context_and_tensor_stay_within_a_slice():
         ({"tensor": 8}, [(0, 1)] * 4),
     ],
 )
-def test_processes_that_hold_the_same_rows_read_the_same(sizes, parts):
-    mesh = make_mesh(MeshConfig(**sizes), fake_gpus(1, 8, a_process=2))
+def test_processes_that_hold_the_same_rows_read_the_same_part(sizes, parts):
+    mesh = make_mesh(MeshConfig(**sizes), fake_gpus(1, 8, per_process=2))
     assert [batch_part(mesh, process) for process in range(4)] == parts
 
 
-def test_processes_that_hold_some_of_the_same_rows_are_refused():
-    mesh = make_mesh(MeshConfig(tensor=3), fake_gpus(1, 6, a_process=2))
+def test_processes_that_share_only_some_rows_are_refused():
+    mesh = make_mesh(MeshConfig(tensor=3), fake_gpus(1, 6, per_process=2))
     with pytest.raises(ValueError, match="3 processes cannot share 2 parts of a batch evenly"):
         batch_part(mesh, 0)
 
 
 @pytest.mark.parametrize(("batch_size", "steps"), [(12, 1), (8, 2), (0, 1), (8, 0)])
-def test_rows_that_do_not_divide_are_refused(batch_size, steps):
+def test_a_batch_that_does_not_divide_is_refused(batch_size, steps):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     check_batch(8, 2, mesh)
     with pytest.raises(ValueError, match=f"batch_size {batch_size} must be a multiple of"):
         check_batch(batch_size, steps, mesh_of(data=2, fsdp=4))
 
 
-def test_without_a_mesh_nothing_is_constrained():
+def test_without_a_mesh_constrain_returns_its_argument():
     x = jnp.ones((2, 3, 4))
     assert sharding.constrain(x, "batch seq act_embed") is x
 
@@ -192,7 +192,7 @@ def test_constrain_splits_activations():
     assert x.sharding.shard_shape(x.shape) == (2, 3, 4)
 
 
-def test_every_parameter_moment_and_average_is_split(recipe):
+def test_every_parameter_moment_and_average_is_sharded(recipe):
     state = init_state(recipe.objective, OPTIMIZERS, mesh_of(fsdp=8), seed=0)
     for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path)
@@ -214,17 +214,17 @@ def test_every_parameter_moment_and_average_is_split(recipe):
     ],
     ids=str,
 )
-def test_gradients_are_split_as_their_parameters(
+def test_gradients_are_sharded_like_their_parameters(
     recipe, monkeypatch, sizes, accumulate_steps, max_unrolled
 ):
-    """Within the compiled step, as the optimizer gets them: the compiler's own choice."""
+    """Inspects the shardings that the compiler chooses for the optimizer's input."""
     monkeypatch.setattr(flux, "MAX_UNROLLED", max_unrolled)
-    found = {}
+    inspected = {}
 
     def update(grads, *args, **kwargs):
         for path, leaf in jax.tree.leaves_with_path(grads):
             jax.debug.inspect_array_sharding(
-                leaf, callback=lambda sharding, path=path: found.update({path: sharding})
+                leaf, callback=lambda sharding, path=path: inspected.update({path: sharding})
             )
         return OPTIMIZERS["model"].update(grads, *args, **kwargs)
 
@@ -245,16 +245,16 @@ def test_gradients_are_split_as_their_parameters(
     with jax.set_mesh(mesh):
         step.lower(state, recipe.frozen, recipe.rows([1] * 16)).compile()
     leaves = jax.tree.leaves_with_path(state.params["model"])
-    assert found.keys() == {path for path, _ in leaves}
+    assert inspected.keys() == {path for path, _ in leaves}
     for (path, leaf), expected in zip(
         leaves, jax.tree.leaves(shardings.params["model"]), strict=True
     ):
-        assert found[path].is_equivalent_to(expected, leaf.ndim), jax.tree_util.keystr(path)
+        assert inspected[path].is_equivalent_to(expected, leaf.ndim), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("moments_dtype", ["float32", "bfloat16"])
-def test_factored_moments_are_split_before_and_after_a_step(recipe, monkeypatch, moments_dtype):
-    """By the axes that they have left; a single number stands for a moment that there is not."""
+def test_factored_moments_are_sharded_before_and_after_a_step(recipe, monkeypatch, moments_dtype):
+    """They are split by their remaining axes; a placeholder of a single number is not split."""
     monkeypatch.setattr(optim, "MIN_FACTORED", 8)
     config = OptimConfig(optimizer="adafactor", moments_dtype=moments_dtype)
     optimizers = {"model": make_optimizer(config, num_steps=10)}
@@ -276,7 +276,7 @@ def test_factored_moments_are_split_before_and_after_a_step(recipe, monkeypatch,
 
 
 def one_step(recipe, mesh):
-    """State and metrics after a step from the same parameters on the same eight rows."""
+    """Returns state and metrics after a step from fixed parameters on fixed rows."""
     _, shardings = abstract_state(recipe.objective, OPTIMIZERS, mesh)
     zero = jnp.zeros((), jnp.int32)
     moments = {"model": OPTIMIZERS["model"].init(recipe.params["model"])}
@@ -312,10 +312,10 @@ def on_one_device(recipe):
     ],
     ids=str,
 )
-def test_a_step_is_the_same_on_one_device_and_on_eight(
+def test_a_step_on_eight_devices_agrees_with_one_device(
     recipe, on_one_device, monkeypatch, sizes, max_unrolled
 ):
-    """With the blocks looped over, as on accelerators, or written out, as on the one device."""
+    """On eight devices, the blocks are looped over, as on accelerators, or unrolled."""
     state, metrics = on_one_device
     monkeypatch.setattr(flux, "MAX_UNROLLED", max_unrolled)
     other_state, other_metrics = one_step(recipe, mesh_of(**sizes))
@@ -340,36 +340,36 @@ def test_a_step_is_the_same_on_one_device_and_on_eight(
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_over_batches_gives_each_array_its_result_in_order(num_devices):
-    """Of three keys, with more of one than a batch holds, fewer of another, and numbers of one."""
+def test_over_batches_returns_the_result_of_each_array_in_order(num_devices):
+    """One key has several batches, one has less than a batch, and one has scalars."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:num_devices])
     numbers = np.arange(30)
     keys = ["a" if i % 3 else "b" for i in numbers[:-1]] + ["number"]
     shapes = {"a": (2, 3), "b": (4,), "number": ()}
     arrays = [np.full(shapes[key], i, np.float32) for i, key in zip(numbers, keys, strict=True)]
     sizes = {"a": 6, "b": 99, "number": 1}
-    seen = []
+    calls = []
 
     def function(key, batch):
         assert jax.sharding.get_abstract_mesh().shape == mesh.shape
         assert batch.sharding.is_equivalent_to(sharding.batch_sharding(mesh), batch.ndim)
-        seen.append((key, np.asarray(batch)))
+        calls.append((key, np.asarray(batch)))
         return 10 * batch + {"a": 1, "b": 2, "number": 3}[key]
 
-    found = sharding.over_batches(function, arrays, keys, sizes, mesh)
-    assert len(found) == 30
-    for array, key, result in zip(arrays, keys, found, strict=True):
+    results = sharding.over_batches(function, arrays, keys, sizes, mesh)
+    assert len(results) == 30
+    for array, key, result in zip(arrays, keys, results, strict=True):
         assert isinstance(result, np.ndarray) and result.shape == array.shape
         np.testing.assert_array_equal(result, 10 * array + {"a": 1, "b": 2, "number": 3}[key])
-    widths = {key: {len(batch) for name, batch in seen if name == key} for key in shapes}
+    called_sizes = {key: {len(batch) for name, batch in calls if name == key} for key in shapes}
     rounded = {"a": 8, "b": 104, "number": 8} if num_devices == 8 else sizes
-    assert widths == {key: {size} for key, size in rounded.items()}  # each key compiles once
-    assert sum(key == "a" for key, _ in seen) == -(-19 // rounded["a"])
-    for key, batch in seen:  # what fills a batch up is one of its own
+    assert called_sizes == {key: {size} for key, size in rounded.items()}  # each key compiles once
+    assert sum(key == "a" for key, _ in calls) == -(-19 // rounded["a"])
+    for key, batch in calls:  # padding is copied from arrays of the same key
         assert {int(x.flat[0]) for x in batch} <= {i for i in numbers if keys[i] == key}
 
 
-def test_over_batches_may_change_shapes_and_may_have_nothing_to_do():
+def test_over_batches_accepts_other_output_shapes_and_no_arrays():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     arrays = [np.full((2, 2), i, np.int32) for i in range(3)]
     sums = sharding.over_batches(lambda _, x: x.sum((1, 2)), arrays, "kkk", {"k": 2}, mesh)

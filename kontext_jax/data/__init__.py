@@ -1,1 +1,1 @@
-"""Triples: made, stored, read, transformed, packed and served."""
+"""Data sets of triples: building, storing, reading, packing and loading."""

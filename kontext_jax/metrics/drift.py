@@ -15,9 +15,10 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Complex, Float, UInt8
+from jaxtyping import Bool, Complex, Float
 
-RGBImage = UInt8[np.ndarray, "_ _ 3"]
+from kontext_jax.types import RGBImage
+
 Mask = Bool[np.ndarray, "_ _"]
 
 MAX_FREQUENCY = 0.25

@@ -4,9 +4,9 @@ Images are 8-bit RGB of the same size; everything is computed in float64.
 """
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-RGBImage = UInt8[np.ndarray, "_ _ 3"]
+from kontext_jax.types import RGBImage
 
 WINDOW = 11
 SIGMA = 1.5

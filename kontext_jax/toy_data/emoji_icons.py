@@ -150,7 +150,7 @@ class EmojiSets:
 def _tarballs(folder: pathlib.Path) -> list[pathlib.Path]:
     fix = "fill it with `npm pack @iconify-json/noto @iconify-json/twemoji`"
     if not folder.is_dir():
-        raise FileNotFoundError(f"the emoji folder {folder} does not exist: create it and {fix}")
+        raise FileNotFoundError(f"there is no emoji folder {folder}: create it and {fix}")
     paths = sorted(path for path in folder.iterdir() if path.name.endswith((".tgz", ".tar.gz")))
     if not paths:
         raise FileNotFoundError(f"no icon tarballs (*.tgz) in {folder}: {fix}")

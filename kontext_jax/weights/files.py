@@ -114,9 +114,10 @@ def _find_files(path: Path) -> Iterator[Path]:
         yield from (path / name for name in sorted(names))
     elif len(files) == 1:
         yield files[0]
+    elif files:
+        raise FileNotFoundError(f"{path} holds {len(files)} .safetensors files and no index.")
     else:
-        found = f"{len(files)} .safetensors files and no index" if files else "no .safetensors file"
-        raise FileNotFoundError(f"{path} holds {found}.")
+        raise FileNotFoundError(f"{path} holds no .safetensors file.")
 
 
 class NewTensor(NamedTuple):

@@ -454,7 +454,7 @@ def _check_format(files: TensorFiles) -> None:
         if example is not None:
             raise WeightsError(
                 f"{files.path} has adapters in {name} layout ({example}), not in diffusers'. "
-                "Convert them with diffusers: load_lora_weights, then save_lora_adapter."
+                "diffusers converts most of them: load_lora_weights, then save_lora_adapter."
             )
     if not any(key.endswith((A, B)) for key in files.entries):
         raise WeightsError(f"{files.path} has no adapters in diffusers' layout: no *.{A}.")

@@ -1,4 +1,4 @@
-"""What is read from the text of compiled programs, against programs of known cost."""
+"""HLO cost analysis against programs of known cost."""
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +17,29 @@ def cost_of(function, *shapes, **kwargs):
     return analyse(jax.jit(function, **kwargs).lower(*arguments).compile().as_text())
 
 
-def test_a_product_of_matrices():
+def test_cost_of_a_matrix_product():
     cost = cost_of(lambda x, y: x @ y, (16, 32), (32, 8))
     assert cost.flops == 2 * 16 * 32 * 8
     assert cost.bytes == 4 * (16 * 32 + 32 * 8 + 16 * 8)
     assert not cost.collectives and not cost.opaque and not cost.unknown_loops
 
 
-def test_a_batched_product_of_matrices():
+def test_flops_of_a_batched_matrix_product():
     cost = cost_of(lambda x, y: jnp.einsum("bhqk,bhsk->bhqs", x, y), (3, 2, 8, 4), (3, 2, 16, 4))
     assert cost.flops == 2 * 3 * 2 * 8 * 16 * 4
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_a_loop_body_counts_once_per_iteration():
     def function(x, ws):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
 
     cost = cost_of(function, (8, 16), (7, 16, 16))
     assert cost.flops == 7 * 2 * 8 * 16 * 16
-    # Of the stack of weights, a round reads its own: 7 times everything would be more.
+    # An iteration reads only its slice of the stacked weights, not all of them.
     assert cost.bytes < 7 * 4 * 7 * 16 * 16
 
 
-def test_loops_in_loops_multiply():
+def test_nested_loops_multiply():
     def inner(x, w):
         return jax.lax.fori_loop(2, 7, lambda _, x: jnp.sin(x @ w), x), None
 
@@ -48,7 +48,7 @@ def test_loops_in_loops_multiply():
     assert not cost.unknown_loops
 
 
-def test_a_loop_of_unknown_length_counts_once_and_is_told():
+def test_a_loop_of_unknown_length_counts_once_and_is_reported():
     def function(x, w):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 9.0, lambda x: x @ w, x)
 
@@ -63,11 +63,11 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
         (dict(window_strides=(1,), padding=((0, 0),)), 8 * 3),
         (dict(window_strides=(2,), padding=((0, 0),)), 4 * 3),
         (dict(window_strides=(1,), padding=((1, 1),)), 10 * 3 - 2),
-        # Ten inputs and nine holes between them: 17 places of a window, which sees 1 or 2 inputs.
+        # Ten inputs and nine holes between them: 17 window positions, each covering 1 or 2 inputs.
         (dict(window_strides=(1,), padding=((0, 0),), lhs_dilation=(2,)), 26),
     ],
 )
-def test_a_convolution_does_no_work_on_padding_and_holes(config, positions):
+def test_padding_and_holes_of_a_convolution_count_as_no_work(config, positions):
     def function(x, kernel):
         return jax.lax.conv_general_dilated(
             x, kernel, dimension_numbers=("NWC", "WIO", "NWC"), **config
@@ -87,7 +87,7 @@ MESH = MeshConfig(data=2, fsdp=4)
         (P("fsdp"), P(None, "fsdp"), "all-to-all", 4 * 16 * 8 / 4 * 3 / 4),
     ],
 )
-def test_collectives_and_what_a_device_sends(start, end, kind, sent):
+def test_bytes_sent_by_collectives(start, end, kind, sent):
     mesh = make_mesh(MESH)
     cost = cost_of(
         lambda x: x,
@@ -98,7 +98,7 @@ def test_collectives_and_what_a_device_sends(start, end, kind, sent):
     assert cost.collectives == {kind: (1, sent)}
 
 
-def test_collectives_in_a_loop_count_as_often_as_it_runs():
+def test_collectives_in_a_loop_count_once_per_iteration():
     mesh = make_mesh(MESH)
 
     def function(x, ws):
@@ -177,8 +177,8 @@ ENTRY %main (p.7: bf16[64,16], p.8: bf16[8,64], p.9: f32[32]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_the_ways_of_the_tpu_compiler():
-    """No known trip counts; collectives spread over fusions; products as convolutions."""
+def test_programs_of_the_tpu_compiler():
+    """No known trip counts, collectives spread over fusions, matrix products as convolutions."""
     cost = analyse(TPU)
     assert cost.unknown_loops == 0
     assert cost.flops == 4 * 2 * 8 * 64 * 16  # i = 0, 2, 4, 6
@@ -189,11 +189,10 @@ def test_the_ways_of_the_tpu_compiler():
     assert cost.opaque == {"tpu_custom_call": 1}
 
 
-def test_what_a_kernel_does_can_be_told():
-    """By its name, from the shapes of its operands."""
-    told = analyse(TPU, {"ker": lambda shapes: 1000 * shapes[0][0]})
-    assert told.flops == analyse(TPU).flops + 1000 * 32
-    assert not told.opaque
+def test_known_kernels_count_by_name_prefix_and_operand_shapes():
+    cost = analyse(TPU, {"ker": lambda shapes: 1000 * shapes[0][0]})
+    assert cost.flops == analyse(TPU).flops + 1000 * 32
+    assert not cost.opaque
 
 
 @pytest.mark.parametrize(
@@ -208,7 +207,7 @@ def test_what_a_kernel_does_can_be_told():
         ("{}", 16),
     ],
 )
-def test_every_way_to_write_groups(groups, size):
+def test_every_notation_of_replica_groups(groups, size):
     text = f"%x = f32[8]{{0}} all-reduce(%y), replica_groups={groups}, to_apply=%sum"
     name, rest = text.split(" = ")
     assert hlo._group_size(hlo._parse(name[1:], rest), num_devices=16) == size
@@ -231,23 +230,21 @@ def test_bytes_of_shapes(shape, size):
     assert hlo._num_bytes(shape, in_main_memory=True) == in_main
 
 
-def test_text_that_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no HLO module"):
+def test_text_without_a_program_is_refused():
+    with pytest.raises(ValueError, match="not an HLO module"):
         analyse("nothing")
 
 
-def test_windows_agree_with_counting():
+def test_valid_window_positions_agree_with_counting():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        size, kernel, out, stride, padding, holes, spread = rng.integers(1, 6, 7).tolist()
+        size, kernel, out, stride, padding, lhs, rhs = rng.integers(1, 6, 7).tolist()
         inputs = np.zeros(1000, int)
-        inputs[500 : 500 + size * holes : holes] = 1
+        inputs[500 : 500 + size * lhs : lhs] = 1
         expected = sum(
-            inputs[500 + o * stride - padding + k * spread]
-            for o in range(out)
-            for k in range(kernel)
+            inputs[500 + o * stride - padding + k * rhs] for o in range(out) for k in range(kernel)
         )
         counted = hlo._valid_positions(
-            size, kernel, out, stride=stride, padding=padding, holes=holes, spread=spread
+            size, kernel, out, stride=stride, padding=padding, lhs_dilation=lhs, rhs_dilation=rhs
         )
         assert counted == expected

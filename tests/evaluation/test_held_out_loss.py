@@ -1,3 +1,5 @@
+"""Held-out losses against the formula, and resuming from their file."""
+
 import dataclasses
 import json
 
@@ -33,7 +35,7 @@ DATA = DataConfig(
     geometry=GEOMETRY,
     packing=PackingConfig(image_tokens=24, text_tokens=24, max_examples=3),
 )
-NUMBER = 11  # no multiple of the examples in a row, the rows in a batch, or the levels
+NUMBER = 11  # not a multiple of examples per row, rows per batch, or levels
 
 
 def image(width: int, seed: int) -> np.ndarray:
@@ -41,7 +43,7 @@ def image(width: int, seed: int) -> np.ndarray:
 
 
 def example(number: int) -> Example:
-    """A wide target and an edit, or a square one from text alone."""
+    """An edit with a wide target for every third number, otherwise text-to-image and square."""
     ids = np.random.default_rng(number).integers(3, 259, 6).astype(np.int32)
     wide = number % 3 == 0
     contexts = (image(16, number + 50),) if wide else ()
@@ -58,7 +60,7 @@ def networks(recipe):
 
 @pytest.fixture(scope="module")
 def computed(recipe, networks):
-    """A function to rows; settings are those of `LossConfig`, each example at one level."""
+    """A function that returns rows; keywords override `LossConfig`, with one level per example."""
 
     def run(
         examples=EXAMPLES,
@@ -96,7 +98,7 @@ def _latents(autoencoder, pixels):
 
 @jax.jit
 def _velocity(networks, ids, latents, t, positions):
-    """Of one example alone, in a row without padding."""
+    """The velocity of a single example, in a row without padding."""
     segments = jnp.ones((1, len(latents)), jnp.int32)
     text_segments = jnp.ones((1, len(ids)), jnp.int32)
     text = networks["text_encoder"](ids[None], text_segments)
@@ -118,12 +120,12 @@ def normals(key, number: int, channels: int) -> np.ndarray:
 
 
 def expected(networks, one: Example, level: int, t: float, seed: int = 0, sampled: bool = False):
-    """Equation (1) of the module, for one example by itself, in float64 but for the networks."""
+    """Equation (1) of the module for a single example, in float64 except for the networks."""
     encoded = [_latents(networks["autoencoder"], x) for x in (one.target, *one.contexts)]
     clean = np.concatenate([np.asarray(mean, np.float64) for mean, _ in encoded])
     target = num_tokens(size_of(one.target), 8)
     key = jax.random.key(seed)
-    for word in module._name(one.id):
+    for word in module._hash(one.id):
         key = jax.random.fold_in(key, word)
     if sampled:
         variance, scale = encoded[0][1], networks["autoencoder"].config.scale_factor
@@ -140,7 +142,7 @@ def expected(networks, one: Example, level: int, t: float, seed: int = 0, sample
     return np.mean((velocity - (noise - clean[:target])) ** 2)
 
 
-def test_each_loss_is_the_formula_s_for_that_example_alone(networks, rows):
+def test_losses_match_the_formula(networks, rows):
     """Example k at level k mod 8 of t = i/8, from t = 0 to 7/8."""
     assert [(r["id"], r["index"]) for r in rows] == [(e.id, i) for i, e in enumerate(EXAMPLES)]
     assert [r["level"] for r in rows] == [*range(8), 0, 1, 2]
@@ -151,8 +153,8 @@ def test_each_loss_is_the_formula_s_for_that_example_alone(networks, rows):
     np.testing.assert_allclose(values(rows), right, rtol=1e-5)
 
 
-def test_all_levels_in_the_middle_of_thirds(networks, computed):
-    """Thirds are no numbers of bfloat16: a time that was rounded on its way would show."""
+def test_losses_match_the_formula_at_all_levels_of_a_middle_grid(networks, computed):
+    """Thirds are not representable in bfloat16, so a rounded time would show."""
     rows = computed(EXAMPLES[:4], num_times=3, levels="all", grid="middle", seed=5)
     assert [(r["index"], r["level"]) for r in rows] == [(i, j) for i in range(4) for j in range(3)]
     assert [r["t"] for r in rows[:3]] == pytest.approx([1 / 6, 3 / 6, 5 / 6], abs=1e-12)
@@ -163,7 +165,7 @@ def test_all_levels_in_the_middle_of_thirds(networks, computed):
     assert abs(other / rows[0]["loss"] - 1) > 5e-5
 
 
-def test_all_levels_include_those_by_index(computed, rows):
+def test_levels_by_index_are_a_subset_of_all_levels(computed, rows):
     every = {(r["index"], r["level"]): r for r in computed(levels="all")}
     assert len(every) == 8 * NUMBER
     assert len(set(values(every.values()))) == 8 * NUMBER
@@ -172,7 +174,7 @@ def test_all_levels_include_those_by_index(computed, rows):
     assert [r["t"] for r in same] == [r["t"] for r in rows]
 
 
-def test_neither_dropout_nor_packing_nor_company_matters(computed, rows):
+def test_dropout_packing_and_other_examples_change_no_loss(computed, rows):
     dropped = dataclasses.replace(DATA, caption_dropout=1.0, context_dropout=1.0)
     assert computed(data=dropped) == rows
     one_a_row = PackingConfig(image_tokens=24, text_tokens=8, max_examples=1)
@@ -181,14 +183,14 @@ def test_neither_dropout_nor_packing_nor_company_matters(computed, rows):
     np.testing.assert_allclose(values(computed(EXAMPLES[:5])), values(rows)[:5], rtol=1e-5)
 
 
-def test_prompts_contexts_and_seeds_matter(computed, rows):
+def test_prompts_contexts_and_seeds_change_the_losses(computed, rows):
     others = [e._replace(text_ids=e.text_ids[:3], contexts=()) for e in EXAMPLES]
     changed = np.abs(values(computed(others)) / values(rows) - 1)
     assert changed.min() > 1e-5 and changed[::3].min() > 1e-3
     assert np.abs(values(computed(seed=1)) / values(rows) - 1).min() > 1e-4
 
 
-def test_devices_change_nothing(computed, rows):
+def test_the_number_of_devices_changes_no_loss(computed, rows):
     spread = computed(num_devices=8)
     np.testing.assert_allclose(values(spread), values(rows), rtol=1e-5)
     assert [r | {"loss": 0} for r in spread] == [r | {"loss": 0} for r in rows]
@@ -196,13 +198,13 @@ def test_devices_change_nothing(computed, rows):
 
 @pytest.fixture(scope="module")
 def zeros(networks):
-    """With a transformer that says 0."""
+    """Networks whose transformer returns 0."""
     transformer = jax.tree.map(jnp.zeros_like, networks["transformer"])
     return networks | {"transformer": transformer}
 
 
-def test_of_a_network_that_says_nothing_it_is_the_velocity_s_square(zeros, computed):
-    """1 + E[x^2], at every time."""
+def test_a_zero_transformer_has_the_mean_square_of_the_velocity(zeros, computed):
+    """That is 1 + E[x^2] at every time."""
     large = [
         Example(f"{i}", np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8), (), ids)
         for i, ids in enumerate([np.arange(3, 9, dtype=np.int32)] * 8)
@@ -212,23 +214,23 @@ def test_of_a_network_that_says_nothing_it_is_the_velocity_s_square(zeros, compu
         geometry=GeometryConfig(sizes=((64, 64),), pixels_per_token=8),
         packing=PackingConfig(image_tokens=64, text_tokens=8, max_examples=1),
     )
-    found = values(computed(large, data, networks=zeros))
+    losses = values(computed(large, data, networks=zeros))
     squares = [np.mean(np.asarray(_latents(zeros["autoencoder"], e.target)[0]) ** 2) for e in large]
-    np.testing.assert_allclose(found, 1 + np.array(squares), rtol=0.15)
-    assert found.mean() == pytest.approx(1 + np.mean(squares), rel=0.03)
+    np.testing.assert_allclose(losses, 1 + np.array(squares), rtol=0.15)
+    assert losses.mean() == pytest.approx(1 + np.mean(squares), rel=0.03)
 
 
-def test_examples_on_different_shards_have_noise_of_their_own(zeros, computed):
-    """The same picture under other names, at one time: only noise tells these losses apart."""
+def test_every_example_has_different_noise_on_any_shard(zeros, computed):
+    """One image under 16 ids at one time: the losses differ only by their noise."""
     twins = [EXAMPLES[1]._replace(id=f"{i}") for i in range(16)]
     data = dataclasses.replace(DATA, batch_size=8)
-    found = values(computed(twins, data, num_devices=8, networks=zeros, num_times=1))
-    assert len(set(found)) == 16
+    losses = values(computed(twins, data, num_devices=8, networks=zeros, num_times=1))
+    assert len(set(losses)) == 16
     again = computed(twins[::-1], data, num_devices=8, networks=zeros, num_times=1)
-    np.testing.assert_allclose(values(again)[::-1], found, rtol=1e-6)
+    np.testing.assert_allclose(values(again)[::-1], losses, rtol=1e-6)
 
 
-def test_latents_may_be_drawn(networks, computed, rows):
+def test_sampled_latents_match_the_formula(networks, computed, rows):
     drawn = computed(EXAMPLES[:5], sample_latents=True)
     right = [
         expected(networks, e, row["level"], row["t"], sampled=True)
@@ -238,7 +240,7 @@ def test_latents_may_be_drawn(networks, computed, rows):
     assert np.abs(values(drawn) / values(rows)[:5] - 1).min() > 1e-4
 
 
-def test_guidance_is_what_the_objective_says(recipe, computed, random_network):
+def test_guidance_comes_from_the_objective(recipe, computed, random_network):
     config = dataclasses.replace(recipe.objective.config.transformer, guidance_embed=True)
     guided = random_network(lambda: Flux(config, rngs=nnx.Rngs(0)))
     networks = networks_of(recipe.params["model"] | {"transformer": guided}, recipe.frozen)
@@ -247,7 +249,7 @@ def test_guidance_is_what_the_objective_says(recipe, computed, random_network):
     assert np.abs(low / high - 1).min() > 1e-4
 
 
-def test_the_mean_is_of_examples_and_not_of_means(rows):
+def test_means_are_over_examples_not_over_means(rows):
     kinds = {e.id: "edit" if e.contexts else "text_to_image" for e in EXAMPLES}
     summary = summarise_losses(rows, kinds)
     loss = values(rows)
@@ -271,28 +273,28 @@ def test_sums_do_not_lose_small_losses():
     assert summarise_losses(rows)["sum"] == 1e16 + 3
 
 
-def test_summaries_refuse_what_they_do_not_know(rows):
+def test_summaries_need_losses_and_all_kinds(rows):
     with pytest.raises(ValueError, match="no losses"):
         summarise_losses([])
     with pytest.raises(ValueError, match="example 1 "):
         summarise_losses(rows, {"example 0": "edit"})
 
 
-def test_a_killed_run_goes_on_from_any_byte(computed, rows, tmp_path):
-    """Its rows and its file are those of a run that was not stopped."""
-    file = tmp_path / "made" / "losses.jsonl"
+def test_a_file_truncated_at_any_byte_is_resumed(computed, rows, tmp_path):
+    """The rows and the file are the same as without the truncation."""
+    file = tmp_path / "new" / "losses.jsonl"
     assert computed(file=file) == rows
-    whole = file.read_bytes()
-    assert len(whole.splitlines()) == 1 + NUMBER
-    header = whole.index(b"\n") + 1
-    cuts = {0, 1, header - 1, header, header + 1, len(whole) - 1}
-    for cut in sorted(cuts | set(range(header, len(whole), 173))):
-        file.write_bytes(whole[:cut])
+    complete = file.read_bytes()
+    assert len(complete.splitlines()) == 1 + NUMBER
+    header = complete.index(b"\n") + 1
+    cuts = {0, 1, header - 1, header, header + 1, len(complete) - 1}
+    for cut in sorted(cuts | set(range(header, len(complete), 173))):
+        file.write_bytes(complete[:cut])
         assert computed(file=file) == rows
-        assert file.read_bytes() == whole
+        assert file.read_bytes() == complete
 
 
-def test_what_is_in_the_file_is_not_computed_again(computed, rows, tmp_path, monkeypatch):
+def test_stored_losses_are_not_computed_again(computed, rows, tmp_path, monkeypatch):
     file = tmp_path / "losses.jsonl"
     computed(file=file)
     lines = file.read_text().splitlines(keepends=True)
@@ -315,18 +317,18 @@ def test_what_is_in_the_file_is_not_computed_again(computed, rows, tmp_path, mon
     assert calls == layouts[1:]
 
 
-def test_a_file_of_something_else_is_refused(computed, zeros, tmp_path):
+def test_a_file_of_other_losses_is_refused(computed, zeros, tmp_path):
     file = tmp_path / "losses.jsonl"
     few = EXAMPLES[:2]
     computed(few, file=file)
     before = file.read_bytes()
     other = [few[0], few[1]._replace(text_ids=few[1].text_ids + np.int32(1))]
     for kw, named in [
-        ({"seed": 1}, "another seed"),
-        ({"grid": "middle", "levels": "all"}, "another grid and levels"),
-        ({"networks": zeros}, "another networks"),
-        ({"guidance": 2.0}, "another guidance"),
-        ({"examples": other}, "another examples"),
+        ({"seed": 1}, "different seed: "),
+        ({"grid": "middle", "levels": "all"}, "different grid and levels: "),
+        ({"networks": zeros}, "different networks: "),
+        ({"guidance": 2.0}, "different guidance: "),
+        ({"examples": other}, "different examples: "),
     ]:
         with pytest.raises(ValueError, match=named):
             computed(**{"examples": few, "file": file} | kw)
@@ -337,8 +339,8 @@ def test_a_file_of_something_else_is_refused(computed, zeros, tmp_path):
         assert file.read_text() == text
 
 
-def test_every_example_counts_once(computed, monkeypatch):
-    """A last batch that is missing, or there again; a layout of something else."""
+def test_batches_must_hold_every_example_once(computed, monkeypatch):
+    """A missing last batch, a repeated last batch, and batches in another order than layouts."""
 
     def changed(change):
         def packed(*args, **kwargs):
@@ -354,16 +356,16 @@ def test_every_example_counts_once(computed, monkeypatch):
     with pytest.raises(RuntimeError, match="example .* 2 times"):
         computed()
     changed(lambda batches, layouts: (batches[::-1], layouts))
-    with pytest.raises(RuntimeError, match="does not hold what its layout says"):
+    with pytest.raises(RuntimeError, match="The batch with example .* does not match its layout"):
         computed()
 
 
-def test_ids_must_differ(computed):
+def test_ids_must_be_unique(computed):
     with pytest.raises(ValueError, match="example 3 occurs 2 times"):
         computed([*EXAMPLES, EXAMPLES[3]])
 
 
-def test_ids_give_noise_of_their_own_where_31_bits_do_not():
+def test_ids_that_collide_in_31_bits_have_different_noise():
     numbers: dict[int, str] = {}
     pairs = []
     for i in range(200_000):
@@ -371,7 +373,7 @@ def test_ids_give_noise_of_their_own_where_31_bits_do_not():
         pairs += [(numbers[noise_id(name)], name)] if noise_id(name) in numbers else []
         numbers[noise_id(name)] = name
     assert pairs
-    assert all(module._name(a).tolist() != module._name(b).tolist() for a, b in pairs)
+    assert all(module._hash(a).tolist() != module._hash(b).tolist() for a, b in pairs)
 
 
 def test_mlperf_s_protocol():
@@ -379,12 +381,12 @@ def test_mlperf_s_protocol():
     counts = np.bincount([MLPERF.levels_of(i)[0] for i in range(module.MLPERF_SAMPLES)])
     assert counts.tolist() == [3712] * 8
     check_mlperf(29_696)
-    with pytest.raises(ValueError, match="29696 examples, this one 29695"):
+    with pytest.raises(ValueError, match="29696 examples, but this one has 29695: "):
         check_mlperf(29_695)
     assert [mlperf_eval_steps(size) for size in (512, 2048, 2304)] == [512, 128, 114]
 
 
 @pytest.mark.parametrize("wrong", [{"num_times": 0}, {"grid": "right"}, {"levels": "some"}])
-def test_settings_are_checked(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LossConfig(**wrong)

@@ -658,8 +658,8 @@ def all_judges(request, monkeypatch, random_network, tmp_path) -> JudgesConfig:
         is_file = Path(path).is_file()
         return {"number": np.array(float(Path(path).read_text()) if is_file else 0.0)}
 
-    def load_lpips(backbone, heads, asked, mesh):
-        assert asked == net
+    def load_lpips(backbone, heads, trunk, mesh):
+        assert trunk == net
         changed = number(backbone)["number"] + number(heads)["number"]
         return jax.tree.map(lambda x: x + changed.astype(x.dtype), lpips)
 

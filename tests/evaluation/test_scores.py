@@ -1,4 +1,4 @@
-"""Means and their intervals against a bootstrap in plain loops, and what groups do to them."""
+"""Means and intervals against a bootstrap in plain loops, and the effect of groups."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ def names(numbers) -> list[str]:
     return [f"g{number}" for number in numbers]
 
 
-def by_hand(values, groups, draws: int, seed: int) -> Estimate:
-    """Draws whole groups, takes the mean of all of their values, and counts off the tails."""
+def estimate_in_loops(values, groups, draws: int, seed: int) -> Estimate:
+    """A bootstrap in loops: draws whole groups and takes quantiles of the means of their values."""
     members = [
-        [value for value, mine in zip(values, groups, strict=True) if mine == group]
-        for group in sorted(set(groups))
+        [value for value, group in zip(values, groups, strict=True) if group == name]
+        for name in sorted(set(groups))
     ]
     rng, means = np.random.default_rng(seed), []
     for _ in range(draws):
@@ -26,19 +26,19 @@ def by_hand(values, groups, draws: int, seed: int) -> Estimate:
     return Estimate(np.mean(values), low, high, len(values))
 
 
-def test_against_a_bootstrap_in_loops():
+def test_intervals_match_a_bootstrap_in_loops():
     rng = np.random.default_rng(3)
     values, groups = rng.standard_normal(40), names(rng.integers(0, 11, 40))
-    found, wanted = estimate(values, groups, draws=300, seed=5), by_hand(values, groups, 300, 5)
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
-    assert found.low < found.mean < found.high
-    assert estimate(values, groups, draws=300, seed=6)[1:3] != found[1:3]
-    again = by_hand(values, groups, 4000, 99)  # other draws: near, not the same
-    width = again.high - again.low
-    np.testing.assert_allclose(estimate(values, groups)[1:3], again[1:3], atol=0.15 * width)
+    result = estimate(values, groups, draws=300, seed=5)
+    np.testing.assert_allclose(result, estimate_in_loops(values, groups, 300, 5), rtol=1e-12)
+    assert result.low < result.mean < result.high
+    assert estimate(values, groups, draws=300, seed=6)[1:3] != result[1:3]
+    other = estimate_in_loops(values, groups, 4000, 99)  # other draws: close, but not equal
+    width = other.high - other.low
+    np.testing.assert_allclose(estimate(values, groups)[1:3], other[1:3], atol=0.15 * width)
 
 
-def test_few_groups_and_equal_ones_have_no_interval():
+def test_few_groups_or_equal_groups_have_no_interval():
     assert estimate(np.array([3.0]), ["a"]) == (3.0, None, None, 1)
     assert estimate(np.array([1.0, 2.0]), ["a", "a"]) == (1.5, None, None, 2)
     values = np.arange(8.0)
@@ -49,24 +49,24 @@ def test_few_groups_and_equal_ones_have_no_interval():
     assert estimate(np.tile([0.0, 0.5], 9), names(np.repeat(range(9), 2))) == (0.25, None, None, 18)
 
 
-def test_copies_within_a_group_say_nothing_new():
+def test_repeating_values_within_groups_changes_no_interval():
     values = np.random.default_rng(0).standard_normal(20)
     once = estimate(values, names(range(20)))
     copies = estimate(np.repeat(values, 10), names(np.repeat(range(20), 10)))
     np.testing.assert_allclose(copies[:3], once[:3], rtol=1e-12)
     assert (once.count, copies.count) == (20, 200)
     alone = estimate(np.repeat(values, 10), names(range(200)))
-    assert copies.high - copies.low > 2.5 * (alone.high - alone.low)  # the root of 10, but for luck
+    assert copies.high - copies.low > 2.5 * (alone.high - alone.low)  # sqrt(10), up to chance
 
 
 @pytest.mark.parametrize("at_once", [1, 12, 80, 1000])
-def test_how_many_are_drawn_at_once_changes_nothing(monkeypatch, at_once):
+def test_the_limit_on_groups_drawn_at_once_changes_no_interval(monkeypatch, at_once):
     values = np.random.default_rng(1).standard_normal(23)
     groups = names(np.arange(23) // 2)  # 12 groups
-    wanted = estimate(values, groups, draws=101)
+    expected = estimate(values, groups, draws=101)
     drawn = []
     rng_of = np.random.default_rng
-    monkeypatch.setattr(scores, "DRAWN_AT_ONCE", at_once)
+    monkeypatch.setattr(scores, "MAX_DRAWN", at_once)
 
     class Counting:
         def __init__(self, seed):
@@ -77,26 +77,26 @@ def test_how_many_are_drawn_at_once_changes_nothing(monkeypatch, at_once):
             return self._rng.integers(high, size=size)
 
     monkeypatch.setattr(scores.np.random, "default_rng", Counting)
-    assert estimate(values, groups, draws=101) == wanted
+    assert estimate(values, groups, draws=101) == expected
     assert sum(size[0] for size in drawn) == 101
     assert max(size[0] for size in drawn) == min(101, max(1, at_once // 12))
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says():
-    """Of 300 samples of 40 normal numbers in pairs that share half of their variance."""
-    rng, held = np.random.default_rng(0), 0
+def test_the_interval_covers_the_true_mean_as_often_as_it_should():
+    """300 samples of 40 groups: pairs of normal values that share half of their variance."""
+    rng, covered = np.random.default_rng(0), 0
     for seed in range(300):
         values = np.repeat(rng.standard_normal(40), 2) + rng.standard_normal(80)
-        found = estimate(values + 2.0, names(np.repeat(range(40), 2)), draws=400, seed=seed)
-        held += found.low <= 2.0 <= found.high
-    assert 0.90 <= held / 300 <= 0.99
+        result = estimate(values + 2.0, names(np.repeat(range(40), 2)), draws=400, seed=seed)
+        covered += result.low <= 2.0 <= result.high
+    assert 0.90 <= covered / 300 <= 0.99
 
 
 def row(category="local", group="g", turn=1, **metrics) -> dict:
     return {"id": "x", "category": category, "group": group, "turn": turn} | metrics
 
 
-def test_a_summary_by_category_and_by_turn():
+def test_estimates_by_category_and_by_turn():
     rows = [
         row("local", "a", 1, l1=1.0, ssim=None, psnr=None),
         row("local", "a", 2, l1=2.0, ssim=0.5, psnr=None),
@@ -104,14 +104,14 @@ def test_a_summary_by_category_and_by_turn():
         row("global", "b", 10, l1=8.0, ssim=0.25, psnr=None),
         row("text", "c", 2, ssim=None),
     ]
-    found = summarise(rows)
-    assert list(found) == ["l1", "ssim"]  # in the order of METRICS; nobody has a PSNR
+    estimates = summarise(rows)
+    assert list(estimates) == ["l1", "ssim"]  # in the order of METRICS; no row has a PSNR
     assert list(METRICS).index("l1") < list(METRICS).index("ssim")
-    l1 = found["l1"]
+    l1 = estimates["l1"]
     means = {by: {name: x.mean for name, x in parts.items()} for by, parts in l1.items()}
     assert means == {
         "category": {"global": 8.0, "local": 3.0, ALL: 4.25},  # not 5.5, the mean of the two
-        "turn": {"1": 6.0, "10": 8.0},  # of b alone: a has no tenth turn
+        "turn": {"1": 6.0, "10": 8.0},  # only group b: a has no tenth turn
     }
     assert {name: x.count for name, x in l1["category"].items()} == {
         "global": 1,
@@ -120,11 +120,11 @@ def test_a_summary_by_category_and_by_turn():
     }
     assert l1["category"][ALL] == estimate(np.array([1.0, 2.0, 6.0, 8.0]), ["a", "a", "b", "b"])
     assert l1["category"]["local"] == estimate(np.array([1.0, 2.0, 6.0]), ["a", "a", "b"])
-    ssim = found["ssim"]["category"]
+    ssim = estimates["ssim"]["category"]
     assert {name: x.mean for name, x in ssim.items()} == {"global": 0.25, "local": 0.5, ALL: 0.375}
 
 
-def test_truth_values_are_shares():
+def test_booleans_are_averaged_as_0_and_1():
     rows = [
         row(group=f"{i}", edit_success=value) for i, value in enumerate([True, False, 1.0, 0.0])
     ]
@@ -132,7 +132,7 @@ def test_truth_values_are_shares():
     assert summarise([]) == summarise([row()]) == {}
 
 
-def test_metrics_show_themselves():
+def test_metrics_format_values_and_have_unique_titles():
     assert METRICS["edit_success"].show(0.5) == "50.0%"
     assert METRICS["psnr"].show(20.126) == "20.13" and METRICS["fd_dinov2"].show(7) == "7.0"
     assert {metric.better for metric in METRICS.values()} == {-1, 0, 1}
@@ -146,7 +146,7 @@ def test_metrics_show_themselves():
     assert len(set(titles)) == len(titles)
 
 
-def test_examples_shown_are_spread_over_categories():
+def test_spread_takes_categories_in_turn():
     tasks = [Task(f"{i}", (), "x", name, (8, 8)) for i, name in enumerate("aabcaab")]
     assert spread(tasks, 99) == [0, 2, 3, 1, 6, 4, 5]
     assert spread(tasks, 4) == [0, 2, 3, 1]

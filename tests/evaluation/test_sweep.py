@@ -77,7 +77,7 @@ def test_grid_names_list_only_the_settings_that_vary():
         ({"checkpoint": ""}, "cell 'x' needs a checkpoint"),
         ({"checkpoint": "", "baseline": "untrained"}, "cell 'x' needs a checkpoint"),
         ({"checkpoint": "", "baseline": "reconstruction"}, "cell 'x' needs a checkpoint"),
-        ({"sampler": SamplerConfig(strength=0.5)}, "cell 'x': sampler.strength .* the truth"),
+        ({"sampler": SamplerConfig(strength=0.5)}, "cell 'x': sampler.strength .* the target"),
     ],
 )
 def test_errors_name_the_cell_and_the_setting(settings, message):
@@ -139,7 +139,9 @@ def test_a_location_that_is_not_a_run_is_unchanged(tmp_path):
     cell = Cell(name="x", checkpoint=str(tmp_path / "pipeline"))
     assert resolve([cell]) == [cell]
     raw = Cell(name="mine", checkpoint=str(tmp_path / "pipeline"), params="params")
-    with pytest.raises(ValueError, match="cell 'mine': .*pipeline is not a run and has only one set of"):
+    with pytest.raises(
+        ValueError, match="cell 'mine': .*pipeline is not a run and has only one set of"
+    ):
         resolve([cell, raw])
 
 

@@ -157,9 +157,9 @@ def empty_outputs() -> list[np.ndarray]:
 
 
 def test_low_scores_give_no_faces():
-    found = decode(empty_outputs())
-    assert found.boxes.shape == (0, 4) and found.points.shape == (0, 5, 2)
-    assert not suppress_overlaps(found)
+    detected = decode(empty_outputs())
+    assert detected.boxes.shape == (0, 4) and detected.points.shape == (0, 5, 2)
+    assert not suppress_overlaps(detected)
 
 
 @pytest.mark.parametrize("level", range(3), ids="stride {}".format)
@@ -171,20 +171,20 @@ def test_boxes_and_points_are_relative_to_their_cell_in_strides(level, anchor):
     outputs[level][index] = 0.75
     outputs[3 + level][index] = [1, 2, 3, 4]
     outputs[6 + level][index] = np.arange(10) - 4
-    found = decode(outputs)
+    detected = decode(outputs)
     x, y = stride * column, stride * row
     box = [x - stride, y - 2 * stride, x + 3 * stride, y + 4 * stride]
-    assert found.boxes.tolist() == [box] and found.scores.tolist() == [0.75]
+    assert detected.boxes.tolist() == [box] and detected.scores.tolist() == [0.75]
     points = [[x + (i - 4) * stride, y + (i - 3) * stride] for i in range(0, 10, 2)]
-    assert found.points.tolist() == [points]
+    assert detected.points.tolist() == [points]
 
 
 def test_a_batch_axis_makes_no_difference():
     outputs = empty_outputs()
     outputs[1][100] = 0.5  # exactly the threshold counts
-    found, batched = decode(outputs), decode([output[None] for output in outputs])
-    assert len(found.scores) == 1
-    for one, other in zip(found, batched, strict=True):
+    detected, batched = decode(outputs), decode([output[None] for output in outputs])
+    assert len(detected.scores) == 1
+    for one, other in zip(detected, batched, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -205,19 +205,19 @@ def with_boxes(boxes: list, scores: list) -> Faces:
 def test_of_overlapping_faces_the_most_confident_is_kept(side, shift, kept):
     """Boxes include their last pixels."""
     last = side - 1
-    found = with_boxes([[shift, 0, shift + last, last], [0, 0, last, last]], [0.6, 0.9])
-    assert suppress_overlaps(found) == kept
+    detected = with_boxes([[shift, 0, shift + last, last], [0, 0, last, last]], [0.6, 0.9])
+    assert suppress_overlaps(detected) == kept
 
 
 def test_a_suppressed_face_suppresses_no_other():
     """The second overlaps the third, but is itself suppressed by the first, which does not."""
-    found = with_boxes([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]], [0.9, 0.8, 0.7])
-    assert suppress_overlaps(found) == [0, 2]
+    detected = with_boxes([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10]], [0.9, 0.8, 0.7])
+    assert suppress_overlaps(detected) == [0, 2]
 
 
 def test_a_small_face_inside_a_large_one_is_kept():
-    found = with_boxes([[0, 0, 100, 100], [10, 10, 30, 30]], [0.6, 0.9])
-    assert suppress_overlaps(found) == [1, 0]
+    detected = with_boxes([[0, 0, 100, 100], [10, 10, 30, 30]], [0.6, 0.9])
+    assert suppress_overlaps(detected) == [1, 0]
 
 
 def test_missing_files_are_reported_with_their_source(tmp_path):
@@ -327,11 +327,11 @@ def test_the_largest_face_is_detected_aligned_and_embedded(tmp_path, matrix, siz
     encoder = AuraFace(tmp_path)
     image = draw_face(matrix, *size)
 
-    found = encoder.detect(image)
-    assert len(found.scores) == 5  # the 16-pixel cell and its four 8-pixel cells, once each
-    large = np.flatnonzero(found.boxes[:, 2] - found.boxes[:, 0] > 10)
-    assert found.boxes[large].tolist() == [[*(CENTRE - 80) / 2, *(CENTRE + 80) / 2]]
-    np.testing.assert_allclose(found.points[large[0]], apply(matrix, TEMPLATE), atol=1e-4)
+    detected = encoder.detect(image)
+    assert len(detected.scores) == 5  # the 16-pixel cell and its four 8-pixel cells, once each
+    large = np.flatnonzero(detected.boxes[:, 2] - detected.boxes[:, 0] > 10)
+    assert detected.boxes[large].tolist() == [[*(CENTRE - 80) / 2, *(CENTRE + 80) / 2]]
+    np.testing.assert_allclose(detected.points[large[0]], apply(matrix, TEMPLATE), atol=1e-4)
 
     y, x = np.mgrid[:112, :112].astype(float)
     expected = pattern(x, y).reshape(4, 28, 4, 28, 3).mean(axis=(1, 3)).transpose(2, 0, 1)

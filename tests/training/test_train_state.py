@@ -130,7 +130,7 @@ def test_bad_batch_changes_only_the_counters(recipe, bad):
     assert np.any(state.params["leader"]["kernel"] != good.params["leader"]["kernel"])
 
 
-def test_bad_updates_are_in_a_row_even_if_the_player_is_not_due_between_them(recipe):
+def test_bad_updates_count_in_a_row_across_steps_without_an_update(recipe):
     """The good steps in which it is not due do not reset the count."""
     state, step, batch = start(recipe, optax.sgd(0.5), RareLeader)
     counts = []

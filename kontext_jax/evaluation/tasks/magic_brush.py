@@ -87,9 +87,10 @@ def _tasks(turns: list[_Turn], chained: bool) -> Iterator[Task]:
     turns = sorted(turns, key=lambda turn: turn.number)
     numbers = [turn.number for turn in turns]
     if numbers != list(range(1, len(turns) + 1)):
+        listed = ", ".join(map(str, numbers))
         raise ValueError(
-            f"Session {turns[0].session} of MagicBrush has turns {', '.join(map(str, numbers))}, which"
-            " must count from 1 without gaps: download it again."
+            f"Session {turns[0].session} of MagicBrush has turns {listed}, which must count from 1"
+            " without gaps: download it again."
         )
     for turn in turns:
         start = turns[0] if chained else turn

@@ -1,4 +1,4 @@
-"""KontextBench: each line becomes the right task, sessions are chained, bad lines are named."""
+"""KontextBench: tasks match the table, sessions chain edits, and errors name the line."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def folder(tmp_path):
     return tmp_path / "bench"
 
 
-def test_tasks_are_the_lines_of_the_table(folder):
+def test_tasks_match_the_table(folder):
     tasks = kontext_bench(folder)
     assert [task.prompt for task in tasks] == [
         prompt for prompts in KONTEXT_BENCH for _, prompt in prompts
@@ -38,7 +38,7 @@ def test_tasks_are_the_lines_of_the_table(folder):
     assert (last.truth, last.turn, last.follows, last.details) == (None, 1, "", "{}")
 
 
-def test_only_text_editing_has_words(folder):
+def test_only_text_edits_have_words(folder):
     lines = read_lines(folder)
     for line in lines:
         line["instruction"] = 'add "X"'
@@ -47,7 +47,7 @@ def test_only_text_editing_has_words(folder):
     assert {task.words for task in kontext_bench(folder)} == {"", "X"}
 
 
-def test_each_picture_is_decoded_once_and_shared(folder, monkeypatch):
+def test_each_image_is_decoded_once_and_shared(folder, monkeypatch):
     loaded = []
     monkeypatch.setattr(
         "kontext_jax.evaluation.tasks.kontext_bench.load_image",
@@ -60,13 +60,13 @@ def test_each_picture_is_decoded_once_and_shared(folder, monkeypatch):
     assert all(task.contexts[0] is arrays[task.group] for task in tasks)
 
 
-def test_the_folder_may_be_the_one_of_the_table(folder):
+def test_the_folder_can_be_that_of_the_table(folder):
     assert [task.id for task in kontext_bench(folder / "test")] == [
         task.id for task in kontext_bench(str(folder))
     ]
 
 
-def test_a_picture_is_turned_upright(folder):
+def test_images_are_rotated_according_to_exif(folder):
     sideways = Image.Exif()
     sideways[0x0112] = 6  # orientation: a quarter turn
     Image.new("RGB", (32, 16), (255, 0, 0)).save(folder / "test/images/0000.jpg", exif=sideways)
@@ -89,7 +89,7 @@ def test_sessions_chain_local_and_global_edits(folder):
     assert tasks[1].contexts[0] is tasks[0].contexts[0]
 
 
-def test_sessions_follow_the_keys_and_end_after_so_many_turns(folder):
+def test_sessions_are_sorted_by_key_and_limited_to_the_turns(folder):
     lines = read_lines(folder)
     image = lines[0]["file_name"]
     more = [
@@ -102,10 +102,10 @@ def test_sessions_follow_the_keys_and_end_after_so_many_turns(folder):
     assert prompts == ["make the ball red", "make it night", "10", "11"]
 
 
-def test_no_sessions(folder):
+def test_sessions_need_an_image_with_two_edits(folder):
     write_lines(folder / "test/metadata.jsonl", read_lines(folder)[-4:])
     assert len(kontext_bench(folder)) == 4
-    with pytest.raises(ValueError, match="No picture of .* has two local or global instructions"):
+    with pytest.raises(ValueError, match="No image of .* has two local or global instructions"):
         kontext_bench(folder, turns=2)
 
 
@@ -125,27 +125,27 @@ GOOD = {
         ({k: v for k, v in GOOD.items() if k != "key"}, 'line 2: the key "key" is missing'),
         (GOOD | {"instruction": None}, 'line 2: "instruction" must be a str, not None'),
         (GOOD | {"key": 3}, 'line 2: "key" must be a str, not 3'),
-        (GOOD | {"category": "Texts"}, 'line 2: the category "Texts" is none of Instruction Edit'),
-        (GOOD | {"file_name": "images/9.jpg"}, "line 2: there is no image .*9.jpg"),
+        (GOOD | {"category": "Texts"}, 'line 2: the category "Texts" is not one of Instruction Ed'),
+        (GOOD | {"file_name": "images/9.jpg"}, "line 2: the image .*9.jpg does not exist"),
         (GOOD | {"file_name": "images/bad.jpg"}, "line 2: the image .*bad.jpg cannot be decoded"),
-        (GOOD | {"key": "0000_00"}, 'line 2: the key "0000_00" is that of another line also'),
+        (GOOD | {"key": "0000_00"}, 'line 2: the key "0000_00" is also that of another line'),
     ],
 )
-def test_a_bad_line_is_named(folder, line, message):
-    (folder / "test/images/bad.jpg").write_bytes(b"no image")
+def test_an_error_names_the_line(folder, line, message):
+    (folder / "test/images/bad.jpg").write_bytes(b"not an image")
     write_lines(folder / "test/metadata.jsonl", [GOOD | {"key": "0000_00"}, line])
     with pytest.raises(ValueError, match=message):
         kontext_bench(folder)
 
 
-def test_what_is_not_there(folder):
+def test_a_missing_or_empty_table_is_an_error(folder):
     with pytest.raises(ValueError, match="turns must be 1 or more, not 0"):
         kontext_bench(folder, turns=0)
     (folder / "test/metadata.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="metadata.jsonl is empty"):
         kontext_bench(folder)
     shutil.rmtree(folder / "test")
-    with pytest.raises(FileNotFoundError, match="There is no KontextBench in .*bench"):
+    with pytest.raises(FileNotFoundError, match="bench does not contain KontextBench: "):
         kontext_bench(folder)
 
 
@@ -171,7 +171,7 @@ def test_what_is_not_there(folder):
         ('The cup should read "B" now', "B"),
         ('Remove "A" and write "B"', "B"),
         ('write " two\nlines "', "two\nlines"),
-        # What nobody can be sure of.
+        # No quotation is certain to be written.
         ("change the text to B", ""),
         ('remove "A"', ""),
         ('delete the sign that says "A"', ""),

@@ -1,4 +1,4 @@
-"""MagicBrush: both layouts give the same tasks, alone and in sessions; what is wrong is named."""
+"""MagicBrush: both layouts give the same tasks and sessions, and errors name their cause."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from PIL import Image
 from kontext_jax.evaluation.tasks.magic_brush import magic_brush
 from tests.evaluation.tasks.miniature import (
     MAGIC_BRUSH,
-    magic_brush_picture,
+    magic_brush_image,
     magic_brush_rows,
     write_miniature_magic_brush,
 )
@@ -31,7 +31,7 @@ def write_table(folder, rows: list[dict], name: str = "dev-00000-of-00001-ab12.p
 
 @pytest.fixture
 def tables(tmp_path):
-    """Two tables, with a session in both."""
+    """Two tables with a session that spans both."""
     folder, rows = tmp_path / "tables", magic_brush_rows()
     write_table(folder, rows[:2], "dev-00000-of-00002-ab12.parquet")
     write_table(folder, rows[2:], "dev-00001-of-00002-cd34.parquet")
@@ -39,12 +39,12 @@ def tables(tmp_path):
 
 
 def assert_shows(image, session: str, turn: int) -> None:
-    np.testing.assert_array_equal(image, np.asarray(magic_brush_picture(session, turn)))
+    np.testing.assert_array_equal(image, np.asarray(magic_brush_image(session, turn)))
 
 
 @pytest.mark.parametrize("layout", ["files", "tables"])
 @pytest.mark.parametrize("sessions", [False, True])
-def test_both_layouts(files, tables, layout, sessions):
+def test_both_layouts_give_the_same_tasks(files, tables, layout, sessions):
     folder, split = (files, "test") if layout == "files" else (tables, "dev")
     tasks = {task.id: task for task in magic_brush(folder, split, sessions)}
     assert tasks.keys() == {"139/1", "139/2", "139/3", "30/1"}
@@ -68,7 +68,7 @@ def test_both_layouts(files, tables, layout, sessions):
 
 
 @pytest.mark.parametrize("layout", ["files", "tables"])
-def test_pictures_are_shared(files, tables, layout):
+def test_images_are_shared_between_tasks(files, tables, layout):
     folder, split = (files, "test") if layout == "files" else (tables, "dev")
     tasks = {task.id: task for task in magic_brush(folder, split)}
     assert tasks["139/2"].contexts[0] is tasks["139/1"].truth
@@ -76,7 +76,7 @@ def test_pictures_are_shared(files, tables, layout):
     assert chained["139/3"].contexts[0] is chained["139/1"].contexts[0]
 
 
-def test_captions_may_be_missing(files):
+def test_captions_are_optional(files):
     (files / "global_descriptions.json").write_text('{"139": {"139-output1.png": "a cat"}}')
     tasks = magic_brush(files)
     assert [task.target_caption for task in tasks] == ["a cat", "", "", ""]
@@ -85,14 +85,14 @@ def test_captions_may_be_missing(files):
     assert {task.target_caption for task in magic_brush(files)} == {""}
 
 
-def test_where_a_split_is_found(tmp_path, files, tables):
+def test_splits_are_found_in_the_root_or_their_own_folder(tmp_path, files, tables):
     (tmp_path / "both").mkdir()
     files = files.rename(tmp_path / "both" / "test")
     tables = (tables / "data").rename(tmp_path / "both" / "data")
     assert magic_brush(tmp_path / "both", "test")[0].target_caption
     assert not magic_brush(tmp_path / "both", "dev")[0].target_caption
     assert len(magic_brush(files, "test")) == 4
-    with pytest.raises(FileNotFoundError, match="no dev split of MagicBrush in .*/both/test"):
+    with pytest.raises(FileNotFoundError, match="both/test does not contain the dev split of Mag"):
         magic_brush(files, "dev")
     with pytest.raises(ValueError, match='are dev and test, not "train"'):
         magic_brush(files, "train")
@@ -112,19 +112,25 @@ def edit_sessions(folder, change) -> None:
         (lambda s: s.update({"30": ["x"]}), 'session "30", edit 1: this is not an object'),
         (lambda s: s["139"][1].pop("output") and None, 'session "139", edit 2: .* "output" is mi'),
         (lambda s: s["139"][1].update(input=1), 'session "139", edit 2: "input" must be a str'),
-        (lambda s: s["139"].pop(1) and None, "session 139 of MagicBrush has the turns 1, 3, which"),
-        (lambda s: s["139"].pop(0) and None, "session 139 of MagicBrush has the turns 2, 3, which"),
-        (lambda s: {"30": []}, "split test of MagicBrush in .* has no edits"),
+        (
+            lambda s: s["139"].pop(1) and None,
+            "Session 139 of MagicBrush has turns 1, 3, which",
+        ),
+        (
+            lambda s: s["139"].pop(0) and None,
+            "Session 139 of MagicBrush has turns 2, 3, which",
+        ),
+        (lambda s: {"30": []}, "The test split of MagicBrush in .* has no edits"),
     ],
 )
-def test_bad_sessions_are_named(files, change, message):
+def test_an_error_names_the_session(files, change, message):
     edit_sessions(files, change)
     with pytest.raises(ValueError, match=message):
         magic_brush(files)
 
 
-def test_bad_files_are_named(files):
-    (files / "images/139/139-output2.png").write_bytes(b"no image")
+def test_an_error_names_the_file(files):
+    (files / "images/139/139-output2.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match="139-output2.png cannot be decoded"):
         magic_brush(files)
     (files / "images/139/139-output2.png").unlink()
@@ -143,15 +149,15 @@ def test_bad_files_are_named(files):
 @pytest.mark.parametrize(
     ("row", "change", "message"),
     [
-        (1, {"turn_index": 4}, "session 139 of MagicBrush has the turns 1, 2, 4, which"),
-        (1, {"turn_index": 2}, "session 139 of MagicBrush has the turns 1, 2, 2, which"),
+        (1, {"turn_index": 4}, "Session 139 of MagicBrush has turns 1, 2, 4, which must"),
+        (1, {"turn_index": 2}, "Session 139 of MagicBrush has turns 1, 2, 2, which must"),
         (0, {"instruction": None}, 'row 1: "instruction" must be a str'),
         (0, {"target_img": None}, 'row 1: "target_img" must be a dict'),
         (2, {"source_img": {"bytes": None, "path": "x.png"}}, "row 3: an image has no bytes"),
         (2, {"source_img": {"bytes": b"x", "path": None}}, "row 3: an image cannot be decoded"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, change, message):
+def test_an_error_names_the_row(tmp_path, row, change, message):
     rows = magic_brush_rows()
     rows[row] |= change
     write_table(tmp_path, rows)
@@ -159,7 +165,7 @@ def test_bad_rows_are_named(tmp_path, row, change, message):
         magic_brush(tmp_path, "dev")
 
 
-def test_pictures_in_tables_are_decoded_as_those_in_files(tmp_path):
+def test_transparent_images_in_tables_become_white(tmp_path):
     rows, buffer = magic_brush_rows(), io.BytesIO()
     Image.new("RGBA", (32, 24), (0, 0, 0, 0)).save(buffer, "PNG")
     rows[0]["source_img"]["bytes"] = buffer.getvalue()
@@ -169,14 +175,14 @@ def test_pictures_in_tables_are_decoded_as_those_in_files(tmp_path):
     assert (task.contexts[0] == 255).all()
 
 
-def test_pictures_in_tables_too_large_for_the_memory_are_named(tmp_path, monkeypatch):
+def test_an_error_names_an_image_that_is_too_large(tmp_path, monkeypatch):
     write_table(tmp_path, magic_brush_rows())
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="row 1: an image cannot be decoded: .*768 pixels"):
         magic_brush(tmp_path, "dev")
 
 
-def test_bad_tables_are_named(tmp_path, tables):
+def test_an_error_names_the_table(tmp_path, tables):
     for row in (rows := magic_brush_rows()):
         del row["img_id"], row["target_img"]
     write_table(tmp_path, rows)
@@ -184,16 +190,16 @@ def test_bad_tables_are_named(tmp_path, tables):
         magic_brush(tmp_path, "dev")
     first, second = sorted((tables / "data").iterdir())
     second.unlink()
-    with pytest.raises(FileNotFoundError, match="of 2 files, and 1 are there"):
+    with pytest.raises(FileNotFoundError, match="of 2 files, but there are 1: "):
         magic_brush(tables, "dev")
     second.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match=f"{second.name} cannot be read"):
         magic_brush(tables, "dev")
 
 
-def test_an_empty_table(tmp_path):
+def test_an_empty_table_is_an_error(tmp_path):
     (tmp_path / "data").mkdir()
     table = pa.Table.from_pylist(magic_brush_rows()).slice(0, 0)
     pq.write_table(table, tmp_path / "data" / "dev-00000-of-00001.parquet")
-    with pytest.raises(ValueError, match="split dev of MagicBrush in .* has no edits"):
+    with pytest.raises(ValueError, match="The dev split of MagicBrush in .* has no edits"):
         magic_brush(tmp_path, "dev")

@@ -1,4 +1,4 @@
-"""Sets of every kind; sessions stay whole; examples hold what a model may see, and nothing else."""
+"""Sets of every kind, complete sessions, model inputs without targets, and fingerprints."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from kontext_jax.types import Task, Triple
 from tests.evaluation.tasks.miniature import (
     KONTEXT_BENCH,
     MAGIC_BRUSH,
-    picture,
+    random_image,
     write_miniature_kontext_bench,
     write_miniature_magic_brush,
 )
@@ -32,7 +32,7 @@ from tests.evaluation.tasks.miniature import (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    """All of the public benchmarks, and a data set of triples."""
+    """Both public benchmarks, and a data set of triples."""
     folder = tmp_path_factory.mktemp("sets")
     write_miniature_kontext_bench(folder / "bench")
     (folder / "brush").mkdir()
@@ -48,14 +48,14 @@ def folder(tmp_path_factory) -> str:
 
 
 def image(seed: int, width: int = 24, height: int = 16) -> np.ndarray:
-    return np.array(picture(seed, width, height))
+    return np.array(random_image(seed, width, height))
 
 
 def ids(**settings) -> list[str]:
     return [task.id for task in load_tasks(SetConfig(name="x", **settings))]
 
 
-def test_triples(folder):
+def test_a_set_of_triples(folder):
     triples = dict(path=f"{folder}/triples")
     assert ids(**triples) == ["a", "b", "c", "d"]
     assert ids(**triples, num_examples=2) == ["a", "b"]
@@ -65,7 +65,7 @@ def test_triples(folder):
         ids(**triples, split="test")
 
 
-def test_kontext_bench(folder):
+def test_a_set_of_kontext_bench(folder):
     bench = dict(kind="kontext_bench", path=f"{folder}/bench")
     assert len(ids(**bench)) == sum(map(len, KONTEXT_BENCH))
     assert ids(**bench, num_examples=4) == ["0000_00", "0000_01", "0000_02", "0001_00"]
@@ -74,7 +74,7 @@ def test_kontext_bench(folder):
     assert ids(**bench, turns=2, num_examples=2) == sessions[:4]
 
 
-def test_magic_brush(folder):
+def test_a_set_of_magic_brush(folder):
     brush = dict(kind="magic_brush", path=f"{folder}/brush", split="dev")
     assert set(MAGIC_BRUSH) == {"139", "30"} and len(MAGIC_BRUSH["139"]) == 3
     assert ids(**brush) == ["139/1", "139/2", "139/3", "30/1"]
@@ -87,38 +87,38 @@ def test_magic_brush(folder):
     assert [task.follows for task in chained] == ["", "139/1", "139/2", ""]
 
 
-def test_the_world():
-    found = load_tasks(SetConfig(name="x", kind="world", num_examples=2, turns=3, seed=7))
-    wanted = list(world.sessions(2, turns=3, seed=7))
-    assert [(task.id, task.prompt, task.details) for task in found] == [
-        (task.id, task.prompt, task.details) for task in wanted
+def test_a_set_of_the_toy_world():
+    tasks = load_tasks(SetConfig(name="x", kind="world", num_examples=2, turns=3, seed=7))
+    expected = list(world.sessions(2, turns=3, seed=7))
+    assert [(task.id, task.prompt, task.details) for task in tasks] == [
+        (task.id, task.prompt, task.details) for task in expected
     ]
-    assert len(found) == 6
+    assert len(tasks) == 6
     probes = SetConfig(name="x", kind="world", num_examples=2, turns=2, probe="done")
     assert [task.prompt for task in load_tasks(probes)] == [
         task.prompt for task in world.probes(2, turns=2)
     ]
 
 
-def test_probes_ask_for_the_first_images_in_every_turn(folder):
-    """However long the set's own sessions are, and however few probes are asked for."""
-    for place, names in (
+def test_probes_have_the_first_contexts_in_every_turn(folder):
+    """Whatever the length of the set's sessions, with and without a limit on probes."""
+    for source, names in (
         (dict(path=f"{folder}/triples"), ["a", "c", "d"]),
         (dict(kind="kontext_bench", path=f"{folder}/bench"), [f"000{i}_00" for i in range(5)]),
         (dict(kind="magic_brush", path=f"{folder}/brush", split="dev"),
          ["139/1", "139/2", "139/3", "30/1"]),
     ):  # fmt: skip
-        probe = dict(probe="change nothing", turns=2, **place)
-        wanted = [f"{name}/same/{turn}" for name in names for turn in (1, 2)]
-        assert ids(**probe) == wanted
-        assert ids(**probe, num_examples=2) == wanted[:4]
+        probe = dict(probe="change nothing", turns=2, **source)
+        expected = [f"{name}/same/{turn}" for name in names for turn in (1, 2)]
+        assert ids(**probe) == expected
+        assert ids(**probe, num_examples=2) == expected[:4]
         for task in load_tasks(SetConfig(name="x", **probe)):
             assert task.prompt == "change nothing" and task.truth is task.contexts[0]
             assert bool(task.follows) == (task.turn == 2)
 
 
-def test_sessions_stay_whole_when_their_turns_are_mixed(folder, monkeypatch):
-    """First all first turns, then all second ones: of two sessions, both turns."""
+def test_sessions_stay_complete_when_sorted_by_turn(folder, monkeypatch):
+    """All first turns come before all second ones; two sessions still include all turns."""
     tasks = magic_brush(f"{folder}/brush", "dev", sessions=True)
     tasks = sorted(tasks, key=lambda task: (task.turn, task.group != "30"))
     assert [task.id for task in tasks] == ["30/1", "139/1", "139/2", "139/3"]
@@ -134,13 +134,13 @@ def test_sessions_stay_whole_when_their_turns_are_mixed(folder, monkeypatch):
         ({"kind": "emu"}, "kind 'emu' is not one of triples, kontext_bench, magic_brush, world"),
         ({"path": ""}, "path is empty"),
         ({"kind": "kontext_bench", "path": ""}, "path is empty"),
-        ({"turns": 0}, "turns 0 must be at least 1"),
+        ({"turns": 0}, "turns 0 must be 1 or more"),
         ({"turns": 2}, "triples have no sessions; set turns=1"),
-        ({"kind": "world"}, "the world has no end; set num_examples"),
-        ({"num_examples": -1}, "num_examples -1 must be 0, for all, or more"),
+        ({"kind": "world"}, "the toy world is infinite; set num_examples"),
+        ({"num_examples": -1}, "num_examples -1 must be 0 or more"),
     ],
 )
-def test_bad_settings_are_named(settings, message):
+def test_errors_name_the_set_and_the_setting(settings, message):
     with pytest.raises(ValueError, match=f"^set 'mine': {message}"):
         SetConfig(**{"name": "mine", "path": "x"} | settings)
 
@@ -153,7 +153,7 @@ def test_bad_settings_are_named(settings, message):
         (FileNotFoundError("bad"), FileNotFoundError),
     ],
 )
-def test_an_error_names_the_set_whatever_its_kind(monkeypatch, error, kind):
+def test_errors_from_loading_name_the_set(monkeypatch, error, kind):
     def broken(*_, **__):
         raise error
 
@@ -162,7 +162,7 @@ def test_an_error_names_the_set_whatever_its_kind(monkeypatch, error, kind):
         load_sets([SetConfig(name="mine", kind="kontext_bench", path="x")])
 
 
-def test_a_probe_of_few_reads_few(folder, monkeypatch):
+def test_a_limited_probe_reads_only_what_it_needs(folder, monkeypatch):
     read = []
     get = TripleSource.__getitem__
     monkeypatch.setattr(TripleSource, "__getitem__", lambda self, i: read.append(i) or get(self, i))
@@ -184,8 +184,8 @@ def task(name: str, *contexts: np.ndarray, **fields) -> Task:
     return Task(name, contexts, **known | fields)
 
 
-def test_examples_are_what_tasks_ask_for():
-    """Dropout is for training, and truths are for judges."""
+def test_examples_have_the_task_s_inputs_and_no_target():
+    """Dropout is only for training, and targets are only for judges."""
     square, wide = image(1, 40, 40), image(2, 30, 15)
     tasks = [
         task("a", square, wide),
@@ -217,26 +217,26 @@ def test_prompts_are_tokenised_for_both_encoders(flux_tokenizers):
     assert len(example.clip_ids) == 8
 
 
-def test_a_turn_that_follows_starts_from_the_picture_that_was_made():
+def test_a_later_turn_starts_from_the_generated_image():
     first, other = image(1, 16, 16), image(2, 16, 16)
-    made = {"a/1": image(3, 16, 16), "b/1": image(4, 48, 24)}
+    generated = {"a/1": image(3, 16, 16), "b/1": image(4, 48, 24)}
     tasks = [
         task("b/2", first, other, follows="b/1", turn=2),
         task("a/2", first, follows="a/1", turn=2),
         task("c/1", first),
     ]
-    examples = examples_of(tasks, made, DATA)
-    starts = [made["b/1"], made["a/1"], first]
+    examples = examples_of(tasks, generated, DATA)
+    starts = [generated["b/1"], generated["a/1"], first]
     for example, start in zip(examples, starts, strict=True):
         np.testing.assert_array_equal(example.contexts[0], fit(start, DATA.geometry.sizes))
     np.testing.assert_array_equal(examples[0].contexts[1], other)
     assert [len(example.contexts) for example in examples] == [2, 1, 1]
     with pytest.raises(KeyError):
-        examples_of(tasks, {"a/1": made["a/1"]}, DATA)
+        examples_of(tasks, {"a/1": generated["a/1"]}, DATA)
 
 
-def whole_task(name: str, **fields) -> Task:
-    """With every field filled."""
+def full_task(name: str, **fields) -> Task:
+    """A task with all fields set."""
     known = dict(
         contexts=(image(1, 5, 4), image(2, 5, 4)),
         prompt="make it red",
@@ -272,36 +272,36 @@ OTHER = dict(
 
 
 @pytest.mark.parametrize("field", Task._fields)
-def test_a_fingerprint_is_of_every_field(field):
+def test_a_fingerprint_depends_on_every_field(field):
     assert OTHER.keys() == set(Task._fields)
-    one = whole_task("a")
+    one = full_task("a")
     assert fingerprint_of_tasks([one]) != fingerprint_of_tasks(
         [one._replace(**{field: OTHER[field]})]
     )
 
 
-def test_a_fingerprint_is_of_every_pixel_and_shape():
-    one = whole_task("a")
-    known = {fingerprint_of_tasks([one])}
-    for place in np.ndindex(2, 4, 5, 3):
+def test_a_fingerprint_depends_on_every_pixel_and_on_shapes():
+    one = full_task("a")
+    fingerprints = {fingerprint_of_tasks([one])}
+    for index in np.ndindex(2, 4, 5, 3):
         images = np.stack(one.contexts)
-        images[place] ^= 1
-        known.add(fingerprint_of_tasks([one._replace(contexts=tuple(images))]))
-    for place in np.ndindex(4, 5, 3):
-        truth = one.truth.copy()
-        truth[place] ^= 1
-        known.add(fingerprint_of_tasks([one._replace(truth=truth)]))
-    known.add(fingerprint_of_tasks([one._replace(truth=one.truth.reshape(5, 4, 3))]))
-    assert len(known) == 1 + 120 + 60 + 1
+        images[index] ^= 1
+        fingerprints.add(fingerprint_of_tasks([one._replace(contexts=tuple(images))]))
+    for index in np.ndindex(4, 5, 3):
+        target = one.truth.copy()
+        target[index] ^= 1
+        fingerprints.add(fingerprint_of_tasks([one._replace(truth=target)]))
+    fingerprints.add(fingerprint_of_tasks([one._replace(truth=one.truth.reshape(5, 4, 3))]))
+    assert len(fingerprints) == 1 + 120 + 60 + 1
 
 
-def test_a_fingerprint_tells_what_lies_where():
-    one, first, second = whole_task("a"), *whole_task("a").contexts
+def test_a_fingerprint_depends_on_the_field_of_a_value():
+    one, first, second = full_task("a"), *full_task("a").contexts
     different = [
         [one],
         [one, one],
-        [one, whole_task("b")],
-        [whole_task("b"), one],
+        [one, full_task("b")],
+        [full_task("b"), one],
         [],
         [one._replace(contexts=(first,), truth=second)],
         [one._replace(contexts=(first, second), truth=None)],
@@ -315,14 +315,14 @@ def test_a_fingerprint_tells_what_lies_where():
     assert len({fingerprint_of_tasks(tasks) for tasks in different}) == len(different)
 
 
-def test_a_fingerprint_is_of_values_and_not_of_arrays():
-    one = whole_task("a")
-    shared = [one, whole_task("b", contexts=one.contexts, truth=one.contexts[0])]
+def test_a_fingerprint_does_not_depend_on_memory_layout():
+    one = full_task("a")
+    shared = [one, full_task("b", contexts=one.contexts, truth=one.contexts[0])]
     padded = np.zeros((6, 7, 3), np.uint8)
     padded[1:5, 1:6] = one.contexts[0]
     copied = [
         one._replace(contexts=tuple(image.copy() for image in one.contexts)),
-        whole_task(
+        full_task(
             "b",
             contexts=(padded[1:5, 1:6], np.asfortranarray(image(2, 5, 4))),
             truth=image(1, 5, 4),

@@ -1,4 +1,4 @@
-"""Tasks from triples say what the triples say; probes of identity ask for each picture once."""
+"""Tasks match their triples, and identity probes cover each distinct context once."""
 
 import numpy as np
 import pytest
@@ -8,11 +8,11 @@ from kontext_jax.data.sources import TripleSource
 from kontext_jax.evaluation.tasks.kontext_bench import kontext_bench
 from kontext_jax.evaluation.tasks.triples import identity_probe, triples
 from kontext_jax.types import Task, Triple
-from tests.evaluation.tasks.miniature import picture, write_miniature_kontext_bench
+from tests.evaluation.tasks.miniature import random_image, write_miniature_kontext_bench
 
 
 def image(seed: int, width: int = 24, height: int = 16) -> np.ndarray:
-    return np.array(picture(seed, width, height))
+    return np.array(random_image(seed, width, height))
 
 
 def task(name: str, *contexts: np.ndarray, **fields) -> Task:
@@ -32,7 +32,7 @@ def path(tmp_path_factory):
     return path
 
 
-def test_triples(path):
+def test_tasks_match_their_triples(path):
     first, second, third, fourth = triples(path, "validation")
     assert (first.id, first.prompt, first.category) == ("a", "both", "style")
     assert (first.size, first.details, first.turn, first.follows) == ((8, 16), '{"x": 1}', 1, "")
@@ -41,12 +41,12 @@ def test_triples(path):
         np.testing.assert_array_equal(context, image(seed))
     assert (second.contexts, second.category) == ((), "text_to_image")
     assert third.id == "c"
-    # tasks that share the first context or, where there is none, the target
+    # Tasks with the same first context (or, without contexts, the same target) form a group.
     assert fourth.group == first.group
     assert len({task.group for task in (first, second, third)}) == 3
 
 
-def test_the_first_triples(path):
+def test_num_limits_the_triples(path):
     assert [task.id for task in triples(path, "validation", 2)] == ["a", "b"]
     assert [task.id for task in triples(path, "validation", 9)] == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="num must be 0, for all, or .* not -1"):
@@ -55,7 +55,7 @@ def test_the_first_triples(path):
         triples(path, "test")
 
 
-def test_triples_are_read_when_they_are_asked_for(path, monkeypatch):
+def test_triples_are_read_lazily(path, monkeypatch):
     read = []
     get = TripleSource.__getitem__
     monkeypatch.setattr(TripleSource, "__getitem__", lambda self, i: read.append(i) or get(self, i))
@@ -65,7 +65,7 @@ def test_triples_are_read_when_they_are_asked_for(path, monkeypatch):
     assert [probe.id for probe in probes] == ["a/same/1", "c/same/1"] and read == [0, 0, 1, 2]
 
 
-def test_probes_ask_for_each_first_context_once(tmp_path):
+def test_probes_have_each_first_context_once(tmp_path):
     write_miniature_kontext_bench(tmp_path)
     tasks = kontext_bench(tmp_path)
     probes = identity_probe(tasks, "change nothing")
@@ -81,7 +81,7 @@ def test_probes_ask_for_each_first_context_once(tmp_path):
 def test_probes_compare_pixels_and_shapes():
     flat = np.zeros((4, 6, 3), np.uint8)
     tasks = [
-        task("drawn from words"),
+        task("text to image"),
         task("a", image(0), image(1), source_caption="a cat", target_caption="a red cat"),
         task("a again", image(0)),
         task("b", image(1)),
@@ -95,8 +95,8 @@ def test_probes_compare_pixels_and_shapes():
     assert [probe.size for probe in probes[-2:]] == [(6, 4), (4, 6)]
 
 
-def test_probes_of_pictures_that_are_read_one_by_one():
-    """A picture is known by its pixels, and not by the place in memory that another one left."""
+def test_probes_of_images_that_are_read_one_by_one():
+    """Images are compared by pixels: an image freed from memory may pass its id to the next."""
     seeds = [seed for number in range(20) for seed in (0, 0, 0, number)]
     probes = identity_probe((task(f"{i}", image(seed)) for i, seed in enumerate(seeds)), "same")
     assert len(probes) == 20
@@ -114,8 +114,8 @@ def test_probes_are_chained_over_turns():
     assert probes[2].truth is probes[2].contexts[0] is probes[0].contexts[0]
 
 
-def test_no_probes():
+def test_probes_need_a_context_and_a_turn():
     with pytest.raises(ValueError, match="needs tasks with a context"):
-        identity_probe([task("drawn from words")], "same")
+        identity_probe([task("text to image")], "same")
     with pytest.raises(ValueError, match="turns must be 1 or more, not 0"):
         identity_probe([task("a", image(0))], "same", turns=0)
