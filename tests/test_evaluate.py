@@ -578,10 +578,10 @@ def test_only_mlperf_s_exact_protocol_needs_its_number_of_examples(runs, tmp_pat
     checked = []
     monkeypatch.setattr(evaluate_module, "check_mlperf", checked.append)
     loss_sets = load_sets(config.loss_sets)
-    evaluate_module._check([], [], loss_sets, config, tmp_path)
+    evaluate_module._check_sweep([], [], loss_sets, config, tmp_path)
     assert checked == [6]
     config.loss.num_times = 4
-    evaluate_module._check([], [], loss_sets, config, tmp_path)
+    evaluate_module._check_sweep([], [], loss_sets, config, tmp_path)
     assert checked == [6]
 
 
