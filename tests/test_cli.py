@@ -103,7 +103,7 @@ def test_full_path_from_data_to_report(tmp_path):
     table = output_of(
         "evaluate", f"--config={config}", f"--workdir={out}", "--seconds=data=1,flow=2"
     )
-    assert "edits: 12 tasks" in table and "edit carried out" in table
+    assert "edits: 12 tasks" in table and "edit success" in table
     summary = json.loads((out / "summary.json").read_text())
     results = {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
     assert list(results) == ["model", "exported", "copy", "new"]

@@ -48,7 +48,7 @@ def _plain(digits: int) -> Callable[[float], str]:
 
 
 METRICS = {
-    "edit_success": Metric("edit carried out", _percent, +1),
+    "edit_success": Metric("edit success", _percent, +1),
     "preservation": Metric("rest preserved", _percent, +1),
     "l1": Metric("L1 to the target", _plain(4), -1),
     "l2": Metric("L2 to the target", _plain(4), -1),
