@@ -3,12 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
-from kontext_jax.files import check_local
+from kontext_jax.files import check_local, locked
 
 
 class UserError(Exception):
@@ -72,6 +73,13 @@ def join_processes() -> None:
     # JAX would catch SIGTERM itself: `training.preemption` does, and other commands just end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize()
+
+
+def lock(workdir: Path) -> AbstractContextManager[None]:
+    """Holds the lock of a job's workdir, on its first process; see `files.locked`."""
+    import jax
+
+    return locked(workdir) if jax.process_index() == 0 else nullcontext()
 
 
 def say(line: str) -> None:

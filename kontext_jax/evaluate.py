@@ -477,8 +477,9 @@ def main() -> None:
     cli.check_config(options.config, EvalConfig)
     if options.distributed:
         cli.join_processes()
-    workdir = Path(options.workdir)
-    summary = evaluate(validated(options.config), workdir, parse_seconds(options.seconds))
+    config, workdir = validated(options.config), Path(options.workdir)
+    with cli.lock(workdir):
+        summary = evaluate(config, workdir, parse_seconds(options.seconds))
     if jax.process_index() == 0:
         print(table(summary))
         print(f"wrote {workdir / 'report.html'}")

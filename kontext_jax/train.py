@@ -5,7 +5,7 @@ resumes a stopped run exactly at its latest checkpoint.
 """
 
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -18,7 +18,6 @@ from kontext_jax.data.pipeline import Loader
 from kontext_jax.evaluation.latent_statistics import make_latent_statistics
 from kontext_jax.evaluation.sheets import make_sheet_maker
 from kontext_jax.evaluation.validation import make_validation
-from kontext_jax.files import locked
 from kontext_jax.loading.locations import identity_of, usage_of
 from kontext_jax.loading.models import load_frozen, load_initial
 from kontext_jax.settings import from_dict, to_dict, validated
@@ -205,7 +204,7 @@ def main() -> None:
     if DISTRIBUTED.value:
         cli.join_processes()
     config, workdir = validated(CONFIG.value), Path(WORKDIR.value)
-    with locked(workdir) if jax.process_index() == 0 else nullcontext():
+    with cli.lock(workdir):
         train(config, workdir)
 
 
