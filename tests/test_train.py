@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -142,7 +143,7 @@ def test_latents_are_scaled_by_the_statistics_of_their_own_parameters(
     network = load(reader, reader.config, make_mesh(MeshConfig()), dtype=None)
     source = TripleSource(world_folder, "train")
     images = np.stack([source[i].target for i in range(len(source))])
-    latents = np.asarray(network.moments(to_pixels(images))[0], np.float64)
+    latents = np.asarray(network.moments(to_pixels(jnp.asarray(images)))[0], np.float64)
     if params == "params":
         last = read_log(autoencoder)[-1]
         mean = last["autoencoder/latent_mean"]
@@ -343,6 +344,7 @@ def test_waiting_for_the_device_before_a_pause_is_training_time(
 PROCESS = """
 import json, os, sys
 import jax
+import jax.numpy as jnp
 jax.distributed.initialize(os.environ["ADDRESS"], 2, int(os.environ["PROCESS"]))
 from pathlib import Path
 from kontext_jax import train
