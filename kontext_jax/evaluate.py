@@ -51,7 +51,7 @@ from kontext_jax.evaluation.judges import JudgePanel, JudgesConfig, Outputs, mak
 from kontext_jax.evaluation.scores import ALL, METRICS, summarise
 from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
 from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets, triples_of
-from kontext_jax.files import short_digest, write_text
+from kontext_jax.files import check_folder, short_digest, write_text
 from kontext_jax.geometry import resize
 from kontext_jax.loading.locations import split_step
 from kontext_jax.loading.models import Model
@@ -137,7 +137,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         sweep was started.
     """
     start = time.monotonic()
-    _check_workdir(workdir)
+    check_folder(workdir)
     mesh = make_mesh(config.mesh)
     # All checks that can fail come first; loading and sampling take long.
     cells = resolve(config.cells)
@@ -244,12 +244,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _check_workdir(workdir: Path) -> None:
-    nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"{nearest} is a file, but --workdir must be a folder: choose another.")
 
 
 def _check_guidance(cells: Sequence[Cell]) -> None:

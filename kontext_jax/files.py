@@ -27,6 +27,17 @@ def check_local(name: str, path: str) -> None:
         )
 
 
+def check_folder(workdir: Path) -> None:
+    """Refuses a workdir that is a file, or that would lie in one.
+
+    Raises:
+      ValueError: it is; the message names the file.
+    """
+    nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{nearest} is a file, but --workdir must be a folder: choose another.")
+
+
 @contextmanager
 def atomic_path(path: Path, shared: bool = True) -> Iterator[Path]:
     """A sibling of ``path`` to write a file or a folder to, renamed to ``path`` on success.
@@ -70,7 +81,9 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
       BlockingIOError: another process holds it; the message names its host, process and start.
+      ValueError: it is no folder.
     """
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder / ".lock") as file:
         start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -43,6 +43,15 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_gone(holder, tmp
     assert [path.name for path in run.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_the_lock_of_a_file_is_refused_by_name(tmp_path, inside):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="notes is a file, but --workdir must be a folder"):
+        with locked(tmp_path / "notes" / inside):
+            pass
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 def test_a_lock_leaves_no_empty_folder(tmp_path):
     with pytest.raises(ValueError):
         with locked(tmp_path / "run"):

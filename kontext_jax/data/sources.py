@@ -81,6 +81,10 @@ class TripleSource(Sequence):  # with Sequence[Triple], runtime type checkers wo
         """
         return self._read(index, lambda record: record)
 
+    def spread(self, count: int) -> list[int]:
+        """The numbers of ``count`` records, or of all if there are fewer, evenly spread."""
+        return np.linspace(0, len(self) - 1, min(count, len(self))).astype(int).tolist()
+
     @cached_once
     def index(self) -> Index:
         """Ids, sizes and more of all records; scans all records if the index file is missing.

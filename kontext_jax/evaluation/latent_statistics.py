@@ -3,7 +3,7 @@
 FLUX.1's own scale and shift (0.3611, 0.1159) are these statistics of its autoencoder.
 """
 
-from collections import Counter
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -18,10 +18,9 @@ from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels
-from kontext_jax.sharding import over_batches
+from kontext_jax.sampling.generator import over_images
 
 NUM_IMAGES = 256
-BATCH_SIZE = 16
 
 
 def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder], dict[str, float]]:
@@ -32,20 +31,15 @@ def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder]
     same weight. Unreadable records are left out.
     """
     source = TripleSource(config.data.path, config.data.split)
-    count = min(NUM_IMAGES, len(source))
     triples = []
-    for i in np.linspace(0, len(source) - 1, count).astype(int):
+    for i in source.spread(NUM_IMAGES):
         with suppress(CorruptRecordError):
             triples.append(source[i])
     images = [example.target for example in prepare_all(triples, config.data)]
-    sizes = [size_of(image) for image in images]
-    batch_sizes = {size: min(BATCH_SIZE, number) for size, number in Counter(sizes).items()}
+    areas = [math.prod(size_of(image)) for image in images]
 
     def statistics(autoencoder: Autoencoder) -> dict[str, float]:
-        moments = over_batches(
-            lambda _, batch: _moments(autoencoder, batch), images, sizes, batch_sizes, mesh
-        )
-        areas = [width * height for width, height in sizes]
+        moments = over_images(lambda batch: _moments(autoencoder, batch), images, mesh)
         mean, square = np.average(np.asarray(moments, np.float64), axis=0, weights=areas)
         return {"mean": float(mean), "square": float(square)}
 

@@ -100,8 +100,7 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], RGBIm
     The examples are spread evenly over ``config.sheets.split`` and stay the same during a run.
     """
     source = TripleSource(config.data.path, config.sheets.split)
-    number = min(config.sheets.num_examples, len(source))
-    triples = [source[i] for i in np.linspace(0, len(source) - 1, number).astype(int)]
+    triples = [source[i] for i in source.spread(config.sheets.num_examples)]
     examples = prepare_all(triples, config.data)
     if config.objective.kind == "autoencoder":
         return lambda networks, _: _draw_reconstructions(networks["autoencoder"], examples, mesh)

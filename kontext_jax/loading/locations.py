@@ -381,11 +381,13 @@ def _with_latent_scale(
     `evaluation.latent_statistics`. That of the raw parameters, and of checkpoints from before this
     was measured, comes from the training log.
     """
-    logged = {
-        name: meta["metrics"].get(f"autoencoder/latent_{name}") for name in ("mean", "square")
-    }
-    measured = meta.get("latents", logged) if params == "ema" else logged
-    mean, square = (math.nan if value is None else value for value in measured.values())
+    if params == "ema" and "latents" in meta:
+        mean, square = meta["latents"]["mean"], meta["latents"]["square"]
+    else:
+        mean, square = (
+            meta["metrics"].get(f"autoencoder/latent_{name}", math.nan)
+            for name in ("mean", "square")
+        )
     variance = square - mean**2
     if not variance > 0:
         raise ValueError(

@@ -270,8 +270,13 @@ def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> A
 
 def reconstruct(autoencoder: Autoencoder, images: Sequence[RGBImage], mesh: Mesh) -> list[RGBImage]:
     """Returns each image encoded and decoded, with the mean of its latents."""
+    return over_images(lambda batch: _reconstruct(autoencoder, batch), images, mesh)
+
+
+def over_images(
+    function: Callable[[UInt8[Array, "B h w 3"]], Array], images: Sequence[RGBImage], mesh: Mesh
+) -> list[np.ndarray]:
+    """Maps a compiled function over images, in batches of one size that fit the autoencoder."""
     sizes = [size_of(image) for image in images]
     batch_sizes = {size: min(number, _max_images(size)) for size, number in Counter(sizes).items()}
-    return over_batches(
-        lambda _, batch: _reconstruct(autoencoder, batch), images, sizes, batch_sizes, mesh
-    )
+    return over_batches(lambda _, batch: function(batch), images, sizes, batch_sizes, mesh)
