@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
 
 

@@ -244,7 +244,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
 
 

@@ -377,12 +377,12 @@ def test_both_processes_save_the_same_step_if_one_is_preempted(world_folder, tmp
         for i in range(2)
     ]
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 1200
         while not (tmp_path / "metrics.jsonl").exists() or len(read_log(tmp_path)) < 3:
             assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
             time.sleep(0.2)
         processes[1].send_signal(signal.SIGTERM)
-        messages = [process.communicate(timeout=100)[1] for process in processes]
+        messages = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
