@@ -168,19 +168,21 @@ def pipeline_folder(random_network, flux_tokenizers, tmp_path_factory) -> Path:
 class Recipe(NamedTuple):
     """An objective and its networks; ``rows(counts)`` packs ``counts[i]`` examples into row i.
 
-    All sizes are multiples of eight, so that eight devices can shard every array.
+    Images have 16 x 16 pixels and four tokens; with ``side=8``, for a smaller autoencoder, 8 x 8
+    pixels and still four tokens. All sizes are multiples of eight, so that eight devices can shard
+    every array.
     """
 
     objective: Any
     params: dict
     frozen: dict
-    rows: Callable[[Sequence[int]], Any]
+    rows: Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
 def recipe(random_network) -> Recipe:
     """Flow matching with tiny networks, on 16-pixel edits."""
-    from kontext_jax.data.packing import PackingConfig
+    from kontext_jax.data.packing import PackingConfig, size_key
     from kontext_jax.data.pipeline import DataConfig, assemble
     from kontext_jax.geometry import GeometryConfig
     from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -209,23 +211,25 @@ def recipe(random_network) -> Recipe:
     frozen_config = AutoencoderConfig.tiny(channels=8)
     params = random_network(lambda: objective.init(jax.random.key(0)))
     autoencoder = random_network(lambda: Autoencoder(frozen_config, rngs=nnx.Rngs(0)))
-    data = DataConfig(
-        geometry=GeometryConfig(sizes=((16, 16),), pixels_per_token=8),
-        packing=PackingConfig(image_tokens=24, text_tokens=24, max_examples=3),
-    )
 
-    def rows(counts: Sequence[int], seed: int = 0):
+    def rows(counts: Sequence[int], seed: int = 0, side: int = 16):
         rng = np.random.default_rng(seed)
+        data = DataConfig(
+            geometry=GeometryConfig(sizes=((side, side),), pixels_per_token=side // 2),
+            packing=PackingConfig(image_tokens=24, text_tokens=24, max_examples=3),
+        )
 
         def example(index: int) -> Example:
-            images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+            images = rng.integers(0, 256, (2, side, side, 3), np.uint8)
             ids = rng.integers(3, 259, 8).astype(np.int32)
             return Example(f"{index}", images[0], tuple(images[1 : 1 + index % 2]), ids)
 
         assembled, first = [], 0
         for count in counts:
             ids = list(range(first, first + count))
-            assembled.append(assemble([example(i) for i in ids], ids, {"16x16": 6}, data))
+            assembled.append(
+                assemble([example(i) for i in ids], ids, {size_key((side, side)): 6}, data)
+            )
             first += count
         return jax.tree.map(lambda *leaves: np.stack(leaves), *assembled)
 

@@ -1,6 +1,7 @@
 """ADD's terms against their formulas, and the pixels that it compares."""
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
 from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.discriminator import HeadsConfig, grid_neighbours
-from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
+from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig, Stage
+from kontext_jax.objectives import Sums
 from kontext_jax.objectives.add import Add, AddConfig, decode, targets_by_size
 from kontext_jax.objectives.adversarial import logits_only
 from kontext_jax.objectives.student import StudentTimes
@@ -26,18 +28,52 @@ from kontext_jax.types import Example
 KEY, STEP = jax.random.key(3), jnp.array(0)
 ALWAYS_NOISE = StudentTimes(values=(1.0,), warmup=(1.0,), probabilities=(1.0,), warmup_steps=0)
 
+# An autoencoder with four pixels per token, and feature networks with one block per map, because
+# these tests spend their time in the compiler.
+AUTOENCODER = AutoencoderConfig.tiny(channels=8, channel_multipliers=(1, 2))
+FEATURES = {
+    "dino": (Dino, DinoConfig.tiny(input_size=28, num_layers=2, taps=(0, 1))),
+    "efficientnet": (
+        EfficientNet,
+        EfficientNetConfig.tiny(stages=(Stage(3, 1, 1, 8, 1), Stage(5, 2, 2, 8, 1)), taps=(0, 1)),
+    ),
+}
+
+
+class AddRecipe(NamedTuple):
+    """An objective, its networks, and a batch with 1, 2 and 0 examples in its rows."""
+
+    objective: Add
+    params: dict
+    frozen: dict
+    batch: Any
+
+
+class Losses(NamedTuple):
+    """The prepared batch, and (loss, sums) of both players."""
+
+    inputs: dict
+    student: tuple[jax.Array, Sums]
+    discriminator: tuple[jax.Array, Sums]
+
 
 @pytest.fixture(scope="module")
-def make_add(recipe, ladd, random_network):
-    """A function from ADD settings to (objective, networks, frozen networks, batch)."""
-    config = recipe.objective.config
-    kinds = {
-        "dino": (Dino, DinoConfig.tiny(input_size=28)),
-        "efficientnet": (EfficientNet, EfficientNetConfig.tiny()),
+def frozen(ladd, random_network) -> dict:
+    """The frozen networks, and the feature networks of both kinds."""
+    networks = FEATURES | {"autoencoder": (Autoencoder, AUTOENCODER)}
+    return ladd.frozen | {
+        name: random_network(lambda n=network, c=config: n(c, rngs=nnx.Rngs(0)))
+        for name, (network, config) in networks.items()
     }
 
-    def make(features="efficientnet", **settings):
-        network, network_config = kinds[features]
+
+@pytest.fixture(scope="module")
+def make_add(recipe, frozen, random_network):
+    """A function from ADD settings to a recipe."""
+    config = recipe.objective.config
+    batch = jax.tree.map(jnp.asarray, recipe.rows([1, 2, 0], side=8))
+
+    def make(features="efficientnet", **settings) -> AddRecipe:
         objective = Add(
             AddConfig(
                 transformer=config.transformer,
@@ -46,30 +82,45 @@ def make_add(recipe, ladd, random_network):
                 features=features,
                 heads=HeadsConfig(width=8, dtype="float32"),
                 student_times=ALWAYS_NOISE,
-                **{features: network_config} | settings,
+                **{features: FEATURES[features][1]} | settings,
             )
         )
         params = random_network(lambda: objective.init(jax.random.key(0)), seed=1)
-        feature_network = random_network(lambda: network(network_config, rngs=nnx.Rngs(0)))
-        frozen = ladd.frozen | {features: feature_network}
-        return objective, params, frozen, jax.tree.map(jnp.asarray, ladd.batch)
+        return AddRecipe(objective, params, frozen, batch)
 
     return make
 
 
-def run(add, player="student"):
-    objective, params, frozen, batch = add
+@partial(jax.jit, static_argnums=0)
+def losses(objective, params, frozen, batch) -> Losses:
+    """The losses of both players; the discriminator sees the features of the student's images."""
+    inputs = objective.prepare(frozen, batch)
+    student = objective.loss("student", params, frozen, inputs, KEY, STEP)
+    inputs = inputs | student[1].forwarded
+    discriminator = objective.loss("discriminator", params, frozen, inputs, KEY, STEP)
+    return Losses(inputs, student, discriminator)
 
-    @jax.jit
-    def losses(params, frozen, batch):
-        inputs = objective.prepare(frozen, batch)
-        loss, sums = objective.loss("student", params, frozen, inputs, KEY, STEP)
-        if player == "discriminator":
-            inputs = inputs | sums.forwarded
-            loss, sums = objective.loss(player, params, frozen, inputs, KEY, STEP)
-        return loss, sums, inputs
 
-    return losses(params, frozen, batch)
+@pytest.fixture(scope="module")
+def add(make_add) -> AddRecipe:
+    """The default settings, with EfficientNet."""
+    return make_add()
+
+
+@pytest.fixture(scope="module")
+def add_losses(add) -> Losses:
+    return losses(*add)
+
+
+@pytest.fixture(scope="module")
+def dino_add(make_add) -> AddRecipe:
+    """With DINOv2, and a weight of R1 that makes it a part of the loss worth comparing."""
+    return make_add("dino", r1_weight=0.1)
+
+
+@pytest.fixture(scope="module")
+def dino_losses(dino_add) -> Losses:
+    return losses(*dino_add)
 
 
 def test_defaults_match_the_paper():
@@ -79,18 +130,17 @@ def test_defaults_match_the_paper():
     assert config.features == "dino" and config.dino == DinoConfig.vits14()
 
 
-@pytest.mark.parametrize("features", ["dino", "efficientnet"])
-def test_student_loss_is_the_sum_of_its_terms(make_add, features):
-    loss, sums, _ = run(make_add(features))
+@pytest.mark.parametrize("computed", ["dino_losses", "add_losses"])
+def test_student_loss_is_the_sum_of_its_terms(computed, request):
+    loss, sums = request.getfixturevalue(computed).student
     terms = sums.metrics
     np.testing.assert_allclose(loss, terms["adversarial"] + 2.5 * terms["distillation"], rtol=1e-5)
     assert sums.weight == 3 and terms["distillation"] > 0
 
 
-def test_distillation_compares_decoded_pixels_weighted_by_the_level(make_add):
-    add = make_add()
-    objective, params, frozen, batch = add
-    _, sums, inputs = run(add)
+def test_distillation_compares_decoded_pixels_weighted_by_the_level(add, add_losses):
+    objective, params, frozen, _ = add
+    inputs, (_, sums) = add_losses.inputs, add_losses.student
     tokens, teacher = inputs["tokens"], frozen["teacher"]
     keys = flow.split_keys(flow.example_keys(KEY, tokens.example_ids), 3)
     student = params["student"]["transformer"]
@@ -118,10 +168,10 @@ def test_distillation_compares_decoded_pixels_weighted_by_the_level(make_add):
     np.testing.assert_allclose(sums.metrics["distillation"], expected, rtol=1e-3)
 
 
-def test_no_gradient_reaches_the_teacher_or_its_input(make_add):
+def test_no_gradient_reaches_the_teacher_or_its_input(add, add_losses):
     """Then the gradient of an image is 2 c(s) (x' - x'_teacher) / numel, as in test_ladd.py."""
-    objective, params, frozen, batch = make_add()
-    inputs = jax.jit(objective.prepare)(frozen, batch)
+    objective, _, frozen, _ = add
+    inputs = add_losses.inputs
     keys = flow.split_keys(flow.example_keys(KEY, inputs["tokens"].example_ids), 2)
     generated = jnp.cos(inputs["tokens"].latents)
     images = jax.jit(objective._decode)(frozen, inputs, generated)
@@ -137,31 +187,35 @@ def test_no_gradient_reaches_the_teacher_or_its_input(make_add):
     assert not any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
-def test_zero_logits_give_a_discriminator_loss_of_two_per_map(make_add):
-    objective, params, frozen, batch = make_add()
-    zero_heads = jax.tree.map(jnp.zeros_like, params["discriminator"])
-    params = params | {"discriminator": zero_heads}
-    loss, sums, _ = run((objective, params, frozen, batch), "discriminator")
-    np.testing.assert_allclose([loss, sums.weight], [3 * 3 * 2, 3], rtol=1e-6)  # three maps
+def test_zero_logits_give_a_discriminator_loss_of_two_per_map(add, add_losses):
+    """`add_losses` has compiled the losses."""
+    zero_heads = jax.tree.map(jnp.zeros_like, add.params["discriminator"])
+    params = add.params | {"discriminator": zero_heads}
+    loss, sums = losses(*add._replace(params=params)).discriminator
+    np.testing.assert_allclose([loss, sums.weight], [3 * 2 * 2, 3], rtol=1e-6)  # two maps
 
 
-def test_heads_can_see_reconstructions_of_the_real_images(make_add):
+def test_heads_can_see_reconstructions_of_the_real_images(make_add, add_losses):
     """Then a student that generates the exact latents cannot be told from the real images."""
     objective, _, frozen, batch = make_add(reconstruct_real=True)
-    inputs = jax.jit(objective.prepare)(frozen, batch)
-    images = jax.jit(objective._decode)(frozen, inputs, inputs["tokens"].latents)
-    features = jax.jit(objective._features)(frozen, images)
+
+    @jax.jit
+    def features_and_real(frozen, batch):
+        inputs = objective.prepare(frozen, batch)
+        images = objective._decode(frozen, inputs, inputs["tokens"].latents)
+        return objective._features(frozen, images), inputs["real"]
+
+    features, real = features_and_real(frozen, batch)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(close, features, inputs["real"])
-    pixels = jax.jit(make_add()[0].prepare)(frozen, batch)["real"]
+    jax.tree.map(close, features, real)
+    pixels = add_losses.inputs["real"]
     assert not np.allclose(pixels.pooled, features.pooled, atol=1e-2)
 
 
-def test_discriminator_loss_matches_its_formula(make_add):
+def test_discriminator_loss_matches_its_formula(make_add, dino_add, dino_losses):
     """R1 is the squared gradient by the heads' input features, times its weight."""
-    add = make_add("dino", r1_weight=0.1)
-    loss, sums, inputs = run(add, "discriminator")
-    _, params, frozen, _ = add
+    inputs, (loss, sums) = dino_losses.inputs, dino_losses.discriminator
+    _, params, frozen, _ = dino_add
 
     def logits(maps):
         heads = params["discriminator"](maps, inputs["condition"], logits_only)
@@ -181,17 +235,17 @@ def test_discriminator_loss_matches_its_formula(make_add):
     r1 = total([np.sum(np.square(x), axis=-1) for x in real_gradients])
     np.testing.assert_allclose(sums.metrics["r1"], r1, rtol=1e-4)
     np.testing.assert_allclose(loss, hinge + 0.1 * r1, rtol=1e-4)
-    without = make_add("dino", r1_weight=0.0)[0]
-    loss, sums = without.loss("discriminator", params, frozen, inputs, KEY, STEP)
+    without = jax.jit(make_add("dino", r1_weight=0.0).objective.loss, static_argnums=0)
+    loss, sums = without("discriminator", params, frozen, inputs, KEY, STEP)
     np.testing.assert_allclose(loss, hinge, rtol=1e-4)
     assert "r1" not in sums.metrics
 
 
 @pytest.mark.slow
-def test_microbatches_give_the_same_step(make_add, recipe, assert_same_in_microbatches):
+def test_microbatches_give_the_same_step(add, recipe, assert_same_in_microbatches):
     """Each microbatch gets the features that the student forwarded for its rows."""
-    objective, params, frozen, _ = make_add()
-    assert_same_in_microbatches(objective, params, frozen, recipe.rows([1, 2, 0, 3]))
+    batch = recipe.rows([1, 2, 0, 3], side=8)
+    assert_same_in_microbatches(add.objective, add.params, add.frozen, batch)
 
 
 def test_grid_neighbours():
@@ -236,8 +290,8 @@ def test_targets_of_all_sizes_are_found_in_packed_rows(random_network):
             np.testing.assert_allclose(images[0, i], encoded[0], atol=1e-4)
 
 
-def test_latents_and_unknown_features_are_refused(make_add):
-    objective, _, frozen, batch = make_add()
+def test_latents_and_unknown_features_are_refused(add):
+    objective, _, frozen, batch = add
     batch = batch.replace(latents=jnp.zeros((*batch.segments.shape, 24)))
     with pytest.raises(ValueError, match="ADD needs pixels: leave data.latents.path empty"):
         objective.prepare(frozen, batch)
