@@ -15,11 +15,11 @@ from kontext_jax.data.pipeline import DataConfig, assemble
 from kontext_jax.encoders import encode_images
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
-from kontext_jax.models.dino import Dino, DinoConfig
+from kontext_jax.models.dino import DinoConfig
 from kontext_jax.models.discriminator import HeadsConfig, grid_neighbours
-from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig, Stage
+from kontext_jax.models.efficientnet import EfficientNetConfig, Stage
 from kontext_jax.objectives import Sums
-from kontext_jax.objectives.add import Add, AddConfig, decode, targets_by_size
+from kontext_jax.objectives.add import FEATURES, Add, AddConfig, decode, targets_by_size
 from kontext_jax.objectives.adversarial import logits_only
 from kontext_jax.objectives.student import StudentTimes
 from kontext_jax.objectives.transformer import inputs_at
@@ -31,11 +31,10 @@ ALWAYS_NOISE = StudentTimes(values=(1.0,), warmup=(1.0,), probabilities=(1.0,), 
 # An autoencoder with four pixels per token, and feature networks with one block per map, because
 # these tests spend their time in the compiler.
 AUTOENCODER = AutoencoderConfig.tiny(channels=8, channel_multipliers=(1, 2))
-FEATURES = {
-    "dino": (Dino, DinoConfig.tiny(input_size=28, num_layers=2, taps=(0, 1))),
-    "efficientnet": (
-        EfficientNet,
-        EfficientNetConfig.tiny(stages=(Stage(3, 1, 1, 8, 1), Stage(5, 2, 2, 8, 1)), taps=(0, 1)),
+FEATURE_CONFIGS = {
+    "dino": DinoConfig.tiny(input_size=28, num_layers=2, taps=(0, 1)),
+    "efficientnet": EfficientNetConfig.tiny(
+        stages=(Stage(3, 1, 1, 8, 1), Stage(5, 2, 2, 8, 1)), taps=(0, 1)
     ),
 }
 
@@ -60,10 +59,11 @@ class Losses(NamedTuple):
 @pytest.fixture(scope="module")
 def frozen(ladd, random_network) -> dict:
     """The frozen networks, and the feature networks of both kinds."""
-    networks = FEATURES | {"autoencoder": (Autoencoder, AUTOENCODER)}
+    networks = FEATURES | {"autoencoder": Autoencoder}
+    configs = FEATURE_CONFIGS | {"autoencoder": AUTOENCODER}
     return ladd.frozen | {
-        name: random_network(lambda n=network, c=config: n(c, rngs=nnx.Rngs(0)))
-        for name, (network, config) in networks.items()
+        name: random_network(lambda n=name, c=config: networks[n](c, rngs=nnx.Rngs(0)))
+        for name, config in configs.items()
     }
 
 
@@ -82,7 +82,7 @@ def make_add(recipe, frozen, random_network):
                 features=features,
                 heads=HeadsConfig(width=8, dtype="float32"),
                 student_times=ALWAYS_NOISE,
-                **{features: FEATURES[features][1]} | settings,
+                **{features: FEATURE_CONFIGS[features]} | settings,
             )
         )
         params = random_network(lambda: objective.init(jax.random.key(0)), seed=1)
@@ -187,8 +187,7 @@ def test_no_gradient_reaches_the_teacher_or_its_input(add, add_losses):
     assert not any(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
-def test_zero_logits_give_a_discriminator_loss_of_two_per_map(add, add_losses):
-    """`add_losses` has compiled the losses."""
+def test_zero_logits_give_a_discriminator_loss_of_two_per_map(add):
     zero_heads = jax.tree.map(jnp.zeros_like, add.params["discriminator"])
     params = add.params | {"discriminator": zero_heads}
     loss, sums = losses(*add._replace(params=params)).discriminator
