@@ -22,6 +22,14 @@ from kontext_jax.sampling.provenance import read_provenance
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compilation_cache(tmp_path_factory):
+    """Commands that compile the same program share it, as on a user's machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
 def python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800
@@ -61,6 +69,11 @@ def test_full_path_from_data_to_report(tmp_path):
         "--config=configs/quickstart.py",
         f"--workdir={flow}",
         f"--config.objective.init_from.autoencoder={autoencoder}",
+        "--config.objective.transformer.depth=1",
+        "--config.objective.transformer.depth_single=1",
+        "--config.objective.text_encoder.num_layers=1",
+        "--config.sheets.sampler.num_steps=2",
+        "--config.validation.sampler.num_steps=2",
         *common,
     )
     image = tmp_path / "out.png"

@@ -26,6 +26,7 @@ from kontext_jax.data.sources import TripleSource
 from kontext_jax.data.text import TextConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models import layers
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.lora import LoraConfig
 from kontext_jax.models.t5 import T5Config
@@ -33,6 +34,9 @@ from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sharding import MESH_AXES, MeshConfig, make_mesh, platform
 from kontext_jax.types import Latents, Triple
+from kontext_jax.weights import export
+from kontext_jax.weights.networks import NETWORKS
+from kontext_jax.weights.reading import ArrayReader
 
 ROOT = Path(__file__).parents[1]
 CHANNELS = 24
@@ -249,26 +253,49 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_a_step_compiles_for_tpus_that_are_not_attached(tmp_path):
+def test_a_step_compiles_for_several_slices_of_tpus_that_are_not_attached(tmp_path):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     table = tmp_path / "table.json"
-    done = run("--config=configs/quickstart.py", "--topology=v5e:2x4", f"--json={table}")
+    slices = ("--config=configs/quickstart.py", "--topology=v5e:2x2", "--num_slices=2")
+    done = run(*slices, f"--json={table}")
     assert done.returncode == 0, done.stderr
-    assert "8 x TPU v5 lite, mesh fsdp=8" in done.stdout and "limited by" in done.stdout
+    assert "8 x TPU v5 lite, mesh data=2 fsdp=4" in done.stdout and "limited by" in done.stdout
     report = json.loads(table.read_text())
     assert report["cost"]["unknown_loops"] == 0
     # Full recomputation: two forward passes of the transformer, and the text encoder.
     assert 4 / 3 < report["cost"]["flops"] / report["model_flops"] < 3
     assert report["memory"]["peak"] < report["capacity"]
+    refused = run(*slices, "--config.mesh.fsdp=1", "--config.mesh.tensor=8")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert (
+        "compile: A mesh of data=1, fsdp=1, context=1, tensor=8 does not fit 2 slices"
+        in (refused.stderr.splitlines()[-1])
+    )
 
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_tpus_that_are_not_attached_is_refused():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     refused = run(
-        "--config=configs/quickstart.py", "--topology=v5e:2x2", "--config.data.batch_size=65536"
+        "--config=configs/quickstart.py:autoencoder",
+        "--topology=v5e:2x2",
+        "--config.data.batch_size=65536",
     )
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "compile: the step does not fit: it needs" in refused.stderr.splitlines()[-1]
     refused = run("--config=configs/quickstart.py", "--topology=v5e:3x5")
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert "compile: --topology=v5e:3x5 is not a TPU topology" in refused.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def narrow_autoencoder(random_network, tmp_path_factory) -> Path:
+    """An autoencoder with FLUX's cells and channels, and a quarter of its width."""
+    config = AutoencoderConfig.flux(channels=32, num_res_blocks=1)
+    network = random_network(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    folder = tmp_path_factory.mktemp("autoencoder")
+    export.write_diffusers(ArrayReader(NETWORKS["autoencoder"], network), folder, {})
+    return folder
 
 
 @pytest.mark.slow
@@ -281,41 +308,38 @@ def test_a_step_compiles_for_tpus_that_are_not_attached(tmp_path):
         ("ladd_1024", "v5p:2x2x1", (1.15, 1.35)),
     ],
 )
-def test_configs_for_pods_compile(config, topology, executed, tmp_path):
-    """With fewer blocks and chips, everything else at full size; README.md has the full sizes."""
+def test_configs_for_pods_compile(config, topology, executed, narrow_autoencoder, tmp_path):
+    """With narrower networks, fewer blocks and fewer chips; README.md has the full sizes.
+
+    Rows, their packing, heads of 128 channels and thus all kernels are those of the config.
+    """
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
     table = tmp_path / "table.json"
     done = run(
         f"--config=configs/{config}.py",
         f"--topology={topology}",
         f"--json={table}",
+        "--config.objective.transformer.hidden_size=512",
+        "--config.objective.transformer.num_heads=4",
         "--config.objective.transformer.depth=1",
         "--config.objective.transformer.depth_single=2",
+        "--config.objective.transformer.context_in_dim=512",
+        "--config.objective.text_encoder.d_model=512",
+        "--config.objective.text_encoder.d_ff=1280",
+        "--config.objective.text_encoder.num_heads=8",
         "--config.objective.text_encoder.num_layers=1",
+        "--config.objective.clip.num_layers=1",
+        f"--config.objective.init_from.autoencoder={narrow_autoencoder}",
         "--config.data.batch_size=4",
     )
     assert done.returncode == 0, done.stderr
+    assert "mesh fsdp=4" in done.stdout
     report = json.loads(table.read_text())
     # All kernels have known FLOPs. With this few blocks, the encoders raise the ratio.
     assert "tpu_custom_call" not in report["cost"]["opaque"]
     least, most = executed
     assert least < report["cost"]["flops"] / report["model_flops"] < most
     assert report["memory"]["peak"] < report["capacity"]
-
-
-@pytest.mark.slow
-def test_a_step_compiles_for_several_slices():
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (extra: aot)")
-    slices = ("--config=configs/quickstart.py", "--topology=v5e:2x2", "--num_slices=2")
-    done = run(*slices)
-    assert done.returncode == 0, done.stderr
-    assert "8 x TPU v5 lite, mesh data=2 fsdp=4" in done.stdout
-    refused = run(*slices, "--config.mesh.fsdp=1", "--config.mesh.tensor=8")
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert (
-        "compile: A mesh of data=1, fsdp=1, context=1, tensor=8 does not fit 2 slices"
-        in (refused.stderr.splitlines()[-1])
-    )
 
 
 def test_num_slices_without_a_topology_is_refused():
