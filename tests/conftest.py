@@ -14,12 +14,15 @@ import pytest
 from absl import flags
 from flax import nnx
 
-# The networks are tiny, so compilation dominates, and without optimisation it takes half the time.
+# The networks are tiny, so compilation dominates. Without optimisation it takes half the time, and
+# without fusion emitters and parallel code generation, which pay in large programs, half of that.
 # On a few busy cores, a device may reach a collective late; by default XLA aborts after 40 s.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     ]
 )

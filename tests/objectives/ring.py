@@ -27,7 +27,6 @@ from kontext_jax.types import Batch
 
 MODES, RADIUS, SD = 8, 2.0, 0.08
 CFG_SCALE = 1.5
-BATCH_SIZE = 256
 NO_SHIFT = flow.TimeConfig(shift="none")
 NETWORKS = dict(
     transformer=FluxConfig(
@@ -40,7 +39,10 @@ NETWORKS = dict(
 )  # fmt: skip
 
 # conftest.py turns XLA's optimisation off; these programs run long enough to need it.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "3"})
+compiled = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": "3", "xla_cpu_use_fusion_emitters": True},
+)
 
 
 class Classes(T5Encoder):
@@ -96,7 +98,16 @@ def batch_of(points: Points, first_id) -> Batch:
     )
 
 
-def train(objective, optim, draw: Callable, num_steps: int, seed: int, frozen=None, initial=None):
+def train(
+    objective,
+    optim,
+    draw: Callable,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    frozen=None,
+    initial=None,
+):
     """(averaged networks after the last step, metrics); ``draw(key, number)`` returns points."""
     optimizers = make_optimizers(objective, optim, num_steps)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -106,8 +117,8 @@ def train(objective, optim, draw: Callable, num_steps: int, seed: int, frozen=No
     frozen = {"autoencoder": None, "text_encoder": CLASSES} | (frozen or {})
 
     def step(state, frozen, i):
-        points = draw(jax.random.fold_in(data_key, i), BATCH_SIZE)
-        return train_step(state, frozen, batch_of(points, i * BATCH_SIZE))
+        points = draw(jax.random.fold_in(data_key, i), batch_size)
+        return train_step(state, frozen, batch_of(points, i * batch_size))
 
     @compiled
     def run(state, frozen):
@@ -124,21 +135,22 @@ def train_teacher(seed: int = 0, num_steps: int = 4000):
         learning_rate=2e-3, b2=0.99, warmup_steps=100, schedule="cosine", ema_decay=0.995,
         weight_decay=0.0,
     )  # fmt: skip
-    ema, _ = train(objective, optim, ring, num_steps, seed)
+    ema, _ = train(objective, optim, ring, num_steps, 256, seed)
     return ema["model"]["transformer"]
 
 
-def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 3000):
+def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 2000):
     def draw(key, number):
         chosen = jax.random.randint(key, (number,), 0, len(bank.labels))
         return Points(bank.values[chosen], bank.labels[chosen])
 
     optim = OptimConfig(
-        learning_rate=3e-4, b1=0.0, b2=0.99, warmup_steps=0, schedule="cosine", ema_decay=0.995,
+        learning_rate=5e-4, b1=0.0, b2=0.99, warmup_steps=0, schedule="cosine", ema_decay=0.995,
         weight_decay=0.0,
     )  # fmt: skip
     initial = {"student": {"transformer": jax.tree.map(jnp.copy, teacher)}}
-    ema, metrics = train(objective, optim, draw, num_steps, seed, {"teacher": teacher}, initial)
+    frozen = {"teacher": teacher}
+    ema, metrics = train(objective, optim, draw, num_steps, 128, seed, frozen, initial)
     return ema["student"]["transformer"], metrics
 
 

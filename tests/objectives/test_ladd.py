@@ -389,18 +389,18 @@ def test_each_loss_updates_only_its_own_player(make_ladd, make_descent):
         assert not all(jax.tree.leaves(same[updated]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4}]
-)
-def test_step_is_the_same_on_any_mesh(make_ladd, recipe, sizes):
+@pytest.fixture(scope="module")
+def three_steps(make_ladd, recipe):
+    """A function from mesh sizes to the parameters and metrics after three steps."""
     # A small eps would let Adam turn rounding errors of near-zero gradients into full steps.
     config = OptimConfig(learning_rate=0.01, warmup_steps=0, eps=1e-2, ema_decay=0.5)
     ladd = make_ladd(heads_optim=config, r1_weight=0.1)
     batch = recipe.rows([1, 2, 0, 3, 1, 1, 2, 3])
     optimizers = make_optimizers(ladd.objective, config, num_steps=9)
 
-    def run(mesh):
+    def run(**sizes):
+        devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+        mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1} | sizes)), devices)
         _, shardings = abstract_state(ladd.objective, optimizers, mesh)
         initial = jax.device_put(jax.tree.map(jnp.copy, ladd.params), shardings.params)
         networks = {
@@ -415,10 +415,21 @@ def test_step_is_the_same_on_any_mesh(make_ladd, recipe, sizes):
                 state, metrics = step(state, frozen, batch)
         return jax.device_get((state.params, metrics))
 
-    params, metrics = run(make_mesh(MeshConfig(), jax.devices()[:1]))
-    num_devices = int(np.prod(list(sizes.values())))
-    mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1} | sizes)), jax.devices()[:num_devices])
-    sharded, sharded_metrics = run(mesh)
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_one_device(three_steps):
+    return three_steps()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"context": 4}]
+)
+def test_step_is_the_same_on_any_mesh(three_steps, on_one_device, sizes):
+    params, metrics = on_one_device
+    sharded, sharded_metrics = three_steps(**sizes)
     for name in metrics:
         np.testing.assert_allclose(
             sharded_metrics[name], metrics[name], rtol=2e-4, atol=1e-5, err_msg=name

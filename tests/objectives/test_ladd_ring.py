@@ -50,7 +50,7 @@ def setup() -> Setup:
     """A teacher, a bank of its samples in 50 guided steps, and its scores in fewer steps."""
     teacher = ring.train_teacher()
     reference = np.asarray(ring.draw(teacher, LABELS, 1, guided(50)))
-    labels = 1 + jnp.arange(32768) % 2
+    labels = 1 + jnp.arange(16384) % 2
     bank = Points(ring.draw(teacher, labels, 2, guided(50)), labels)
     scores = {
         number: ring.score(ring.draw(teacher, LABELS, 3, guided(number)), LABELS, reference)
