@@ -45,6 +45,7 @@ from kontext_jax.geometry import num_tokens
 from kontext_jax.loading.locations import network_of, networks_by_name, open_init
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.efficientnet import EfficientNet
+from kontext_jax.models.perceptual import abstract_distance
 from kontext_jax.models.splash import KERNEL_FLOPS
 from kontext_jax.objectives import Network
 from kontext_jax.settings import validated
@@ -169,9 +170,12 @@ def abstract_frozen(config: Config) -> dict[str, Network]:
     """
     frozen = {}
     for name in config.make_objective().frozen():
-        if name == "efficientnet":  # its weights come with a Python package, in float32
+        if name == "efficientnet":  # its weights are stored in float32
             settings = config.objective.efficientnet
             frozen[name] = nnx.eval_shape(lambda s=settings: EfficientNet(s, rngs=nnx.Rngs(0)))
+            continue
+        if name == "perceptual":  # so are LPIPS's
+            frozen[name] = abstract_distance(config.objective.perceptual)
             continue
         try:
             reader = open_init(config, name)

@@ -16,15 +16,24 @@ and training three times as much: each matmul has two gradients, which are matmu
 Not counted, so that they lower MFU: recomputation in the backward pass; padding, and attention
 across the segments of a packed row; the velocity of context tokens, which is unused; the encoders,
 frozen or not; the optimizer; RoPE; and all operations other than matmuls.
+
+The FLOPs of convolutional networks, which have no such formula, are counted in their traced program
+(`traced_flops`).
 """
 
 import fnmatch
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxtyping import Array, Float
 
 from kontext_jax.models.flux import TIME_EMBED_DIM, FluxConfig
 from kontext_jax.models.lora import LoraConfig
+from kontext_jax.sharding import MESH_AXES
 
 Count = int | float | Float[Array, "..."]
 """A count, or one count per example; float32 on the device, where squares overflow int32."""
@@ -143,3 +152,37 @@ def _adapter_flops(config: FluxConfig, lora: LoraConfig, lengths: dict[str, Coun
         for path, m in linear_maps(config).items()
         if any(fnmatch.fnmatchcase(path, pattern) for pattern in lora.targets)
     )
+
+
+def traced_flops(function: Callable, *arguments: Any) -> float:
+    """FLOPs of the matmuls and convolutions of a function, two per multiply-add; runs nothing.
+
+    Loops count as often as they run; of branches, all count.
+
+    Args:
+      function: what to count.
+      arguments: its arguments, arrays or shapes.
+    """
+    # Fused kernels hide their matmuls, so trace as for a single CPU, where there are none.
+    cpu = AbstractDevice("cpu", 1, "cpu")
+    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, abstract_device=cpu)
+    with use_abstract_mesh(mesh):
+        # A new function: JAX caches traces by function and types, and not by mesh.
+        return _flops_of(jax.make_jaxpr(lambda *args: function(*args))(*arguments).jaxpr)
+
+
+def _flops_of(jaxpr) -> float:
+    total = 0.0
+    for equation in jaxpr.eqns:
+        params, name = equation.params, equation.primitive.name
+        if name in ("dot_general", "conv_general_dilated"):
+            kernel, (out,) = equation.invars[1].aval.shape, equation.outvars
+            if name == "dot_general":
+                (_, contracted), _ = params["dimension_numbers"]
+                terms = math.prod(kernel[axis] for axis in contracted)
+            else:
+                terms = math.prod(kernel) / kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * math.prod(out.aval.shape) * terms
+        inner = sum(map(_flops_of, jaxprs_in_params(params)))
+        total += inner * (params["length"] if name == "scan" else 1)
+    return total

@@ -1,6 +1,8 @@
 """Optimizers: AdamW, Muon or Adafactor from Optax, with warmup, weight decay and clipping."""
 
+import fnmatch
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -10,6 +12,7 @@ from flax import nnx
 
 from kontext_jax.models.layers import LowRank
 from kontext_jax.settings import Settings, check_choices, check_least
+from kontext_jax.tree_paths import named_leaves
 
 MUON_RMS = 0.2
 """Muon's updates are scaled to the usual RMS of AdamW's (arXiv 2502.16982), so that learning rates
@@ -45,6 +48,8 @@ class OptimConfig(Settings):
       weight_decay: weight decay of kernels and low-rank adapters; norms, biases and embeddings have
         none.
       clip_norm: global norm to which larger gradients are scaled down.
+      frozen: patterns (`fnmatch`) of the paths of parameters that are not trained, such as
+        "encoder/*".
       ema_decay: decay of the averaged parameters; lower in early steps, see `ema_decay_at`.
       accumulate_steps: number of microbatches into which the batch of a step is split.
     """
@@ -58,6 +63,7 @@ class OptimConfig(Settings):
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    frozen: tuple[str, ...] = ()
     ema_decay: float = 0.9999
     accumulate_steps: int = 1
     moments_dtype: str = "float32"
@@ -145,7 +151,36 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
             mask=is_kernel,
             mu_dtype=config.moments_dtype,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    steps = [optax.clip_by_global_norm(config.clip_norm), update]
+    if config.frozen:  # weight decay would move them
+        steps.append(optax.masked(optax.set_to_zero(), lambda x: is_frozen(x, config.frozen)))
+    return optax.chain(*steps)
+
+
+def is_frozen(params, patterns: Sequence[str]):
+    """A tree of bools: whether the path of a parameter matches one of the patterns.
+
+    Raises:
+      ValueError: a pattern matches no parameter.
+    """
+    paths = list(named_leaves(params))
+    matches = {x: set(fnmatch.filter(paths, x)) for x in patterns}
+    for pattern, matching in matches.items():
+        if not matching:
+            raise ValueError(f"optim.frozen {pattern!r} matches no parameter, such as {paths[0]}.")
+    frozen = set().union(*matches.values())
+    return jax.tree.unflatten(jax.tree.structure(params), [path in frozen for path in paths])
+
+
+def stop_frozen(params, patterns: Sequence[str]):
+    """``params``, without gradients of those that match a pattern."""
+    if not patterns:
+        return params
+    return jax.tree.map(
+        lambda frozen, x: jax.lax.stop_gradient(x) if frozen else x,
+        is_frozen(params, patterns),
+        params,
+    )
 
 
 def _with_named_axes(adafactor: optax.GradientTransformation) -> optax.GradientTransformation:

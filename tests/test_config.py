@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import configs.autoencoder
 import configs.distillation
 import configs.emoji
 import configs.eval_distillation
@@ -28,6 +29,7 @@ from kontext_jax.settings import from_dict, to_dict, validated
 
 GOLDEN = Path(__file__).parent / "golden"
 MODULES = (
+    configs.autoencoder,
     configs.quickstart,
     configs.distillation,
     configs.emoji,

@@ -94,6 +94,20 @@ def adapter():
     return {"blocks/qkv": lora}
 
 
+def test_frozen_parameters_have_no_updates():
+    """Not even by weight decay."""
+    config = OptimConfig(warmup_steps=0, weight_decay=0.2, frozen=("encoder/*",))
+    params = {name: {"kernel": jnp.ones((2, 2))} for name in ("encoder", "decoder")}
+    optimizer = optim.make_optimizer(config, num_steps=10)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert not np.any(updates["encoder"]["kernel"]) and np.all(updates["decoder"]["kernel"] < 0)
+    config.frozen = ("encodr/*",)
+    message = r"optim.frozen 'encodr/\*' matches no parameter, such as decoder/kernel"
+    with pytest.raises(ValueError, match=message):
+        optim.make_optimizer(config, num_steps=10).init(params)
+
+
 def test_weight_decay_includes_adapters():
     config = OptimConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.2)
     optimizer = optim.make_optimizer(config, num_steps=10)

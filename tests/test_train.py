@@ -131,7 +131,7 @@ def test_autoencoder_run_leaves_its_config_and_metrics(world_folder, autoencoder
     assert all(line["examples_per_second"] > 0 for line in logged)
     rates = [line["autoencoder/learning_rate"] for line in logged]
     np.testing.assert_allclose(rates, [0, 5e-4, *[1e-3] * 4], rtol=1e-6)
-    assert not {"model_flops", "model_tflop_per_second_per_chip", "mfu"} & set(logged[-1])
+    assert logged[-1]["model_tflop_per_second_per_chip"] > 0
 
 
 @pytest.mark.parametrize("params", ["ema", "params"])

@@ -25,6 +25,8 @@ from kontext_jax.loading.locations import (
 )
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.lora import Adapters
+from kontext_jax.models.lpips import Lpips
+from kontext_jax.models.perceptual import FeatureDistance, PerceptualConfig, abstract_distance
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.flow_matching import FlowMatchingConfig, networks_of
 from kontext_jax.objectives.transformer import NetworksConfig
@@ -35,6 +37,7 @@ from kontext_jax.weights.efficientnet import load_lite0
 from kontext_jax.weights.fingerprint import fingerprint
 from kontext_jax.weights.loading import load
 from kontext_jax.weights.lora import read_lora
+from kontext_jax.weights.lpips import load_lpips
 from kontext_jax.weights.networks import NETWORKS
 from kontext_jax.weights.pipeline import TOKENIZERS
 from kontext_jax.weights.reading import Reader
@@ -129,6 +132,9 @@ def load_frozen(
         if name == "efficientnet":
             frozen[name] = load_lite0(mesh, config.objective.efficientnet)
             continue
+        if name == "perceptual":
+            frozen[name] = load_distance(config.objective.perceptual, mesh)
+            continue
         reader = open_init(config, name)
         if name == "autoencoder":
             network_config = reader.config
@@ -144,6 +150,20 @@ def load_frozen(
                 "Restore the weights that the run was trained with."
             )
     return frozen
+
+
+def load_distance(config: PerceptualConfig, mesh: Mesh) -> FeatureDistance | Lpips:
+    """Loads a perceptual distance.
+
+    Raises:
+      FileNotFoundError: its weights are missing.
+      WeightsError: they do not fit.
+    """
+    if config.network != "efficientnet":
+        return load_lpips(config.trunk, config.heads, config.network, mesh, config.dtype)
+    distance = abstract_distance(config)
+    distance.network = load_lite0(mesh, config.network_config)
+    return distance
 
 
 def teacher_time(config: Config) -> TimeConfig:

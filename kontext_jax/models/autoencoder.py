@@ -39,6 +39,8 @@ class AutoencoderConfig(Settings):
       num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
       latent_channels: channels of a latent cell.
       num_groups: groups of every GroupNorm.
+      quant_conv: whether 1 x 1 convolutions follow the encoder and precede the decoder, as in
+        Stable Diffusion's autoencoders; FLUX.1's has none.
       scale_factor, shift_factor: ``latents = scale_factor * (z - shift_factor)``.
       dtype: compute dtype; parameters are float32.
       remat: what the backward pass recomputes: "full" saves only the inputs of the levels' residual
@@ -50,6 +52,7 @@ class AutoencoderConfig(Settings):
     num_res_blocks: int = 2
     latent_channels: int = 16
     num_groups: int = 32
+    quant_conv: bool = False
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
     dtype: str = "float32"
@@ -110,9 +113,9 @@ class GroupNorm(nnx.Module):
     taken over space, then over a group's channels, so that channels stay the innermost axis.
     """
 
-    def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, num_groups: int, width: int, *, rngs: nnx.Rngs):
         del rngs  # the initial values are constants
-        self.num_groups = config.num_groups
+        self.num_groups = num_groups
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
         self.bias = nnx.Param(jnp.zeros((width,), jnp.float32), axes=("embed",))
 
@@ -157,9 +160,9 @@ class ResnetBlock(nnx.Module):
     """
 
     def __init__(self, config: AutoencoderConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(config, inputs, rngs=rngs)
+        self.norm1 = GroupNorm(config.num_groups, inputs, rngs=rngs)
         self.conv1 = conv(config, inputs, outputs, rngs=rngs)
-        self.norm2 = GroupNorm(config, outputs, rngs=rngs)
+        self.norm2 = GroupNorm(config.num_groups, outputs, rngs=rngs)
         self.conv2 = conv(config, outputs, outputs, rngs=rngs)
         needs_conv = inputs != outputs
         self.nin_shortcut = conv(config, inputs, outputs, size=1, rngs=rngs) if needs_conv else None
@@ -176,7 +179,7 @@ class AttnBlock(nnx.Module):
     def __init__(self, config: AutoencoderConfig, width: int, *, rngs: nnx.Rngs):
         axes, dtype = ("channels", "embed"), jnp.dtype(config.dtype)
         make = functools.partial(Linear, width, width, axes, rngs=rngs, dtype=dtype, init=lecun)
-        self.norm = GroupNorm(config, width, rngs=rngs)
+        self.norm = GroupNorm(config.num_groups, width, rngs=rngs)
         self.q, self.k, self.v, self.proj_out = make(), make(), make(), make()
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
@@ -248,7 +251,7 @@ class Encoder(nnx.Module):
             chain = [widths[max(i - 1, 0)]] + [width] * config.num_res_blocks
             self.down.append(Level(config, chain, Downsample if i < last else None, rngs=rngs))
         self.mid = Mid(config, widths[-1], rngs=rngs)
-        self.norm_out = GroupNorm(config, widths[-1], rngs=rngs)
+        self.norm_out = GroupNorm(config.num_groups, widths[-1], rngs=rngs)
         self.conv_out = conv(config, widths[-1], 2 * config.latent_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B _ _ 3"]) -> Float[Array, "B _ _ z"]:
@@ -269,14 +272,18 @@ class Decoder(nnx.Module):
         for i, width in enumerate(widths):
             chain = [widths[min(i + 1, last)]] + [width] * (config.num_res_blocks + 1)
             self.up.append(Level(config, chain, Upsample if i > 0 else None, rngs=rngs))
-        self.norm_out = GroupNorm(config, widths[0], rngs=rngs)
+        self.norm_out = GroupNorm(config.num_groups, widths[0], rngs=rngs)
         self.conv_out = conv(config, widths[0], 3, rngs=rngs)
 
     def __call__(self, z: Float[Array, "B _ _ z"]) -> Float[Array, "B _ _ 3"]:
+        return self.conv_out(self.features(z))
+
+    def features(self, z: Float[Array, "B _ _ z"]) -> Float[Array, "B _ _ c"]:
+        """The input of the last layer, ``conv_out``."""
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return jax.nn.silu(self.norm_out(x))
 
 
 class Autoencoder(nnx.Module):
@@ -286,6 +293,10 @@ class Autoencoder(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
+        z = config.latent_channels
+        make = functools.partial(conv, config, size=1, rngs=rngs)
+        self.quant_conv = make(2 * z, 2 * z) if config.quant_conv else None
+        self.post_quant_conv = make(z, z) if config.quant_conv else None
 
     def moments(
         self, images: Float[Array, "B _ _ 3"]
@@ -300,7 +311,9 @@ class Autoencoder(nnx.Module):
         (_, height, width, _), cell = images.shape, self.config.downsample
         if height % cell or width % cell:
             raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
-        mean, logvar = jnp.split(self.encoder(images.astype(self.config.dtype)), 2, axis=-1)
+        cells = self.encoder(images.astype(self.config.dtype))
+        cells = cells if self.quant_conv is None else self.quant_conv(cells)
+        mean, logvar = jnp.split(cells, 2, axis=-1)
         return mean.astype(jnp.float32), jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0)
 
     def encode(
@@ -310,12 +323,21 @@ class Autoencoder(nnx.Module):
         z, logvar = self.moments(images)
         if key is not None:
             z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape, z.dtype)
+        return self.scaled(z)
+
+    def scaled(self, z: Float[Array, "B h w z"]) -> Float[Array, "B h w z"]:
+        """Scaled latents of unscaled ones."""
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def decode(self, latents: Float[Array, "B h w z"]) -> Float[Array, "B _ _ 3"]:
         """Decodes scaled latents to float32 images; pixels may lie slightly outside [-1, 1]."""
+        return self.decoder.conv_out(self.decode_features(latents)).astype(jnp.float32)
+
+    def decode_features(self, latents: Float[Array, "B h w z"]) -> Float[Array, "B _ _ c"]:
+        """The input of the decoder's last layer, ``decoder.conv_out``, for scaled latents."""
         z = latents.astype(jnp.float32) / self.config.scale_factor + self.config.shift_factor
-        return self.decoder(z.astype(self.config.dtype)).astype(jnp.float32)
+        z = z.astype(self.config.dtype)
+        return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
 
 def pack_latents(latents: Float[Array, "B h w z"]) -> Float[Array, "B S C"]:

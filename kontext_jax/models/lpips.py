@@ -175,12 +175,13 @@ class Lpips(nnx.Module):
                 x = nnx.max_pool(x, (stage.pool, stage.pool), strides=(2, 2), padding="VALID")
             for conv in convs:
                 x = jax.nn.relu(conv(x))
-            maps.append(_unit(x.astype(jnp.float32)))
+            maps.append(unit_vectors(x))
         return tuple(maps)
 
 
-def _unit(x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-    """Normalises vectors to unit length; zero vectors remain zero."""
+def unit_vectors(x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    """Vectors of unit length, float32; zero vectors remain zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     # The square root has an infinite slope at zero, which makes gradients NaN. Use 1 instead.
     return x / (jnp.sqrt(jnp.where(squares > 0, squares, 1.0)) + EPSILON)

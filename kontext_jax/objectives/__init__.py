@@ -40,12 +40,14 @@ class Objective(Protocol):
       generator: the player whose networks generate images.
       optim: optimizer settings of the players that do not use the run's.
       every: steps per update, for players that are not updated in every step.
+      start: the first step in which a player is updated, for players that start later.
     """
 
     players: tuple[str, ...]
     generator: str
     optim: Mapping[str, OptimConfig]
     every: Mapping[str, int]
+    start: Mapping[str, int]
 
     def init(self, key: Key[Array, ""]) -> dict[str, Network]:
         """A new network for each player."""

@@ -124,7 +124,7 @@ class Add:
 
     players = ("student", "discriminator")
     generator = "student"
-    every = MappingProxyType({})
+    every = start = MappingProxyType({})
 
     def __init__(self, config: AddConfig):
         self.config = config

@@ -1,22 +1,44 @@
-"""Training the latent autoencoder: reconstruction, and a weak KL term towards a normal prior.
+r"""Training the latent autoencoder: reconstruction, perception, an adversary, and a weak prior.
 
-    L = mean |x - x'| + mean (x - x')^2 + kl_weight * KL(q(z | x) || N(0, 1)) / cells
+For an image x, its reconstruction x' and its posterior q(z | x),
 
-The absolute error keeps edges sharp, and the squared error keeps large errors rare (Rombach et al.,
-arXiv 2112.10752, section G, without the perceptual and adversarial terms).
+    L_fidelity = mean |x - x'| + mean (x - x')^2 + perceptual.weight d(x, x')
+    L          = L_fidelity + kl_weight mean KL(q(z | x) || N(0, 1)) + lambda L_adversarial(D(x')).
+
+This is the recipe of latent diffusion (Rombach et al., arXiv 2112.10752, section G; Esser et al.,
+arXiv 2012.09841): the absolute error keeps edges sharp, the squared error keeps large errors rare,
+d compares features of a classifier, and D, a patch discriminator, adds the texture that no distance
+asks for. With the defaults, only the errors and the prior remain.
+
+The adversarial weight balances the gradients at the kernel W of the decoder's last layer (equation
+7 of Esser et al.):
+
+    lambda = adversarial.weight |dL_fidelity / dW| / (|dL_adversarial / dW| + 1e-4)
+
+from ``adversarial.start`` on, and 0 before. Both gradients are of sums over the images of a
+microbatch, on all devices. They follow from the gradients by x', which the train step needs anyway,
+so that the backward pass runs through the decoder only once.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from kontext_jax.flops import traced_flops
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
-from kontext_jax.objectives import Sums
-from kontext_jax.settings import Settings
+from kontext_jax.models.patch_discriminator import PatchConfig, PatchDiscriminator
+from kontext_jax.models.perceptual import PerceptualConfig, abstract_distance
+from kontext_jax.objectives import Network, Sums
+from kontext_jax.objectives.adversarial import LOSSES, discriminator_loss, generator_loss
+from kontext_jax.optim import OptimConfig
+from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.types import Batch
 
 
@@ -34,87 +56,310 @@ class AutoencoderInit(Settings):
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
+class AdversarialConfig(Settings):
+    """The discriminator, and its part in the autoencoder's loss.
+
+    Attributes:
+      weight: weight of the adversarial loss; 0 trains without a discriminator.
+      adaptive: whether the weight is multiplied by the ratio of gradients, see the module's
+        docstring.
+      max_adaptive: largest value of that ratio.
+      start: the step from which both players use the other; before it, the discriminator is not
+        updated.
+      loss: "hinge" or "non_saturating", see `objectives.adversarial`.
+      r1_weight: weight of R1, the squared norm of the gradient of an image's mean logit by its
+        pixels, on real images (arXiv 1801.04406).
+      discriminator: sizes of the network.
+      optim: optimizer of the discriminator.
+    """
+
+    weight: float = 0.0
+    adaptive: bool = True
+    max_adaptive: float = 1e4
+    start: int = 0
+    loss: str = "hinge"
+    r1_weight: float = 0.0
+    discriminator: PatchConfig = field(default_factory=PatchConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(b1=0.5, b2=0.9, weight_decay=0.0)
+    )
+
+    def __post_init__(self):
+        check_choices(self, "adversarial.", loss=LOSSES)
+        check_least(self, "adversarial.", weight=0, start=0, r1_weight=0)
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
 class AutoencoderObjectiveConfig(Settings):
-    """The network and the weight of its regularisation.
+    """The networks and the weights of the losses, see the module's docstring.
+
+    To train only the decoder, as for a small or a sharper one with the same latents, set
+    ``init_from`` and ``optim.frozen=("encoder/*", "quant_conv/*")``.
 
     Attributes:
       kl_weight: weight of the KL divergence from N(0, 1), a mean over latent cells and channels.
+      perceptual: the perceptual distance.
+      adversarial: the discriminator.
     """
 
     kind: str = "autoencoder"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     init_from: AutoencoderInit = field(default_factory=AutoencoderInit)
     kl_weight: float = 1e-6
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+
+
+class Images(NamedTuple):
+    """All images of one size, targets and contexts alike.
+
+    Attributes:
+      pixels: in [-1, 1].
+      used: 1 for an image, and 0 for an empty slot.
+    """
+
+    pixels: Float[Array, "B h w 3"]
+    used: Float[Array, " B"]
 
 
 class AutoencoderObjective:
-    """Reconstructs every image of the batch, targets and contexts alike."""
+    """Reconstructs every image of the batch; ``discriminator`` is a second player if it has weight.
 
-    players = ("autoencoder",)
+    The perceptual distance is a frozen network.
+    """
+
     generator = "autoencoder"
-    optim = every = MappingProxyType({})
+    every = MappingProxyType({})
 
     def __init__(self, config: AutoencoderObjectiveConfig):
         self.config = config
+        adversarial = config.adversarial
+        self.players: tuple[str, ...] = ("autoencoder",)
+        self.optim = self.start = MappingProxyType({})
+        if adversarial.weight:
+            self.players += ("discriminator",)
+            self.optim = MappingProxyType({"discriminator": adversarial.optim})
+            self.start = MappingProxyType({"discriminator": adversarial.start})
 
-    def init(self, key: Key[Array, ""]) -> dict[str, Autoencoder]:
-        return {"autoencoder": Autoencoder(self.config.autoencoder, rngs=nnx.Rngs(key))}
+    def init(self, key: Key[Array, ""]) -> dict[str, Network]:
+        rngs = nnx.Rngs(key)
+        networks: dict[str, Network] = {
+            "autoencoder": Autoencoder(self.config.autoencoder, rngs=rngs)
+        }
+        if "discriminator" in self.players:
+            config = self.config.adversarial.discriminator
+            networks["discriminator"] = PatchDiscriminator(config, rngs=rngs)
+        return networks
 
     def frozen(self) -> tuple[str, ...]:
-        return ()
+        return ("perceptual",) if self.config.perceptual.weight else ()
 
     def prepare(self, frozen: dict, batch: Batch) -> dict[str, Batch]:
         return {"batch": batch}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
-        """Not modelled."""
-        return jnp.zeros(())
+        """Matmuls and convolutions of the networks; a backward pass counts twice a forward pass.
+
+        The distance and the discriminator see each image and its reconstruction. For the
+        autoencoder's loss, gradients flow only to the reconstruction, and not to parameters; for
+        the discriminator's they flow only to its parameters.
+        """
+        total = jnp.zeros(())
+        for size in batch.images:
+            shape = (1, *batch.images[size].shape[2:])
+            count = jnp.sum(batch.image_segments[size] > 0).astype(jnp.float32)
+            total += count * self._flops(shape)
+        return total
+
+    def _flops(self, shape: tuple[int, ...]) -> float:
+        """FLOPs of a step for one image."""
+        image = jax.ShapeDtypeStruct(shape, jnp.float32)
+        networks = jax.eval_shape(self.init, jax.random.key(0))
+        reconstruct = lambda model, x: model.decode(model.encode(x))  # noqa: E731
+        total = 3 * traced_flops(reconstruct, networks["autoencoder"], image)
+        if self.config.perceptual.weight:
+            # Both forward passes, and a backward pass by the pixels of one.
+            distance = abstract_distance(self.config.perceptual)
+            total += 1.5 * traced_flops(lambda d, x: d(x, x), distance, image)
+        if "discriminator" in networks:
+            once = traced_flops(lambda d, x: d(x), networks["discriminator"], image)
+            # A forward and a backward pass by pixels, then two of each by parameters.
+            total += (2 + 4) * once
+        return total
 
     def loss(
         self,
         player: str,
         models: dict,
         frozen: dict,
-        inputs: dict[str, Batch],
+        inputs: dict[str, Any],
         key: Key[Array, ""],
         step: Int[Array, ""],
     ) -> tuple[Float[Array, ""], Sums]:
-        """Sum over images; the weight is the number of images."""
-        batch = inputs["batch"]
-        sums: dict[str, Float[Array, ""]] = {}
-        for i, size in enumerate(sorted(batch.images)):
-            images = batch.images[size]
-            used = (batch.image_segments[size].reshape(-1) > 0).astype(jnp.float32)
-            terms = self._terms(
-                models["autoencoder"],
-                to_pixels(images.reshape(-1, *images.shape[2:])),
-                _slot_keys(jax.random.fold_in(key, i), batch, size).reshape(-1),
-            )
-            for name, per_image in terms.items():
-                sums[name] = sums.get(name, 0.0) + jnp.sum(per_image * used)
-            sums["weight"] = sums.get("weight", 0.0) + jnp.sum(used)
-        weight = sums.pop("weight")
-        loss = sums["l1"] + sums["l2"] + self.config.kl_weight * sums["kl"]
-        return loss, Sums(weight, sums)
+        """Sum over images; the autoencoder forwards its reconstructions."""
+        groups = images_of(inputs["batch"])
+        weight = sum(jnp.sum(group.used) for group in groups)
+        if player == "discriminator":
+            reconstructions = inputs["reconstructions"]
+            loss, sums = self._discriminator_loss(models["discriminator"], groups, reconstructions)
+            return loss, Sums(weight, sums)
 
-    def _terms(
-        self, model: Autoencoder, images: Float[Array, "B h w 3"], keys: Key[Array, " B"]
-    ) -> dict[str, Float[Array, " B"]]:
-        """Means over the pixels or the latent cells of each image."""
-        mean, logvar = model.moments(images)
+        model = models["autoencoder"]
+        keys = _keys(key, inputs["batch"])
+        encode = functools.partial(self._encode, model)
+        latents, terms = zip(*map(encode, groups, keys), strict=True)
+        prior = {name: sum(term[name] for term in terms) for name in terms[0]}
+        features = [model.decode_features(z) for z in latents]
+        outputs = [model.decoder.conv_out(h).astype(jnp.float32) for h in features]
+        fidelity = functools.partial(self._fidelity, frozen, groups)
+        if "discriminator" in models:
+            adversary = functools.partial(self._adversary, models["discriminator"], groups)
+            loss, sums = self._balanced(model, features, outputs, fidelity, adversary, weight, step)
+        else:
+            loss, sums = fidelity(outputs)
+        forwarded = {"reconstructions": jax.lax.stop_gradient(outputs)}
+        loss += self.config.kl_weight * prior["kl"]
+        return loss, Sums(weight, sums | prior, forwarded if "discriminator" in models else {})
+
+    def _encode(self, model: Autoencoder, group: Images, keys: Key[Array, " B"]):
+        """Scaled samples of the posterior, and sums over images of the terms that need no decoder.
+
+        The terms are means over the cells of an image.
+        """
+        mean, logvar = model.moments(group.pixels)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        z = mean + jnp.exp(0.5 * logvar) * noise
-        scale, shift = self.config.autoencoder.scale_factor, self.config.autoencoder.shift_factor
-        error = model.decode(scale * (z - shift)) - images
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-        axes = (1, 2, 3)
-        return {
-            "l1": jnp.mean(jnp.abs(error), axes),
-            "l2": jnp.mean(jnp.square(error), axes),
-            "kl": jnp.mean(kl, axes),
-            "latent_mean": jnp.mean(mean, axes),
-            "latent_square": jnp.mean(jnp.square(mean), axes),
-        }
+        terms = {"kl": kl, "latent_mean": mean, "latent_square": jnp.square(mean)}
+        return model.scaled(mean + jnp.exp(0.5 * logvar) * noise), _sums(terms, group)
+
+    def _fidelity(self, frozen: dict, groups: Sequence[Images], outputs: Sequence[Array]):
+        """(L_fidelity, its terms), as sums over images."""
+        sums: dict[str, Float[Array, ""]] = {}
+        for group, output in zip(groups, outputs, strict=True):
+            error = output - group.pixels
+            terms = {"l1": jnp.abs(error), "l2": jnp.square(error)}
+            if self.config.perceptual.weight:
+                terms["perceptual"] = frozen["perceptual"](output, group.pixels)
+            for name, value in _sums(terms, group).items():
+                sums[name] = sums.get(name, 0.0) + value
+        loss = sums["l1"] + sums["l2"]
+        if self.config.perceptual.weight:
+            loss += self.config.perceptual.weight * sums["perceptual"]
+        return loss, sums
+
+    def _adversary(
+        self,
+        discriminator: PatchDiscriminator,
+        groups: Sequence[Images],
+        outputs: Sequence[Array],
+    ) -> Float[Array, ""]:
+        """L_adversarial, a mean over the patches of an image, as a sum over images."""
+        kind = self.config.adversarial.loss
+        return sum(
+            jnp.sum(group.used * _over_patches(discriminator(x), lambda y: generator_loss(y, kind)))
+            for group, x in zip(groups, outputs, strict=True)
+        )
+
+    def _balanced(self, model, features, outputs, fidelity, adversary, weight, step):
+        """L_fidelity + lambda L_adversarial, and the metrics.
+
+        The gradient of the returned value by ``outputs`` is that of the formula for a constant
+        lambda.
+        """
+        config, images = self.config.adversarial, jax.lax.stop_gradient(outputs)
+        (fidelity_loss, sums), by_fidelity = jax.value_and_grad(fidelity, has_aux=True)(images)
+        adversarial_loss, by_adversary = jax.value_and_grad(adversary)(images)
+        factor = jnp.asarray(config.weight, jnp.float32)
+        if config.adaptive:
+            norms = [_last_layer_norm(model, features, by) for by in (by_fidelity, by_adversary)]
+            factor *= jnp.clip(norms[0] / (norms[1] + 1e-4), 0.0, config.max_adaptive)
+        factor = jnp.where(step >= config.start, factor, 0.0)
+        value = fidelity_loss + factor * adversarial_loss
+        linear = sum(
+            jnp.sum(x * (a + factor * b))
+            for x, a, b in zip(outputs, by_fidelity, by_adversary, strict=True)
+        )
+        loss = jax.lax.stop_gradient(value - linear) + linear
+        return loss, sums | {"adversarial": adversarial_loss, "adaptive_weight": weight * factor}
+
+    def _discriminator_loss(
+        self,
+        discriminator: PatchDiscriminator,
+        groups: Sequence[Images],
+        reconstructions: Sequence[Array],
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        config, total, sums = self.config.adversarial, 0.0, {}
+        for group, fake_images in zip(groups, reconstructions, strict=True):
+            real, fake = discriminator(group.pixels), discriminator(fake_images)
+            pairs = zip(real, fake, strict=True)
+            loss = _over_patches([discriminator_loss(x, y, config.loss) for x, y in pairs])
+            terms = {
+                "real": _over_patches(real),
+                "made": _over_patches(fake),
+                "accuracy_real": _over_patches(real, lambda x: (x > 0).astype(jnp.float32)),
+                "accuracy_made": _over_patches(fake, lambda x: (x < 0).astype(jnp.float32)),
+            }
+            if config.r1_weight:
+                terms["r1"] = r1_penalty(discriminator, group.pixels)
+                loss += config.r1_weight * terms["r1"]
+            total += jnp.sum(group.used * loss)
+            for name, value in _sums(terms, group).items():
+                sums[name] = sums.get(name, 0.0) + value
+        return total, sums
+
+
+def images_of(batch: Batch) -> list[Images]:
+    """The images of a batch, by size."""
+    groups = []
+    for size in sorted(batch.images):
+        images = batch.images[size]
+        used = (batch.image_segments[size].reshape(-1) > 0).astype(jnp.float32)
+        groups.append(Images(to_pixels(images.reshape(-1, *images.shape[2:])), used))
+    return groups
+
+
+def r1_penalty(
+    discriminator: PatchDiscriminator, images: Float[Array, "B h w 3"]
+) -> Float[Array, " B"]:
+    """The squared norm of the gradient of each image's mean logit by its pixels."""
+    gradient = jax.grad(lambda x: jnp.sum(_over_patches(discriminator(x))))(images)
+    return jnp.sum(jnp.square(gradient), axis=(1, 2, 3))
+
+
+def _over_patches(logits: Sequence[Float[Array, "B _ _"]], function=lambda x: x):
+    """``function`` of the logits: the mean over an image's patches, then over scales; [B]."""
+    means = [jnp.mean(function(x), axis=(1, 2)) for x in logits]
+    return sum(means) / len(means)
+
+
+def _sums(terms: dict[str, Float[Array, "B ..."]], group: Images) -> dict[str, Float[Array, ""]]:
+    """Sums over images of the means over each image."""
+    count = len(group.used)
+    return {
+        name: jnp.sum(group.used * jnp.mean(x.reshape(count, -1), axis=1))
+        for name, x in terms.items()
+    }
+
+
+def _last_layer_norm(model: Autoencoder, features, cotangents) -> Float[Array, ""]:
+    """The norm of a loss's gradient by the last kernel, from its gradients by the outputs."""
+
+    def outputs(kernel):
+        last = jax.tree.map(lambda x: x, model.decoder.conv_out)
+        last.kernel[...] = kernel
+        return [last(jax.lax.stop_gradient(h)).astype(jnp.float32) for h in features]
+
+    kernel = jax.lax.stop_gradient(model.decoder.conv_out.kernel[...])
+    (gradient,) = jax.vjp(outputs, kernel)[1](cotangents)
+    return jnp.sqrt(jnp.sum(jnp.square(gradient.astype(jnp.float32))))
+
+
+def _keys(key: Key[Array, ""], batch: Batch) -> list[Key[Array, " B"]]:
+    """A key per image, by size."""
+    return [
+        _slot_keys(jax.random.fold_in(key, i), batch, size).reshape(-1)
+        for i, size in enumerate(sorted(batch.images))
+    ]
 
 
 def _slot_keys(key: Key[Array, ""], batch: Batch, size: str) -> Key[Array, "B M"]:

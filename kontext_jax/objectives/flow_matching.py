@@ -73,7 +73,7 @@ class FlowMatching:
 
     players = ("model",)
     generator = "model"
-    optim = every = MappingProxyType({})
+    optim = every = start = MappingProxyType({})
 
     def __init__(self, config: FlowMatchingConfig):
         self.config = config

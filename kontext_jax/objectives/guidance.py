@@ -70,7 +70,7 @@ class Guidance:
 
     players = ("student",)
     generator = "student"
-    optim = every = MappingProxyType({})
+    optim = every = start = MappingProxyType({})
 
     def __init__(self, config: GuidanceConfig):
         self.config = config

@@ -91,6 +91,7 @@ class Ladd:
 
     players = ("student", "discriminator")
     generator = "student"
+    start = MappingProxyType({})
 
     def __init__(self, config: LaddConfig):
         self.config = config

@@ -12,7 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from kontext_jax.objectives import Network, Objective
-from kontext_jax.optim import OptimConfig, ema_decay_at, last_learning_rate, make_optimizer
+from kontext_jax.optim import (
+    OptimConfig,
+    ema_decay_at,
+    last_learning_rate,
+    make_optimizer,
+    stop_frozen,
+)
 from kontext_jax.sharding import shardings_of
 from kontext_jax.types import Batch, Metrics
 
@@ -114,10 +120,16 @@ def _schedules(
     return {
         player: (
             objective.optim.get(player, config),
-            -(-num_steps // objective.every.get(player, 1)),
+            max(_num_updates(objective, player, num_steps), 0),
         )
         for player in objective.players
     }
+
+
+def _num_updates(objective: Objective, player: str, step):
+    """The number of a player's updates before ``step``; negative long before its first one."""
+    every, start = objective.every.get(player, 1), objective.start.get(player, 0)
+    return -(-step // every) + (-start // every)
 
 
 def make_train_step(
@@ -130,8 +142,8 @@ def make_train_step(
 
     For each player in turn: the gradient of its loss over all microbatches, clipping, the update,
     and the average. A player without an example, or with a loss or gradient that is not finite,
-    keeps its state, and the step counts as skipped. A player that is not due (`Objective.every`)
-    keeps its state too; its metrics are NaN.
+    keeps its state, and the step counts as skipped. A player that is not due (`Objective.every`,
+    `Objective.start`) keeps its state too; its metrics are NaN.
     """
 
     def train_step(state, frozen, batch):
@@ -143,23 +155,24 @@ def make_train_step(
             _split(batch, config.accumulate_steps),
         )
         for i, player in enumerate(objective.players):
+            player_optim = objective.optim.get(player, config)
 
-            def loss_fn(network, inputs, player=player, i=i):
-                models = params | {player: network}
+            def loss_fn(network, inputs, player=player, i=i, frozen_names=player_optim.frozen):
+                models = params | {player: stop_frozen(network, frozen_names)}
                 player_key = jax.random.fold_in(key, i)
                 return objective.loss(player, models, frozen, inputs, player_key, state.step)
 
             def gradient(inputs, player=player, loss_fn=loss_fn):
                 return _accumulate(loss_fn, params[player], inputs)
 
-            every = objective.every.get(player, 1)
-            due = state.step % every == 0
-            if every == 1:
+            every, start = objective.every.get(player, 1), objective.start.get(player, 0)
+            due = (state.step % every == 0) & (state.step >= start)
+            if every == 1 and not start:
                 loss, weight, sums, grads, forwarded = gradient(inputs)
             else:
                 nothing = functools.partial(_nothing, jax.eval_shape(gradient, inputs))
                 loss, weight, sums, grads, forwarded = jax.lax.cond(due, gradient, nothing, inputs)
-            if forwarded and every > 1:
+            if forwarded and (every > 1 or start):
                 raise ValueError(f"{player} forwards inputs, so it must be updated in every step.")
             inputs = inputs | forwarded
             grad_norm = optax.tree.norm(grads)
@@ -169,8 +182,8 @@ def make_train_step(
             finite = jnp.isfinite(loss + grad_norm + optax.tree.norm(updates))
             # A zero gradient is finite, but momentum and weight decay would still move parameters.
             good = finite & (weight > 0)
-            ema_decay = objective.optim.get(player, config).ema_decay
-            decay = ema_decay_at(state.step // every, ema_decay)
+            num_updates = _num_updates(objective, player, state.step)
+            decay = ema_decay_at(jnp.maximum(num_updates, 0), player_optim.ema_decay)
             new = optax.apply_updates(params[player], updates)
             new_ema = optax.incremental_update(new, ema[player], 1 - decay)
 

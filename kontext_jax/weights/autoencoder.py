@@ -12,7 +12,8 @@ PREFIXES = ("first_stage_model.", "vae.")
 def rows(config: AutoencoderConfig) -> list[Row]:
     """Returns the name table; diffusers numbers the decoder's levels in reverse."""
     last = len(config.widths) - 1
-    table = []
+    names = ("quant_conv", "post_quant_conv") if config.quant_conv else ()
+    table = [row for name in names for row in linear(name, name, name)]
     for half, ours, diffusers in (
         ("encoder", "down", "down_blocks"),
         ("decoder", "up", "up_blocks"),
@@ -74,12 +75,13 @@ def from_json(values: dict[str, Any]) -> AutoencoderConfig:
         "act_fn": "silu",
         "in_channels": 3,
         "out_channels": 3,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
+        "use_post_quant_conv": values.get("use_quant_conv", True),
         "mid_block_add_attention": True,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
     }
+    # Files older than a setting do not have it; diffusers' default for both convolutions is True.
+    values = {"use_quant_conv": True, "use_post_quant_conv": True} | values
     wrong = [name for name, value in required.items() if values.get(name, value) != value]
     wrong += ["block_out_channels"] * any(width % widths[0] for width in widths)
     if wrong:
@@ -91,6 +93,7 @@ def from_json(values: dict[str, Any]) -> AutoencoderConfig:
         num_res_blocks=values["layers_per_block"],
         latent_channels=values["latent_channels"],
         num_groups=values["norm_num_groups"],
+        quant_conv=values["use_quant_conv"],
         scale_factor=values["scaling_factor"],
         shift_factor=values["shift_factor"] or 0.0,
     )
@@ -111,8 +114,8 @@ def to_json(config: AutoencoderConfig) -> dict[str, Any]:
         "layers_per_block": config.num_res_blocks,
         "norm_num_groups": config.num_groups,
         "mid_block_add_attention": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
+        "use_quant_conv": config.quant_conv,
+        "use_post_quant_conv": config.quant_conv,
         "scaling_factor": config.scale_factor,
         "shift_factor": config.shift_factor,
     }
@@ -145,6 +148,7 @@ def from_shapes(shapes: dict[str, tuple[int, ...]]) -> AutoencoderConfig:
         channel_multipliers=tuple(width // channels for width in widths),
         num_res_blocks=len(blocks),
         latent_channels=shapes["decoder.conv_in.weight"][1],
+        quant_conv="quant_conv.weight" in shapes,
     )
 
 

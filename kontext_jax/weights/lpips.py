@@ -22,8 +22,10 @@ URL = "https://download.pytorch.org/models/"
 BACKBONES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
 
 
-def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) -> Lpips:
-    """Loads LPIPS, computed in float32, from two files.
+def load_lpips(
+    backbone: str | Path, heads: str | Path, net: str, mesh: Mesh, dtype: str = "float32"
+) -> Lpips:
+    """Loads LPIPS from two files.
 
     Args:
       backbone: torchvision's AlexNet or VGG16 as .safetensors or a file of ``torch.save``, with
@@ -32,6 +34,7 @@ def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) ->
         ``lin{i}.model.1.weight``; if empty, the installed package's.
       net: "alex" or "vgg".
       mesh: device mesh.
+      dtype: compute dtype of the convolutions.
 
     Raises:
       FileNotFoundError: a file does not exist, or the package is not installed.
@@ -39,7 +42,7 @@ def load_lpips(backbone: str | Path, heads: str | Path, net: str, mesh: Mesh) ->
       WeightsError: a file cannot be read or does not fit; the message names every tensor that is
         missing, unexpected or of another shape.
     """
-    config = LpipsConfig(net=net)
+    config = LpipsConfig(net=net, dtype=dtype)
     if not Path(backbone).is_file():
         raise FileNotFoundError(
             f"LPIPS's trunk {str(backbone)!r} does not exist; download {URL}{BACKBONES[net]}"

@@ -112,7 +112,7 @@ def test_shapes_and_dtypes_of_encode_and_decode(model, images):
 
 
 def test_group_norm_is_exact_far_from_zero():
-    norm = filled(lambda: ae.GroupNorm(TINY, 16, rngs=nnx.Rngs(0)))
+    norm = filled(lambda: ae.GroupNorm(TINY.num_groups, 16, rngs=nnx.Rngs(0)))
     x = 3000 + np.random.default_rng(1).normal(size=(2, 8, 8, 16))
     x = jnp.asarray(x, jnp.float32)
     # E[x^2] - E[x]^2 in float32 would be wrong in the first digit.
@@ -120,7 +120,7 @@ def test_group_norm_is_exact_far_from_zero():
 
 
 def test_group_norm_rounds_once():
-    norm = filled(lambda: ae.GroupNorm(TINY, 16, rngs=nnx.Rngs(0)))
+    norm = filled(lambda: ae.GroupNorm(TINY.num_groups, 16, rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 4, 4, 16)), jnp.bfloat16)
     exact = norm(x.astype(jnp.float32))
     assert norm(x).dtype == jnp.bfloat16

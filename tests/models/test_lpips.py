@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig, _unit
+from kontext_jax.models.lpips import TRUNKS, Lpips, LpipsConfig, unit_vectors
 from kontext_jax.sharding import RULES
 from kontext_jax.tree_paths import named_leaves
 
@@ -149,8 +149,8 @@ def test_gradients_flow_to_both_images(model, images):
 def test_gradients_are_finite_if_no_feature_is_active(value):
     """The length of a vector has no gradient at zero, and tiny squares underflow in float32."""
     x = jnp.full((1, 1, 1, 4), value)
-    assert not np.any(np.abs(_unit(x)) > 1e-6)
-    assert np.isfinite(jax.grad(lambda x: jnp.sum(_unit(x)))(x)).all()
+    assert not np.any(np.abs(unit_vectors(x)) > 1e-6)
+    assert np.isfinite(jax.grad(lambda x: jnp.sum(unit_vectors(x)))(x)).all()
 
 
 def test_bfloat16_keeps_parameters_and_distances_float32(model, images):

@@ -13,7 +13,15 @@ from kontext_jax.encoders import encode_images
 from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.objectives.ladd import Ladd, LaddConfig
 from kontext_jax.optim import OptimConfig
-from kontext_jax.training.train_state import TrainState, make_train_step
+from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
+from kontext_jax.training.train_state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    jit_train_step,
+    make_optimizers,
+    make_train_step,
+)
 from kontext_jax.types import Tokens
 
 
@@ -108,5 +116,46 @@ def assert_same_in_microbatches(make_descent):
         for player in objective.players:
             change = jax.tree.map(lambda a, b: np.abs(a - b).max(), full[0][player], params[player])
             assert max(jax.tree.leaves(change)) > 1e-3
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def three_steps_on():
+    """A function from an objective, its inputs and mesh sizes to (parameters, metrics).
+
+    The parameters are those after three steps.
+    """
+    # A small eps would let Adam turn rounding errors of near-zero gradients into full steps.
+    config = OptimConfig(learning_rate=0.01, warmup_steps=0, eps=1e-2, ema_decay=0.5)
+
+    def run(objective, params, frozen, batch, sizes: dict[str, int]):
+        devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+        mesh = make_mesh(MeshConfig(**({"data": 1, "fsdp": 1} | sizes)), devices)
+        optimizers = make_optimizers(objective, config, num_steps=9)
+        _, shardings = abstract_state(objective, optimizers, mesh)
+        initial = jax.device_put(jax.tree.map(jnp.copy, params), shardings.params)
+        initial = {p: x if isinstance(x, dict) else {p: x} for p, x in initial.items()}
+        state = init_state(objective, optimizers, mesh, 0, initial)
+        frozen = jax.device_put(frozen, shardings_of(frozen, mesh))
+        step = jit_train_step(objective, optimizers, config, 0, shardings)
+        with jax.set_mesh(mesh):
+            for _ in range(3):
+                state, metrics = step(state, frozen, batch)
+        return jax.device_get((state.params, metrics))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_same_steps():
+    """Checks two results of `three_steps_on`."""
+
+    def check(actual, expected):
+        (params, metrics), (expected_params, expected_metrics) = actual, expected
+        for name, value in expected_metrics.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=2e-4, atol=1e-5, err_msg=name)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+        jax.tree.map(close, params, expected_params)
 
     return check

@@ -139,7 +139,7 @@ def train_teacher(seed: int = 0, num_steps: int = 4000):
     return ema["model"]["transformer"]
 
 
-def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 2000):
+def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 1200):
     def draw(key, number):
         chosen = jax.random.randint(key, (number,), 0, len(bank.labels))
         return Points(bank.values[chosen], bank.labels[chosen])

@@ -51,7 +51,10 @@ def transformer(**settings: Any) -> FluxTransformer2DModel:
 
 
 def autoencoder(
-    multiples: Sequence[int] = (1, 2, 4, 4), layers: int = 2, groups: int = 32
+    multiples: Sequence[int] = (1, 2, 4, 4),
+    layers: int = 2,
+    groups: int = 32,
+    quant_conv: bool = False,
 ) -> AutoencoderKL:
     """Returns FLUX's autoencoder with a quarter of its width."""
     levels = len(multiples)
@@ -65,8 +68,8 @@ def autoencoder(
             norm_num_groups=groups,
             scaling_factor=0.3611,
             shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
+            use_quant_conv=quant_conv,
+            use_post_quant_conv=quant_conv,
         )
     )
 

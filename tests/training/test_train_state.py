@@ -30,6 +30,7 @@ class Chase:
     generator = "leader"
     optim = MappingProxyType({})
     every: Mapping[str, int] = MappingProxyType({})
+    start: Mapping[str, int] = MappingProxyType({})
     forwarded: Mapping[str, Any] = MappingProxyType({})
 
     def init(self, key):
@@ -59,6 +60,19 @@ class RareLeader(Chase):
     every = MappingProxyType({"leader": 2})
 
 
+class LateFollower(Chase):
+    """The follower is updated in every second step from the third on."""
+
+    every = MappingProxyType({"follower": 2})
+    start = MappingProxyType({"follower": 3})
+
+
+class FrozenLeader(Chase):
+    """The leader is not trained."""
+
+    optim = MappingProxyType({"leader": OptimConfig(warmup_steps=0, frozen=("kern*",))})
+
+
 class LightExamples(Chase):
     """Each example has a weight of 1/8."""
 
@@ -80,7 +94,9 @@ class Setup(NamedTuple):
 
 
 def start(recipe, optimizer, objective=Chase, **config) -> Setup:
-    optimizers = dict.fromkeys(Chase.players, optimizer)
+    """``optimizer`` is that of both players, or of each by name."""
+    shared = dict.fromkeys(Chase.players, optimizer)
+    optimizers = optimizer if isinstance(optimizer, dict) else shared
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = init_state(objective(), optimizers, mesh, seed=0)
     step = jax.jit(make_train_step(objective(), optimizers, OptimConfig(**config), seed=0))
@@ -155,6 +171,36 @@ def test_learning_rate_of_each_player_follows_its_own_updates(recipe):
     )
     np.testing.assert_allclose(leader, [0, 0, 0.2, 0.2, 0.4], rtol=1e-6)
     np.testing.assert_allclose(follower, [0, 0.2, 0.4, 0.6, 0.8], rtol=1e-6)
+
+
+def test_player_that_starts_later_is_unchanged_before(recipe):
+    """Its learning rate counts from its own first update, here in step 4."""
+    config = OptimConfig(learning_rate=0.8, warmup_steps=2, ema_decay=0.9)
+    optimizers = make_optimizers(LateFollower(), config, num_steps=9)
+    state, step, batch = start(recipe, optimizers["follower"], LateFollower, ema_decay=0.9)
+    updated, rates = [], []
+    for i in range(9):
+        before = state
+        state, metrics = step(state, target(4.0), batch)
+        if not np.isnan(metrics["follower/loss"]):
+            updated.append(i)
+        same = jax.tree.map(np.array_equal, before.opt_state, state.opt_state)
+        assert all(jax.tree.leaves(same["follower"])) == (i not in updated)
+        rates.append(learning_rates(LateFollower(), config, 9, state)["follower/learning_rate"])
+    assert updated == [4, 6, 8]
+    np.testing.assert_allclose(rates, [0] * 6 + [0.4, 0.4, 0.8], rtol=1e-6)
+
+
+def test_frozen_parameters_and_their_averages_are_unchanged(recipe):
+    """Their gradients are not in the norm either."""
+    optimizers = make_optimizers(FrozenLeader(), OptimConfig(warmup_steps=0), num_steps=9)
+    state, step, batch = start(recipe, optimizers, FrozenLeader)
+    after, metrics = step(state, target(4.0), batch)
+    for name in ("params", "ema"):
+        before, now = getattr(state, name), getattr(after, name)
+        np.testing.assert_array_equal(now["leader"]["kernel"], before["leader"]["kernel"])
+        assert np.all(now["follower"]["bias"] != before["follower"]["bias"])
+    assert metrics["leader/grad_norm"] == 0 and metrics["leader/loss"] > 0
 
 
 def test_batch_without_examples_changes_only_the_counters(recipe):

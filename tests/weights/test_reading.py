@@ -273,7 +273,7 @@ def test_dino_is_read_from_a_classifier_with_newer_names(networks, tmp_path):
         (
             "autoencoder",
             {"use_quant_conv": True, "act_fn": "relu"},
-            "FLUX.1's autoencoder does not support act_fn = relu, use_quant_conv = True.",
+            "FLUX.1's autoencoder does not support act_fn = relu, use_post_quant_conv = False.",
         ),
         (
             "autoencoder",
