@@ -163,10 +163,10 @@ def traced_flops(function: Callable, *arguments: Any) -> float:
       function: what to count.
       arguments: its arguments, arrays or shapes.
     """
-    # Fused kernels hide their matmuls, so trace as for a single CPU, where there are none.
+    # Fused kernels hide their matmuls, so trace as for CPUs, which have none.
     cpu = AbstractDevice("cpu", 1, "cpu")
-    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, abstract_device=cpu)
-    with use_abstract_mesh(mesh):
+    sizes = jax.sharding.get_abstract_mesh().axis_sizes or (1,) * len(MESH_AXES)
+    with use_abstract_mesh(AbstractMesh(sizes, MESH_AXES, abstract_device=cpu)):
         # A new function: JAX caches traces by function and types, and not by mesh.
         return _flops_of(jax.make_jaxpr(lambda *args: function(*args))(*arguments).jaxpr)
 

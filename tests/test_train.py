@@ -30,8 +30,9 @@ from kontext_jax.geometry import GeometryConfig
 from kontext_jax.loading.locations import load_config, open_network
 from kontext_jax.models.autoencoder import AutoencoderConfig, to_pixels
 from kontext_jax.models.flux import FluxConfig
+from kontext_jax.models.patch_discriminator import PatchConfig
 from kontext_jax.models.t5 import T5Config
-from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
+from kontext_jax.objectives.autoencoder import AdversarialConfig, AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, FlowMatchingConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.sampler import SamplerConfig
@@ -153,6 +154,17 @@ def test_latents_are_scaled_by_the_statistics_of_their_own_parameters(
         mean, variance = latents.mean(), latents.var()
     np.testing.assert_allclose(reader.config.shift_factor, mean, rtol=1e-4)
     np.testing.assert_allclose(reader.config.scale_factor, variance**-0.5, rtol=1e-4)
+    if params == "ema":
+        cells = latents.reshape(-1, latents.shape[-1])
+        expected = {
+            "mean": cells.mean(axis=0),
+            "std": cells.std(axis=0),
+            "kurtosis": (((cells - cells.mean(axis=0)) / cells.std(axis=0)) ** 4).mean(axis=0),
+        }
+        for name, values in expected.items():
+            measured = reader.record["latents"]["channels"][name]
+            np.testing.assert_allclose(measured, values, rtol=1e-3, atol=1e-5)
+        assert min(reader.record["latents"]["channels"]["kl"]) >= 0
 
 
 def test_checkpoints_without_latent_statistics_use_the_log(autoencoder, monkeypatch):
@@ -164,6 +176,34 @@ def test_checkpoints_without_latent_statistics_use_the_log(autoencoder, monkeypa
     monkeypatch.setattr(Checkpointer, "meta", without_latents)
     network = open_network(autoencoder, "autoencoder")
     assert network.config.shift_factor == read_log(autoencoder)[-1]["autoencoder/latent_mean"]
+
+
+@pytest.mark.slow
+def test_run_with_a_discriminator_resumes_exactly(world_folder, tmp_path):
+    """It starts in step 3, and the run stops after step 4."""
+    config = autoencoder_config(world_folder, levels=1)
+    config.objective.adversarial = AdversarialConfig(
+        weight=0.5, start=2, discriminator=PatchConfig(channels=8, num_layers=1, num_groups=4)
+    )
+    config.validation = ValidationConfig(every=6, num_examples=2)
+    config.sheets = SheetConfig(every=6, num_examples=2)
+    config.checkpoint = CheckpointConfig(every=2)
+    train(config, tmp_path / "uninterrupted")
+    first = dataclasses.replace(
+        config, num_steps=4, validation=ValidationConfig(), sheets=SheetConfig(every=0)
+    )
+    train(first, tmp_path / "resumed")
+    train(config, tmp_path / "resumed")
+    whole, resumed = tmp_path / "uninterrupted", tmp_path / "resumed"
+    log, log_resumed = (list(map(without_timings, read_log(x))) for x in (whole, resumed))
+    assert log == log_resumed
+    second, third = log[1:3]
+    assert "discriminator/loss" not in second and third["discriminator/loss"] > 0
+    assert second["autoencoder/adaptive_weight"] == 0 < third["autoencoder/adaptive_weight"]
+    network, network_resumed = (open_network(x, "autoencoder") for x in (whole, resumed))
+    assert fingerprint_of(network) == fingerprint_of(network_resumed)
+    assert read_log(whole, "validation")[-1]["psnr"] > 0
+    assert (whole / "sheet-0000006.png").exists()
 
 
 class Killed(Exception):

@@ -36,6 +36,7 @@ from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.efficientnet import EfficientNetConfig
 from kontext_jax.models.features import pooled_features
 from kontext_jax.models.lpips import TRUNKS, Lpips
+from kontext_jax.models.perceptual import FeatureDistance
 from kontext_jax.settings import Settings, check_choices, to_dict
 from kontext_jax.sharding import over_batches
 from kontext_jax.toy_data import checker
@@ -197,7 +198,7 @@ def make_judges(config: JudgesConfig, mesh: Mesh) -> JudgePanel:
         judges.append(ClipJudge(load_clip(config.clip, mesh), mesh))
     if config.lpips:
         network = load_lpips(config.lpips, config.lpips_heads, config.lpips_net, mesh)
-        judges.append(LpipsJudge(f"lpips_{config.lpips_net}", network, mesh))
+        judges.append(DistanceJudge(f"lpips_{config.lpips_net}", network, mesh))
         packages += [] if config.lpips_heads else LPIPS_PACKAGES
     if config.auraface:
         judges.append(FaceJudge(AuraFace(Path(config.auraface))))
@@ -492,12 +493,13 @@ class ClipJudge:
         return Scores(columns)
 
 
-class LpipsJudge:
-    """LPIPS to the target."""
+class DistanceJudge:
+    """The perceptual distance to the target."""
 
-    def __init__(self, name: str, network: Lpips, mesh: Mesh):
+    def __init__(self, name: str, network: Lpips | FeatureDistance, mesh: Mesh):
         self._name, self._network, self._mesh = name, network, mesh
-        self._smallest = TRUNKS[network.config.net].smallest
+        is_lpips = isinstance(network, Lpips)
+        self._smallest = TRUNKS[network.config.net].smallest if is_lpips else 1
 
     def __call__(self, outputs: Outputs) -> Scores:
         column: Column = [None] * len(outputs.tasks)
@@ -510,7 +512,7 @@ class LpipsJudge:
         sizes = [outputs.sizes[i] for i in indices]
         batch_sizes = {size: min(sizes.count(size), 16) for size in set(sizes)}
         values = over_batches(
-            lambda _, batch: _lpips(self._network, batch), pairs, sizes, batch_sizes, self._mesh
+            lambda _, batch: _distance(self._network, batch), pairs, sizes, batch_sizes, self._mesh
         )
         for i, value in zip(indices, values, strict=True):
             column[i] = float(value)
@@ -518,7 +520,7 @@ class LpipsJudge:
 
 
 @jax.jit
-def _lpips(network: Lpips, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B"]:
+def _distance(network, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B"]:
     with jax.default_matmul_precision("highest"):
         return network(to_pixels(pairs[:, 0]), to_pixels(pairs[:, 1]))
 

@@ -23,8 +23,15 @@ from kontext_jax.sampling.generator import over_images
 NUM_IMAGES = 256
 
 
-def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder], dict[str, float]]:
-    """A function from an autoencoder to the "mean" and "square" (mean of squares) of its latents.
+LatentStatistics = dict[str, float | dict[str, list[float]]]
+
+
+def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder], LatentStatistics]:
+    """A function from an autoencoder to the statistics of its latents, before scale and shift.
+
+    "mean" and "square" (the mean of squares) are those of all channels together; "channels" has for
+    each channel its "mean", "std" and "kurtosis" (3 for a normal distribution), and "kl", the mean
+    KL divergence of its posterior from N(0, 1). A channel with a KL near 0 carries no information.
 
     They are measured on the targets of `NUM_IMAGES` training examples, spread evenly over the data
     set and the same throughout a run, on the means of the posteriors. Every latent value has the
@@ -38,17 +45,31 @@ def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder]
     images = [example.target for example in prepare_all(triples, config.data)]
     areas = [math.prod(size_of(image)) for image in images]
 
-    def statistics(autoencoder: Autoencoder) -> dict[str, float]:
-        moments = over_images(lambda batch: _moments(autoencoder, batch), images, mesh)
-        mean, square = np.average(np.asarray(moments, np.float64), axis=0, weights=areas)
-        return {"mean": float(mean), "square": float(square)}
+    def statistics(autoencoder: Autoencoder) -> LatentStatistics:
+        per_image = over_images(lambda batch: _moments(autoencoder, batch), images, mesh)
+        moments = np.average(np.asarray(per_image, np.float64), axis=0, weights=areas)
+        mean, square, cube, fourth, kl = moments
+        variance = square - mean**2
+        central = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
+        channels = {
+            "mean": mean,
+            "std": np.sqrt(variance),
+            "kurtosis": central / np.maximum(variance, np.finfo(np.float32).tiny) ** 2,
+            "kl": kl,
+        }
+        return {
+            "mean": float(mean.mean()),
+            "square": float(square.mean()),
+            "channels": {name: values.tolist() for name, values in channels.items()},
+        }
 
     return statistics
 
 
 @jax.jit
-def _moments(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B 2"]:
-    """The mean and the mean square of each image's latents."""
-    mean, _ = autoencoder.moments(to_pixels(images))
-    values = mean.astype(jnp.float32).reshape(len(images), -1)
-    return jnp.stack([jnp.mean(values, axis=1), jnp.mean(jnp.square(values), axis=1)], axis=1)
+def _moments(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B 5 z"]:
+    """The first four moments of each image's latents by channel, and their KL divergence."""
+    mean, logvar = autoencoder.moments(to_pixels(images))
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+    terms = [*(mean**power for power in (1, 2, 3, 4)), kl]
+    return jnp.stack([jnp.mean(x, axis=(1, 2)) for x in terms], axis=1)

@@ -1,4 +1,7 @@
-"""Contact sheets of images: context | instruction | result | target, one row per example."""
+"""Contact sheets of images: context | instruction | result | target, one row per example.
+
+For an autoencoder: original | id | reconstruction | error, with the error enlarged.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,6 +18,7 @@ from kontext_jax.sampling.generator import Generator, reconstruct
 from kontext_jax.types import Example, RGBImage
 
 GAP = 8
+ERROR_GAIN = 4
 INK, PAPER, FAINT = (32, 32, 32), (255, 255, 255), (140, 140, 140)
 
 
@@ -31,6 +35,7 @@ class SheetRow(NamedTuple):
 def draw_sheet(
     rows: Sequence[SheetRow],
     *,
+    context_name: str = "context",
     result_names: Sequence[str] = ("result",),
     cell: int = 128,
     text_width: int = 240,
@@ -39,6 +44,7 @@ def draw_sheet(
 
     Args:
       rows: examples, with one result for each of ``result_names``.
+      context_name: heading of the contexts.
       result_names: headings of the results; headings wider than ``cell`` wrap.
       cell: side of an image in pixels; images that fit a whole number of times are enlarged without
         smoothing.
@@ -50,7 +56,7 @@ def draw_sheet(
     lefts = np.cumsum([GAP] + [width + GAP for width in columns])
     font = ImageFont.load_default(size=15)
     small = ImageFont.load_default(size=12)
-    headings = ["context"] + [""] * (num_contexts - 1) + ["instruction", *result_names, *target]
+    headings = [context_name] + [""] * (num_contexts - 1) + ["instruction", *result_names, *target]
     headings = [wrap(text, font, width) for text, width in zip(headings, columns, strict=True)]
     head = 8 + 18 * max(map(len, headings))
     sheet = Image.new("RGB", (int(lefts[-1]), head + len(rows) * (cell + GAP)), PAPER)
@@ -120,9 +126,22 @@ def make_sheet_maker(config: Config, mesh: Mesh) -> Callable[[dict, dict], RGBIm
 
 
 def _draw_reconstructions(autoencoder, examples: Sequence[Example], mesh: Mesh) -> RGBImage:
-    images = reconstruct(autoencoder, [example.target for example in examples], mesh)
+    targets = [example.target for example in examples]
+    images = reconstruct(autoencoder, targets, mesh)
+    side = max(max(target.shape[:2]) for target in targets)
     rows = [
-        SheetRow([], example.id, [image], example.target)
-        for example, image in zip(examples, images, strict=True)
+        SheetRow([target], example.id, [image, enlarged_error(image, target)], None)
+        for example, target, image in zip(examples, targets, images, strict=True)
     ]
-    return draw_sheet(rows, result_names=["reconstruction"])
+    return draw_sheet(
+        rows,
+        context_name="original",
+        result_names=["reconstruction", f"error x {ERROR_GAIN}"],
+        cell=side * max(1, round(128 / side)),
+    )
+
+
+def enlarged_error(image: RGBImage, reference: RGBImage) -> RGBImage:
+    """`ERROR_GAIN` times the error of each colour, around middle grey."""
+    error = ERROR_GAIN * (image.astype(np.int32) - reference.astype(np.int32))
+    return np.clip(128 + error, 0, 255).astype(np.uint8)

@@ -14,6 +14,8 @@ from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.evaluation.held_out_loss import held_out_loss, kinds_of, summarise_losses
 from kontext_jax.evaluation.judges import (
+    DistanceJudge,
+    Judge,
     Outputs,
     judge_drift,
     judge_pixels,
@@ -26,13 +28,16 @@ from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampling.generator import Generator, reconstruct
 from kontext_jax.types import RGBImage, Task
 
+JUDGES = (judge_pixels, judge_world, judge_drift)
+
 Validation = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
 
 
 def make_validation(config: Config, mesh: Mesh) -> Validation:
     """Returns a function (networks by player, frozen networks) -> metrics by name.
 
-    For an autoencoder, the metrics compare its reconstructions with their originals. For objectives
+    For an autoencoder, the metrics compare its reconstructions with their originals, also by the
+    perceptual distance that it is trained with. For objectives
     with a transformer, they are the scores of generated images and, in flow matching, the loss.
 
     Raises:
@@ -46,9 +51,15 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
     examples = prepare_all(triples_of(tasks), data)
     if config.objective.kind == "autoencoder":
         targets = [example.target for example in examples]
-        return lambda networks, _: _score(
-            tasks, reconstruct(networks["autoencoder"], targets, mesh)
-        )
+
+        def compare(networks, frozen):
+            images, judges = reconstruct(networks["autoencoder"], targets, mesh), list(JUDGES)
+            if "perceptual" in frozen:
+                name = config.objective.perceptual.metric
+                judges.append(DistanceJudge(name, frozen["perceptual"], mesh))
+            return _score(tasks, images, judges)
+
+        return compare
 
     player = config.make_objective().generator
     judged, generate = tasks[: settings.num_pictures], None
@@ -77,9 +88,10 @@ def _loss_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     return {"loss": summary["mean"]} | kinds | levels
 
 
-def _score(tasks: Sequence[Task], images: Sequence[RGBImage]) -> dict[str, float]:
+def _score(
+    tasks: Sequence[Task], images: Sequence[RGBImage], judges: Sequence[Judge] = JUDGES
+) -> dict[str, float]:
     """Returns the mean of each score over the images that have it."""
-    judges = [judge_pixels, judge_world, judge_drift]
     columns = run_judges(judges, Outputs("", tasks, images)).columns
     scores = {name: [x for x in column if x is not None] for name, column in columns.items()}
     return {name: float(np.mean(values)) for name, values in scores.items() if values}

@@ -213,6 +213,8 @@ def _open_from_run(workdir: Path, name: str, params: str) -> Reader:
     record = record_of(config, int(arrays.parent.name), params)
     if config.objective.kind == "autoencoder":
         scaled = _with_latent_scale(config.objective.autoencoder, meta, params, workdir)
+        if params == "ema" and "latents" in meta:
+            record["latents"] = meta["latents"]
         return OrbaxReader(arrays, [name], network, scaled, record)
     if name in config.make_objective().frozen():
         reader = open_init(config, name)

@@ -52,6 +52,11 @@ class PerceptualConfig(Settings):
             return EfficientNetConfig.lite0(input_size=self.input_size, dtype=self.dtype)
         return LpipsConfig(net=self.network, dtype=self.dtype)
 
+    @property
+    def metric(self) -> str:
+        """The name of the distance."""
+        return "distance_efflite0" if self.network == "efficientnet" else f"lpips_{self.network}"
+
 
 class FeatureDistance(nnx.Module):
     """Distance of two images. See the module's docstring."""

@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 from kontext_jax.evaluation import judges
 from kontext_jax.evaluation.judges import (
     ClipJudge,
+    DistanceJudge,
     FaceJudge,
     FeatureJudge,
     JudgesConfig,
-    LpipsJudge,
     OcrJudge,
     Outputs,
     Scores,
@@ -520,7 +520,7 @@ def test_lpips_scores_match_the_network(lpips):
     tasks = [task(image(0, 32, 32)), task(), task(image(2, 64, 80)), task(image(3, 32, 32))]
     images = [image(4, 32, 32), image(5), image(6, 32, 40), tasks[3].truth]
     outputs = Outputs("set", tasks, images)
-    columns, set_scores = LpipsJudge("lpips_alex", lpips, mesh_of(2))(outputs)
+    columns, set_scores = DistanceJudge("lpips_alex", lpips, mesh_of(2))(outputs)
     assert list(columns) == ["lpips_alex"] and set_scores == {}
     column = columns["lpips_alex"]
     assert column[1] is None and column[3] == pytest.approx(0, abs=1e-6)
@@ -529,9 +529,9 @@ def test_lpips_scores_match_the_network(lpips):
         expected = float(direct(lpips, images[i][None], outputs.targets[i][None])[0])
         assert column[i] == pytest.approx(expected, rel=1e-5) and abs(expected) > 1e-3
     assert len({column[0], column[2]}) == 2
-    none = LpipsJudge("lpips_vgg", lpips, mesh_of())(Outputs("set", [task()], [image(0)]))
+    none = DistanceJudge("lpips_vgg", lpips, mesh_of())(Outputs("set", [task()], [image(0)]))
     small = Outputs("set", [task(image(0, 30, 32))], [image(1, 30, 32)])
-    assert LpipsJudge("x", lpips, mesh_of())(small).columns == {"x": [None]}  # below 31 pixels
+    assert DistanceJudge("x", lpips, mesh_of())(small).columns == {"x": [None]}  # below 31 pixels
     assert none.columns == {"lpips_vgg": [None]}
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import ImageFont
 
-from kontext_jax.evaluation.sheets import SheetRow, draw_sheet, wrap
+from kontext_jax.evaluation.sheets import SheetRow, draw_sheet, enlarged_error, wrap
 
 
 def solid(value: int, side: int = 32) -> np.ndarray:
@@ -35,3 +35,11 @@ def test_instructions_are_drawn_and_wrapped():
     assert " ".join(lines) == "change the background of the picture to sand"
     row = SheetRow([solid(255)], "make it night", [solid(255)], solid(255))
     assert (draw_sheet([row])[26:] < 100).any()
+
+
+def test_errors_are_enlarged_around_grey():
+    image, reference = solid(100), solid(90)
+    reference[0] = 250
+    error = enlarged_error(image, reference)
+    assert error[1, 0, 0] == 128 + 4 * 10 and error[0, 0, 0] == 0
+    assert error.dtype == np.uint8
