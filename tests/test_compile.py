@@ -241,11 +241,15 @@ def test_other_compiler_errors_are_their_first_line():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs the command in a new process, because JAX looks for libtpu only once per process."""
+    """Runs the command in a new process, because JAX looks for libtpu only once per process.
+
+    libtpu does not know XLA's flags for CPUs, which conftest.py sets.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-m", "kontext_jax.compile", *arguments],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=inherited | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=1800,
