@@ -235,7 +235,7 @@ def test_a_run_refuses_frozen_weights_that_have_changed(config, pipeline_folder,
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="made with another clip: give it"):
+    with pytest.raises(ValueError, match="started with another clip: use the settings"):
         train(dataclasses.replace(changed, num_steps=2), tmp_path / "run")
     with pytest.raises(ValueError, match="The clip that .* was trained with has changed"):
         convert(tmp_path / "run", tmp_path / "out", "diffusers")
