@@ -121,6 +121,8 @@ def train(config: Config, workdir: Path) -> dict[str, float | int]:
                 meta["metrics"] = window.summary(meta["metrics"])
                 meta["metrics"] |= learning_rates(objective, config.optim, config.num_steps, state)
                 writer.metrics(step, meta["metrics"])
+                for warning in window.warnings():
+                    writer.warn(step, warning)
                 window.stop_if_hopeless()
             validates, saves, draws = (
                 every and (step % every == 0 or last)

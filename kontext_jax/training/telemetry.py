@@ -15,6 +15,10 @@ MAX_SEEN = 100 * MIN_RECORDS
 """Records after which the counts are halved, so that data that goes bad late is noticed soon."""
 
 
+COLLAPSED_STEPS = 500
+"""Steps in a row with a discriminator that is always or never right, after which it is reported."""
+
+
 class TrainingStopped(UserError):
     """The run cannot go on; the message says why and what to do."""
 
@@ -28,6 +32,8 @@ class MetricsWindow:
         self._data, self._max_skipped_in_a_row = data, max_skipped_in_a_row
         self._chips, self._peak = num_chips(mesh.size, kind), chip_of(kind).peak_flops
         self._seen = self._unreadable = self._in_a_row = 0
+        self._collapsed: dict[str, int] = {}
+        self._warnings: list[str] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -68,6 +74,7 @@ class MetricsWindow:
         self._reset()
         values = {name: [step[name] for step in good] for name in steps[0] if name != "skipped"}
         finite = {name: [x for x in column if not np.isnan(x)] for name, column in values.items()}
+        self._watch_discriminators(finite)
         means = {name: float(np.mean(column)) for name, column in finite.items() if column}
         return (
             previous
@@ -84,6 +91,26 @@ class MetricsWindow:
                 **self._per_chip(examples / seconds, flops / seconds),
             }
         )
+
+    def _watch_discriminators(self, columns: dict[str, list]) -> None:
+        for name in columns:
+            player, _, metric = name.rpartition("/")
+            if metric != "accuracy_real":
+                continue
+            pairs = np.stack([columns[name], columns[f"{player}/accuracy_made"]], axis=1)
+            for real, made in np.round(pairs, 3).tolist():
+                count = self._collapsed.get(player, 0) + 1
+                self._collapsed[player] = count if {real, made} <= {0.0, 1.0} else 0
+                if self._collapsed[player] == COLLAPSED_STEPS:
+                    self._warnings.append(
+                        f"{player}: in {COLLAPSED_STEPS} steps in a row it took {real:.0%} of real "
+                        f"and {1 - made:.0%} of generated images for real. {_advice(real, made)}"
+                    )
+
+    def warnings(self) -> list[str]:
+        """Sentences about discriminators that collapsed in the last window; each is said once."""
+        said, self._warnings = self._warnings, []
+        return said
 
     def _per_chip(self, examples: float, flops: float) -> dict[str, float]:
         """Rates per chip, from total rates; fewer if FLOPs are not modelled or the peak unknown."""
@@ -112,6 +139,13 @@ class MetricsWindow:
                 "not finite, and were skipped. Look at the data of these steps, or resume from the "
                 "last checkpoint with a lower optim.learning_rate."
             )
+
+
+def _advice(real: float, made: float) -> str:
+    """What to do about a discriminator with these accuracies, each 0 or 1."""
+    if real and made:
+        return "Its opponent learns nothing from it: lower its learning rate, or raise r1_weight."
+    return "It learns nothing: lower both learning rates, or start it earlier."
 
 
 def _memory() -> dict[str, float]:

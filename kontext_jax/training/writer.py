@@ -64,6 +64,11 @@ class Writer:
         eta = [f"ETA {self._eta(step)}"] if log == "metrics" else []
         print(progress, *title, *_shown(values), *eta, sep="  ", flush=True)
 
+    def warn(self, step: int, sentence: str) -> None:
+        """Prints a warning."""
+        if self._active:
+            print(f"warning, step {step}: {sentence}", flush=True)
+
     def image(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Writes ``name-step.png``, and the image to TensorBoard."""
         if not self._active:

@@ -118,3 +118,38 @@ def test_summary_has_the_peak_memory_of_the_fullest_device(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(2e9), Device(5e9), Device(None)])
     window.add(good_step())
     assert window.summary({})["device_memory_gb"] == 5.0
+
+
+@pytest.mark.parametrize(
+    ("real", "made", "words"),
+    [
+        (
+            1.0,
+            1.0,
+            "took 100% of real and 0% of generated images for real. Its opponent learns not",
+        ),
+        (0.0, 1.0, "took 0% of real and 0% of generated images for real. It learns nothing"),
+        (1.0, 0.0, "took 100% of real and 100% of generated images for real. It learns nothing"),
+    ],
+)
+def test_collapsed_discriminator_is_reported_once(real, made, words):
+    """Steps in which it is not due have no accuracy, and do not count."""
+    window, warnings = new_window(), []
+    names = ("discriminator/accuracy_real", "discriminator/accuracy_made")
+    collapsed = dict(zip(names, (real, made), strict=True))
+
+    def steps(number, **accuracies):
+        for _ in range(number):
+            window.add(good_step(**accuracies))
+            window.add(good_step(**dict.fromkeys(names, float("nan"))))
+        window.summary({})
+        warnings.extend(window.warnings())
+
+    steps(telemetry.COLLAPSED_STEPS - 1, **collapsed)
+    steps(1, **dict.fromkeys(names, 0.9))
+    steps(telemetry.COLLAPSED_STEPS - 1, **collapsed)
+    assert not warnings
+    for _ in range(3):
+        steps(telemetry.COLLAPSED_STEPS, **collapsed)
+    (warning,) = warnings
+    assert warning.startswith("discriminator: in 500 steps in a row") and words in warning
