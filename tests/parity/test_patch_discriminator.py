@@ -14,12 +14,12 @@ CONFIG = PatchConfig(channels=8, num_layers=3, num_groups=4)
 
 
 def reference(network: PatchDiscriminator):
-    """The same layers in PyTorch."""
-    scale, layers = network.scales[0], []
+    """The same layers in PyTorch, for a network of one scale."""
+    config, scale, layers = network.config, network.scales[0], []
     convs = [*scale.convs, scale.out]
     for i, conv in enumerate(convs):
         outputs = conv.kernel.shape[-1]
-        stride = 2 if i < CONFIG.num_layers else 1
+        stride = 2 if i < config.num_layers else 1
         layer = torch.nn.Conv2d(
             conv.kernel.shape[2], outputs, 4, stride, padding=1, bias=conv.bias is not None
         )
@@ -28,7 +28,7 @@ def reference(network: PatchDiscriminator):
             layer.bias.data = torch.tensor(np.asarray(conv.bias[...]))
         layers.append(layer)
         if 0 < i < len(convs) - 1:
-            norm = torch.nn.GroupNorm(CONFIG.num_groups, outputs, eps=1e-6)
+            norm = torch.nn.GroupNorm(config.num_groups, outputs, eps=1e-6)
             norm.weight.data = torch.tensor(np.asarray(scale.norms[i - 1].scale[...]))
             norm.bias.data = torch.tensor(np.asarray(scale.norms[i - 1].bias[...]))
             layers.append(norm)
