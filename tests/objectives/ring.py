@@ -68,7 +68,7 @@ def centres() -> np.ndarray:
     return RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
 
 
-def ring(key, number: int) -> Points:
+def ring(key, number: int, _=None) -> Points:
     """Points of the ring; a tenth of them have no class."""
     mode_key, noise_key, drop_key = jax.random.split(key, 3)
     mode = jax.random.randint(mode_key, (number,), 0, MODES)
@@ -98,33 +98,47 @@ def batch_of(points: Points, first_id) -> Batch:
     )
 
 
+@functools.cache
+def _compiled_run(objective, optim: OptimConfig, draw: Callable, num_steps: int, batch_size: int):
+    """A program ``(state, frozen, data, seed) -> (state, metrics)``, the same for all seeds.
+
+    Examples of different seeds have different ids, and thus different noise.
+    """
+    optimizers = make_optimizers(objective, optim, num_steps)
+    train_step = make_train_step(objective, optimizers, optim, seed=0)
+
+    @compiled
+    def run(state, frozen, data, seed):
+        data_key = jax.random.fold_in(jax.random.key(1), seed)
+
+        def step(state, i):
+            points = draw(jax.random.fold_in(data_key, i), batch_size, data)
+            first_id = (seed * num_steps + i) * batch_size
+            return train_step(state, frozen, batch_of(points, first_id))
+
+        return jax.lax.scan(step, state, jnp.arange(num_steps))
+
+    return run
+
+
 def train(
     objective,
-    optim,
+    optim: OptimConfig,
     draw: Callable,
     num_steps: int,
     batch_size: int,
     seed: int,
+    data=None,
     frozen=None,
     initial=None,
 ):
-    """(averaged networks after the last step, metrics); ``draw(key, number)`` returns points."""
+    """(averaged networks after the last step, metrics); ``draw(key, number, data)`` has points."""
     optimizers = make_optimizers(objective, optim, num_steps)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     state = init_state(objective, optimizers, mesh, seed, initial)
-    train_step = make_train_step(objective, optimizers, optim, seed)
-    data_key = jax.random.fold_in(jax.random.key(1), seed)
     frozen = {"autoencoder": None, "text_encoder": CLASSES} | (frozen or {})
-
-    def step(state, frozen, i):
-        points = draw(jax.random.fold_in(data_key, i), batch_size)
-        return train_step(state, frozen, batch_of(points, i * batch_size))
-
-    @compiled
-    def run(state, frozen):
-        return jax.lax.scan(lambda state, i: step(state, frozen, i), state, jnp.arange(num_steps))
-
-    state, metrics = run(state, frozen)
+    run = _compiled_run(objective, optim, draw, num_steps, batch_size)
+    state, metrics = run(state, frozen, data, seed)
     assert not state.skipped
     return state.ema, metrics
 
@@ -139,18 +153,20 @@ def train_teacher(seed: int = 0, num_steps: int = 4000):
     return ema["model"]["transformer"]
 
 
-def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 1200):
-    def draw(key, number):
-        chosen = jax.random.randint(key, (number,), 0, len(bank.labels))
-        return Points(bank.values[chosen], bank.labels[chosen])
+def from_bank(key, number: int, bank: Points) -> Points:
+    """Random points of the bank."""
+    chosen = jax.random.randint(key, (number,), 0, len(bank.labels))
+    return Points(bank.values[chosen], bank.labels[chosen])
 
+
+def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 1200):
     optim = OptimConfig(
         learning_rate=5e-4, b1=0.0, b2=0.99, warmup_steps=0, schedule="cosine", ema_decay=0.995,
         weight_decay=0.0,
     )  # fmt: skip
     initial = {"student": {"transformer": jax.tree.map(jnp.copy, teacher)}}
     frozen = {"teacher": teacher}
-    ema, metrics = train(objective, optim, draw, num_steps, 128, seed, frozen, initial)
+    ema, metrics = train(objective, optim, from_bank, num_steps, 128, seed, bank, frozen, initial)
     return ema["student"]["transformer"], metrics
 
 

@@ -68,6 +68,8 @@ CONFIG = LaddConfig(
     student_times=StudentTimes(warmup_steps=200),
 )
 
+LADD = Ladd(CONFIG)
+
 
 def distil(setup: Setup, objective: Ladd, seed: int) -> dict[int, Score]:
     transformer, _ = ring.train_student(objective, setup.teacher, setup.bank, seed)
@@ -100,7 +102,7 @@ def test_teacher_needs_many_steps(setup):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_student_needs_one_step(setup, seed):
-    scores = distil(setup, Ladd(CONFIG), seed)
+    scores = distil(setup, LADD, seed)
     assert not gate(scores, setup.teacher_scores), scores
 
 
