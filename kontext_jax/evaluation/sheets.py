@@ -36,6 +36,7 @@ def draw_sheet(
     rows: Sequence[SheetRow],
     *,
     context_name: str = "context",
+    text_name: str = "instruction",
     result_names: Sequence[str] = ("result",),
     cell: int = 128,
     text_width: int = 240,
@@ -44,7 +45,7 @@ def draw_sheet(
 
     Args:
       rows: examples, with one result for each of ``result_names``.
-      context_name: heading of the contexts.
+      context_name, text_name: headings of the contexts and of the instructions.
       result_names: headings of the results; headings wider than ``cell`` wrap.
       cell: side of an image in pixels; images that fit a whole number of times are enlarged without
         smoothing.
@@ -56,7 +57,7 @@ def draw_sheet(
     lefts = np.cumsum([GAP] + [width + GAP for width in columns])
     font = ImageFont.load_default(size=15)
     small = ImageFont.load_default(size=12)
-    headings = [context_name] + [""] * (num_contexts - 1) + ["instruction", *result_names, *target]
+    headings = [context_name] + [""] * (num_contexts - 1) + [text_name, *result_names, *target]
     headings = [wrap(text, font, width) for text, width in zip(headings, columns, strict=True)]
     head = 8 + 18 * max(map(len, headings))
     sheet = Image.new("RGB", (int(lefts[-1]), head + len(rows) * (cell + GAP)), PAPER)
@@ -136,6 +137,7 @@ def _draw_reconstructions(autoencoder, examples: Sequence[Example], mesh: Mesh) 
     return draw_sheet(
         rows,
         context_name="original",
+        text_name="example",
         result_names=["reconstruction", f"error x {ERROR_GAIN}"],
         cell=side * max(1, round(128 / side)),
     )
