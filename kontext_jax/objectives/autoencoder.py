@@ -158,11 +158,10 @@ class AutoencoderObjective:
         return {"batch": batch}
 
     def flops(self, batch: Batch) -> Float[Array, ""]:
-        """Matmuls and convolutions of the networks; a backward pass counts twice a forward pass.
+        """Matmuls and convolutions of the networks; a full backward pass is two forward passes.
 
-        The distance and the discriminator see each image and its reconstruction. For the
-        autoencoder's loss, gradients flow only to the reconstruction, and not to parameters; for
-        the discriminator's they flow only to its parameters.
+        One that only leads to pixels, through the distance or the discriminator, is a single one.
+        R1 is not counted.
         """
         total = jnp.zeros(())
         for size in batch.images:
@@ -183,8 +182,9 @@ class AutoencoderObjective:
             total += 1.5 * traced_flops(lambda d, x: d(x, x), distance, image)
         if "discriminator" in networks:
             once = traced_flops(lambda d, x: d(x), networks["discriminator"], image)
-            # A forward and a backward pass by pixels, then two of each by parameters.
-            total += (2 + 4) * once
+            # A forward pass and one back to the pixels; then, for its own update, a forward and a
+            # full backward pass on each of the two images.
+            total += (2 + 2 * 3) * once
         return total
 
     def loss(
