@@ -1,6 +1,6 @@
 """Compares the time and memory of a training step of LADD and of ADD.
 
-    python launch/distillation_cost.py [--size=128] [--rows=2] [--rounds=5]
+    python launch/distillation_cost.py [--size=128] [--rows=2] [--rounds=5] [--depth=3]
 
 Both train the same student from the same teacher, on rows of one target and one context of the same
 size in pixels. LADD reads latents, and its discriminator sees features of the teacher. ADD encodes
@@ -43,13 +43,13 @@ from kontext_jax.training.train_state import (
 )
 
 
-def configs(size: int, rows: int) -> dict[str, Config]:
+def configs(size: int, rows: int, depth: int) -> dict[str, Config]:
     """Returns a LADD and an ADD config that differ only in the discriminator's input."""
     transformer = FluxConfig(
         hidden_size=384,
         num_heads=6,
-        depth=3,
-        depth_single=6,
+        depth=depth,
+        depth_single=2 * depth,
         vec_in_dim=64,
         context_in_dim=64,
         axes_dim=(16, 24, 24),
@@ -135,7 +135,9 @@ class Recipe:
 
 def main() -> None:
     options = flags.FLAGS
-    recipes = {name: Recipe(c) for name, c in configs(options.size, options.rows).items()}
+    recipes = {
+        name: Recipe(c) for name, c in configs(options.size, options.rows, options.depth).items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in recipes}
     for round_number in range(options.rounds + 1):
         for name, recipe in recipes.items():
@@ -155,5 +157,6 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("size", 128, "height and width in pixels, a multiple of 16")
     flags.DEFINE_integer("rows", 2, "rows per step")
+    flags.DEFINE_integer("depth", 3, "double blocks; there are twice as many single blocks")
     flags.DEFINE_integer("rounds", 5, "number of timed steps of each objective")
     cli.run("distillation_cost", main)

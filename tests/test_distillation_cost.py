@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_ladd_and_add_are_compared():
     done = subprocess.run(
         [sys.executable, ROOT / "launch/distillation_cost.py", "--size=32", "--rows=1"]
-        + ["--rounds=1"],
+        + ["--rounds=1", "--depth=1"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
