@@ -179,6 +179,21 @@ def test_checkpoints_without_latent_statistics_use_the_log(autoencoder, monkeypa
 
 
 @pytest.mark.slow
+def test_run_with_discrete_latents_records_the_use_of_its_codes(world_folder, tmp_path):
+    config = autoencoder_config(world_folder, levels=1)
+    config.objective.autoencoder = dataclasses.replace(
+        config.objective.autoencoder, latent_channels=3, fsq_levels=(5, 4, 3)
+    )
+    config.num_steps = 1
+    train(config, tmp_path)
+    reader = open_network(tmp_path, "autoencoder")
+    codes = reader.record["latents"]["codes"]
+    assert codes["number"] == 60 and 0 < codes["used"] <= 1
+    assert 1 <= codes["perplexity"] <= 60 * codes["used"]
+    assert reader.config.fsq_levels == (5, 4, 3)
+
+
+@pytest.mark.slow
 def test_run_with_a_discriminator_resumes_exactly(world_folder, tmp_path):
     """It starts in step 3, and the run stops after step 4."""
     config = autoencoder_config(world_folder, levels=1)

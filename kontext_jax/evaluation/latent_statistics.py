@@ -6,24 +6,26 @@ FLUX.1's own scale and shift (0.3611, 0.1159) are these statistics of its autoen
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels
+from kontext_jax.models.fsq import num_codes
 from kontext_jax.sampling.generator import over_images
 
 NUM_IMAGES = 256
 
 
-LatentStatistics = dict[str, float | dict[str, list[float]]]
+LatentStatistics = dict[str, Any]
 
 
 def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder], LatentStatistics]:
@@ -32,6 +34,9 @@ def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder]
     "mean" and "square" (the mean of squares) are those of all channels together; "channels" has for
     each channel its "mean", "std" and "kurtosis" (3 for a normal distribution), and "kl", the mean
     KL divergence of its posterior from N(0, 1). A channel with a KL near 0 carries no information.
+
+    Discrete latents also have "codes": their "number", the share of them that is "used", and the
+    "perplexity" of their distribution, which is the number of codes if all are equally frequent.
 
     They are measured on the targets of `NUM_IMAGES` training examples, spread evenly over the data
     set and the same throughout a run, on the means of the posteriors. Every latent value has the
@@ -57,13 +62,31 @@ def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder]
             "kurtosis": central / np.maximum(variance, np.finfo(np.float32).tiny) ** 2,
             "kl": kl,
         }
-        return {
+        result: LatentStatistics = {
             "mean": float(mean.mean()),
             "square": float(square.mean()),
             "channels": {name: values.tolist() for name, values in channels.items()},
         }
+        if autoencoder.config.is_discrete:
+            codes = over_images(lambda batch: _codes(autoencoder, batch), images, mesh)
+            number = num_codes(autoencoder.config.fsq_levels)
+            result["codes"] = code_usage(np.concatenate([x.ravel() for x in codes]), number)
+        return result
 
     return statistics
+
+
+def code_usage(codes: Int[np.ndarray, " N"], number: int) -> dict[str, int | float]:
+    """The share of ``number`` codes that occur, and the perplexity of their distribution."""
+    counts = np.bincount(codes, minlength=number)
+    shares = counts[counts > 0] / counts.sum()
+    perplexity = np.exp(-np.sum(shares * np.log(shares)))
+    return {"number": number, "used": len(shares) / number, "perplexity": float(perplexity)}
+
+
+@jax.jit
+def _codes(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Int[Array, "B _ _"]:
+    return autoencoder.codes(to_pixels(images))
 
 
 @jax.jit

@@ -16,13 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
+from kontext_jax.models import fsq
 from kontext_jax.models.attention import attention
 from kontext_jax.models.layers import Linear, remat
 from kontext_jax.settings import Settings, check_choices
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
+
+MIN_LOGVAR = -30.0
 
 # Preserves the unit variance of a GroupNorm's output, so that all blocks start alike. PyTorch's
 # default, which BFL trained from, has a third of that variance; the next norm removes the factor.
@@ -39,6 +42,8 @@ class AutoencoderConfig(Settings):
       num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
       latent_channels: channels of a latent cell.
       num_groups: groups of every GroupNorm.
+      fsq_levels: number of levels of each latent channel, for discrete latents (``models/fsq.py``);
+        empty for continuous ones.
       quant_conv: whether 1 x 1 convolutions follow the encoder and precede the decoder, as in
         Stable Diffusion's autoencoders; FLUX.1's has none.
       scale_factor, shift_factor: ``latents = scale_factor * (z - shift_factor)``.
@@ -52,6 +57,7 @@ class AutoencoderConfig(Settings):
     num_res_blocks: int = 2
     latent_channels: int = 16
     num_groups: int = 32
+    fsq_levels: tuple[int, ...] = ()
     quant_conv: bool = False
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
@@ -67,11 +73,27 @@ class AutoencoderConfig(Settings):
             raise ValueError(
                 f"channels {self.channels} must be a multiple of num_groups {self.num_groups}."
             )
+        if self.fsq_levels and len(self.fsq_levels) != self.latent_channels:
+            raise ValueError(
+                f"fsq_levels {self.fsq_levels} must have a number for each of the latent_channels "
+                f"{self.latent_channels}."
+            )
+        if min(self.fsq_levels, default=2) < 2:
+            raise ValueError(f"fsq_levels {self.fsq_levels} must be 2 or more.")
         check_choices(self, remat=("full", "none"))
 
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(self.channels * multiple for multiple in self.channel_multipliers)
+
+    @property
+    def is_discrete(self) -> bool:
+        return bool(self.fsq_levels)
+
+    @property
+    def encoder_channels(self) -> int:
+        """Channels of the encoder's output: the latents', and their log-variances if continuous."""
+        return self.latent_channels * (1 if self.is_discrete else 2)
 
     @property
     def downsample(self) -> int:
@@ -252,7 +274,7 @@ class Encoder(nnx.Module):
             self.down.append(Level(config, chain, Downsample if i < last else None, rngs=rngs))
         self.mid = Mid(config, widths[-1], rngs=rngs)
         self.norm_out = GroupNorm(config.num_groups, widths[-1], rngs=rngs)
-        self.conv_out = conv(config, widths[-1], 2 * config.latent_channels, rngs=rngs)
+        self.conv_out = conv(config, widths[-1], config.encoder_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B _ _ 3"]) -> Float[Array, "B _ _ z"]:
         x = self.conv_in(x)
@@ -293,9 +315,9 @@ class Autoencoder(nnx.Module):
         self.config = config
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        z = config.latent_channels
-        make = functools.partial(conv, config, size=1, rngs=rngs)
-        self.quant_conv = make(2 * z, 2 * z) if config.quant_conv else None
+        make, z = functools.partial(conv, config, size=1, rngs=rngs), config.latent_channels
+        inner = config.encoder_channels
+        self.quant_conv = make(inner, inner) if config.quant_conv else None
         self.post_quant_conv = make(z, z) if config.quant_conv else None
 
     def moments(
@@ -303,7 +325,8 @@ class Autoencoder(nnx.Module):
     ) -> tuple[Float[Array, "B h w z"], Float[Array, "B h w z"]]:
         """Mean and log-variance of unscaled latents, float32.
 
-        The log-variance is clipped to [-30, 20], as in diffusers.
+        The log-variance is clipped to [-30, 20], as in diffusers. Discrete latents are the mean of
+        a posterior with the smallest variance.
 
         Raises:
           ValueError: the sides of the images are not multiples of `downsample`.
@@ -313,15 +336,22 @@ class Autoencoder(nnx.Module):
             raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
         cells = self.encoder(images.astype(self.config.dtype))
         cells = cells if self.quant_conv is None else self.quant_conv(cells)
+        if self.config.is_discrete:
+            mean = fsq.quantize(cells, self.config.fsq_levels)
+            return mean, jnp.full_like(mean, MIN_LOGVAR)
         mean, logvar = jnp.split(cells, 2, axis=-1)
-        return mean.astype(jnp.float32), jnp.clip(logvar.astype(jnp.float32), -30.0, 20.0)
+        return mean.astype(jnp.float32), jnp.clip(logvar.astype(jnp.float32), MIN_LOGVAR, 20.0)
+
+    def codes(self, images: Float[Array, "B _ _ 3"]) -> Int[Array, "B h w"]:
+        """The code of each cell of discrete latents."""
+        return fsq.codes(self.moments(images)[0], self.config.fsq_levels)
 
     def encode(
         self, images: Float[Array, "B _ _ 3"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "B h w z"]:
         """Scaled latents, float32: the mean, as in FLUX, or a sample if ``key`` is given."""
         z, logvar = self.moments(images)
-        if key is not None:
+        if key is not None and not self.config.is_discrete:
             z = z + jnp.exp(0.5 * logvar) * jax.random.normal(key, z.shape, z.dtype)
         return self.scaled(z)
 

@@ -97,7 +97,8 @@ class AutoencoderObjectiveConfig(Settings):
     ``init_from`` and ``optim.frozen=("encoder/*", "quant_conv/*")``.
 
     Attributes:
-      kl_weight: weight of the KL divergence from N(0, 1), a mean over latent cells and channels.
+      kl_weight: weight of the KL divergence from N(0, 1), a mean over latent cells and channels;
+        discrete latents have none.
       perceptual: the perceptual distance.
       adversarial: the discriminator.
     """
@@ -218,7 +219,8 @@ class AutoencoderObjective:
         else:
             loss, sums = fidelity(outputs)
         forwarded = {"reconstructions": jax.lax.stop_gradient(outputs)}
-        loss += self.config.kl_weight * prior["kl"]
+        if "kl" in prior:
+            loss += self.config.kl_weight * prior["kl"]
         return loss, Sums(weight, sums | prior, forwarded if "discriminator" in models else {})
 
     def _encode(self, model: Autoencoder, group: Images, keys: Key[Array, " B"]):
@@ -227,9 +229,11 @@ class AutoencoderObjective:
         The terms are means over the cells of an image.
         """
         mean, logvar = model.moments(group.pixels)
+        terms = {"latent_mean": mean, "latent_square": jnp.square(mean)}
+        if model.config.is_discrete:
+            return model.scaled(mean), _sums(terms, group)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-        terms = {"kl": kl, "latent_mean": mean, "latent_square": jnp.square(mean)}
+        terms["kl"] = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
         return model.scaled(mean + jnp.exp(0.5 * logvar) * noise), _sums(terms, group)
 
     def _fidelity(self, frozen: dict, groups: Sequence[Images], outputs: Sequence[Array]):

@@ -100,7 +100,13 @@ def from_json(values: dict[str, Any]) -> AutoencoderConfig:
 
 
 def to_json(config: AutoencoderConfig) -> dict[str, Any]:
-    """Returns the values of diffusers' ``config.json``."""
+    """Returns the values of diffusers' ``config.json``.
+
+    Raises:
+      ValueError: the latents are discrete, which no other library's class supports.
+    """
+    if config.is_discrete:
+        raise ValueError("An autoencoder with fsq_levels has no layout of diffusers or BFL.")
     levels = len(config.widths)
     return {
         "_class_name": DIFFUSERS_CLASS,

@@ -72,8 +72,10 @@ def write_bfl(
 
     Raises:
       OSError: the disk is full.
+      ValueError: BFL's code does not support the network's settings.
       WeightsError: the file differs from the weights when read back.
     """
+    reader.network.format.to_json(reader.config)  # refuses what no other library supports
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, _tensors(reader, "bfl", dtype), _metadata(reader, record))
     check_copy(reader, open_file(path), dtype)

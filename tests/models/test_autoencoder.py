@@ -11,6 +11,7 @@ from flax import nnx
 
 from kontext_jax.models import autoencoder as ae
 from kontext_jax.sharding import RULES
+from kontext_jax.weights.autoencoder import to_json
 
 TINY = ae.AutoencoderConfig.tiny()
 
@@ -264,3 +265,27 @@ def test_invalid_settings_are_refused(wrong, message):
 def test_sides_of_images_must_be_multiples_of_a_cell(model):
     with pytest.raises(ValueError, match="10 x 16 pixels need sides divisible by 4"):
         model.encode(jnp.zeros((1, 10, 16, 3)))
+
+
+def test_discrete_latents_are_quantised_and_have_codes():
+    model = autoencoder(latent_channels=3, fsq_levels=(5, 4, 3))
+    config = model.config
+    images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
+    z, logvar = jax.jit(lambda m, x: m.moments(x))(model, images)
+    assert np.all(logvar == ae.MIN_LOGVAR) and np.abs(z).max() <= 1
+    assert [len(np.unique(z[..., i])) <= n for i, n in enumerate(config.fsq_levels)] == [True] * 3
+    sample = jax.jit(lambda m, x: m.encode(x, jax.random.key(0)))(model, images)
+    np.testing.assert_allclose(sample, model.scaled(z), rtol=1e-6)
+    codes = np.asarray(jax.jit(lambda m, x: m.codes(x))(model, images))
+    assert codes.shape == z.shape[:3] and 0 <= codes.min() <= codes.max() < 60
+    with pytest.raises(ValueError, match="An autoencoder with fsq_levels has no layout"):
+        to_json(config)
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [((5, 4), r"\(5, 4\) must have a number for each"), ((5, 4, 1), "must be 2 or more")],
+)
+def test_invalid_levels_are_refused(levels, message):
+    with pytest.raises(ValueError, match=message):
+        ae.AutoencoderConfig.tiny(latent_channels=3, fsq_levels=levels)
