@@ -159,7 +159,7 @@ def from_bank(key, number: int, bank: Points) -> Points:
     return Points(bank.values[chosen], bank.labels[chosen])
 
 
-def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 1200):
+def train_student(objective: Ladd, teacher, bank: Points, seed: int, num_steps: int = 1600):
     optim = OptimConfig(
         learning_rate=5e-4, b1=0.0, b2=0.99, warmup_steps=0, schedule="cosine", ema_decay=0.995,
         weight_decay=0.0,

@@ -1,8 +1,8 @@
 """LADD distils a toy distribution, and the gate that checks this detects deliberate mistakes.
 
-The gate's limits leave a margin to the results of several seeds: in one step, a distance of .03 to
-.05 (the teacher's is 1.11) and .87 to .91 of its share for the rarest mode; in four steps, at least
-.997 on the ring. The distance in four steps has no limit: an adversarial loss matches the
+The gate's limits leave a margin to the results of several seeds, here after 2,000 steps: in one
+step, a distance of .04 to .06 (the teacher's is 1.06) and .85 to .90 of its share for the rarest
+mode; in four steps, at least .991 on the ring. The distance in four steps has no limit: an adversarial loss matches the
 distribution of each call's images, and nothing ties an image to its noise, so the weights of the
 modes drift.
 
