@@ -2,9 +2,9 @@
 
 The gate's limits leave a margin to the results of several seeds, here after 2,000 steps: in one
 step, a distance of .04 to .06 (the teacher's is 1.06) and .85 to .90 of its share for the rarest
-mode; in four steps, at least .991 on the ring. The distance in four steps has no limit: an adversarial loss matches the
-distribution of each call's images, and nothing ties an image to its noise, so the weights of the
-modes drift.
+mode; in four steps, at least .991 on the ring. The distance in four steps has no limit: an
+adversarial loss matches the distribution of each call's images, and nothing ties an image to its
+noise, so the weights of the modes drift.
 
 Two mistakes that this gate cannot detect have tests in ``test_ladd.py``: a reversed level, and
 images that are not noised.
