@@ -18,12 +18,11 @@ from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.geometry import size_of
-from kontext_jax.models.autoencoder import Autoencoder, to_pixels
+from kontext_jax.models.autoencoder import Autoencoder, kl_divergence, to_pixels
 from kontext_jax.models.fsq import num_codes
 from kontext_jax.sampling.generator import over_images
 
 NUM_IMAGES = 256
-
 
 LatentStatistics = dict[str, Any]
 
@@ -93,6 +92,5 @@ def _codes(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Int[Arr
 def _moments(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Float[Array, "B 5 z"]:
     """The first four moments of each image's latents by channel, and their KL divergence."""
     mean, logvar = autoencoder.moments(to_pixels(images))
-    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-    terms = [*(mean**power for power in (1, 2, 3, 4)), kl]
+    terms = [*(mean**power for power in (1, 2, 3, 4)), kl_divergence(mean, logvar)]
     return jnp.stack([jnp.mean(x, axis=(1, 2)) for x in terms], axis=1)

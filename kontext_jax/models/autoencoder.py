@@ -370,6 +370,11 @@ class Autoencoder(nnx.Module):
         return self.decoder.features(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
 
+def kl_divergence(mean: Float[Array, "*b z"], logvar: Float[Array, "*b z"]) -> Float[Array, "*b z"]:
+    """The KL divergence of each latent value's posterior from N(0, 1), in nats."""
+    return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+
+
 def pack_latents(latents: Float[Array, "B h w z"]) -> Float[Array, "B S C"]:
     """Latents to tokens of 2 x 2 cells in raster order; feature ``z * 4 + row * 2 + column``."""
     batch, height, width, channels = latents.shape

@@ -32,7 +32,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax.flops import traced_flops
-from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence, to_pixels
 from kontext_jax.models.patch_discriminator import PatchConfig, PatchDiscriminator
 from kontext_jax.models.perceptual import PerceptualConfig, abstract_distance
 from kontext_jax.objectives import Network, Sums
@@ -94,7 +94,7 @@ class AutoencoderObjectiveConfig(Settings):
     """The networks and the weights of the losses, see the module's docstring.
 
     To train only the decoder, as for a small or a sharper one with the same latents, set
-    ``init_from`` and ``optim.frozen=("encoder/*", "quant_conv/*")``.
+    ``init_from`` and ``optim.frozen=("encoder/*",)``, with "quant_conv/*" if there is one.
 
     Attributes:
       kl_weight: weight of the KL divergence from N(0, 1), a mean over latent cells and channels;
@@ -233,7 +233,7 @@ class AutoencoderObjective:
         if model.config.is_discrete:
             return model.scaled(mean), _sums(terms, group)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        terms["kl"] = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+        terms["kl"] = kl_divergence(mean, logvar)
         return model.scaled(mean + jnp.exp(0.5 * logvar) * noise), _sums(terms, group)
 
     def _fidelity(self, frozen: dict, groups: Sequence[Images], outputs: Sequence[Array]):
