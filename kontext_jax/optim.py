@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from kontext_jax.models.layers import LowRank
+from kontext_jax.models.moving_average import MovingAverage
 from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.tree_paths import named_leaves
 
@@ -107,8 +108,17 @@ def last_learning_rate(config: OptimConfig, num_steps: int, opt_state: optax.Opt
     return float(learning_rate(config, num_steps)(max(int(num_updates) - 1, 0)))
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer: gradient clipping, then the update."""
+def make_optimizer(
+    config: OptimConfig, num_steps: int, has_averages: bool = False
+) -> optax.GradientTransformation:
+    """The optimizer: gradient clipping, then the update.
+
+    With ``has_averages``, the parameters that are moving averages have an update of their own (see
+    ``models/moving_average.py``); the optimizer does not see them.
+    """
+    if has_averages:
+        follow = optax.sgd(1.0)
+        return optax.partition({False: make_optimizer(config, num_steps), True: follow}, is_average)
     rate = learning_rate(config, num_steps)
     if config.optimizer == "muon":
         update = optax.contrib.muon(
@@ -155,6 +165,22 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
     if config.frozen:  # weight decay would move them
         steps.append(optax.masked(optax.set_to_zero(), lambda x: is_frozen(x, config.frozen)))
     return optax.chain(*steps)
+
+
+def is_average(params):
+    """A tree of bools: whether a parameter is a moving average."""
+    return jax.tree.map(
+        lambda x: jax.tree.map(lambda _: isinstance(x, MovingAverage), x),
+        params,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
+
+
+def without_averages(params):
+    """``params`` with zeros in place of moving averages."""
+    return jax.tree.map(
+        lambda average, x: jax.numpy.zeros_like(x) if average else x, is_average(params), params
+    )
 
 
 def is_frozen(params, patterns: Sequence[str]):
@@ -218,7 +244,8 @@ def _with_named_axes(adafactor: optax.GradientTransformation) -> optax.GradientT
 
 def _name_axes(kind: str, moment, parameter):
     """``moment`` with the names of its axes; ``kind`` is "v_row", "v_col" or "v" (unfactored)."""
-    if not isinstance(parameter, nnx.Variable) or moment.shape == parameter.shape:
+    is_masked = not jax.tree.leaves(parameter)
+    if is_masked or not isinstance(parameter, nnx.Variable) or moment.shape == parameter.shape:
         return moment
     if moment.shape == (1,):  # Optax's placeholder for no moment of this kind
         return moment.replace(axes=())

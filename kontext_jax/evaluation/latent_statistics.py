@@ -19,7 +19,6 @@ from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, kl_divergence, to_pixels
-from kontext_jax.models.fsq import num_codes
 from kontext_jax.sampling.generator import over_images
 
 NUM_IMAGES = 256
@@ -68,8 +67,8 @@ def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder]
         }
         if autoencoder.config.is_discrete:
             codes = over_images(lambda batch: _codes(autoencoder, batch), images, mesh)
-            number = num_codes(autoencoder.config.fsq_levels)
-            result["codes"] = code_usage(np.concatenate([x.ravel() for x in codes]), number)
+            codes = np.concatenate([x.ravel() for x in codes])
+            result["codes"] = code_usage(codes, autoencoder.config.num_codes)
         return result
 
     return statistics

@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from kontext_jax.models import fsq
 from kontext_jax.models.attention import attention
 from kontext_jax.models.layers import Linear, remat
-from kontext_jax.settings import Settings, check_choices
+from kontext_jax.models.vq import Codebook
+from kontext_jax.settings import Settings, check_choices, check_least
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
 
@@ -44,6 +45,8 @@ class AutoencoderConfig(Settings):
       num_groups: groups of every GroupNorm.
       fsq_levels: number of levels of each latent channel, for discrete latents (``models/fsq.py``);
         empty for continuous ones.
+      codebook_size: number of vectors of a learned codebook, for discrete latents of the other kind
+        (``models/vq.py``); 0 for none.
       quant_conv: whether 1 x 1 convolutions follow the encoder and precede the decoder, as in
         Stable Diffusion's autoencoders; FLUX.1's has none.
       scale_factor, shift_factor: ``latents = scale_factor * (z - shift_factor)``.
@@ -58,6 +61,7 @@ class AutoencoderConfig(Settings):
     latent_channels: int = 16
     num_groups: int = 32
     fsq_levels: tuple[int, ...] = ()
+    codebook_size: int = 0
     quant_conv: bool = False
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
@@ -80,6 +84,9 @@ class AutoencoderConfig(Settings):
             )
         if min(self.fsq_levels, default=2) < 2:
             raise ValueError(f"fsq_levels {self.fsq_levels} must be 2 or more.")
+        check_least(self, codebook_size=0)
+        if self.fsq_levels and self.codebook_size:
+            raise ValueError("fsq_levels and codebook_size exclude each other: latents have one.")
         check_choices(self, remat=("full", "none"))
 
     @property
@@ -88,7 +95,12 @@ class AutoencoderConfig(Settings):
 
     @property
     def is_discrete(self) -> bool:
-        return bool(self.fsq_levels)
+        return bool(self.fsq_levels or self.codebook_size)
+
+    @property
+    def num_codes(self) -> int:
+        """The number of codes of a discrete latent cell."""
+        return fsq.num_codes(self.fsq_levels) if self.fsq_levels else self.codebook_size
 
     @property
     def encoder_channels(self) -> int:
@@ -319,6 +331,20 @@ class Autoencoder(nnx.Module):
         inner = config.encoder_channels
         self.quant_conv = make(inner, inner) if config.quant_conv else None
         self.post_quant_conv = make(z, z) if config.quant_conv else None
+        size = config.codebook_size
+        self.codebook = Codebook(size, z, rngs=rngs) if size else None
+
+    def cells(self, images: Float[Array, "B _ _ 3"]) -> Float[Array, "B h w e"]:
+        """The encoder's output: mean and log-variance, or what is quantised to discrete latents.
+
+        Raises:
+          ValueError: the sides of the images are not multiples of `downsample`.
+        """
+        (_, height, width, _), cell = images.shape, self.config.downsample
+        if height % cell or width % cell:
+            raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
+        cells = self.encoder(images.astype(self.config.dtype))
+        return cells if self.quant_conv is None else self.quant_conv(cells)
 
     def moments(
         self, images: Float[Array, "B _ _ 3"]
@@ -331,20 +357,25 @@ class Autoencoder(nnx.Module):
         Raises:
           ValueError: the sides of the images are not multiples of `downsample`.
         """
-        (_, height, width, _), cell = images.shape, self.config.downsample
-        if height % cell or width % cell:
-            raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
-        cells = self.encoder(images.astype(self.config.dtype))
-        cells = cells if self.quant_conv is None else self.quant_conv(cells)
+        cells = self.cells(images)
         if self.config.is_discrete:
-            mean = fsq.quantize(cells, self.config.fsq_levels)
+            mean = self.quantize(cells)
             return mean, jnp.full_like(mean, MIN_LOGVAR)
         mean, logvar = jnp.split(cells, 2, axis=-1)
         return mean.astype(jnp.float32), jnp.clip(logvar.astype(jnp.float32), MIN_LOGVAR, 20.0)
 
+    def quantize(self, cells: Float[Array, "B h w z"]) -> Float[Array, "B h w z"]:
+        """Discrete latents of the encoder's cells, float32, with straight-through gradients."""
+        if self.codebook is not None:
+            return self.codebook(cells)
+        return fsq.quantize(cells, self.config.fsq_levels)
+
     def codes(self, images: Float[Array, "B _ _ 3"]) -> Int[Array, "B h w"]:
         """The code of each cell of discrete latents."""
-        return fsq.codes(self.moments(images)[0], self.config.fsq_levels)
+        cells = self.cells(images)
+        if self.codebook is not None:
+            return self.codebook.codes(cells)
+        return fsq.codes(fsq.quantize(cells, self.config.fsq_levels), self.config.fsq_levels)
 
     def encode(
         self, images: Float[Array, "B _ _ 3"], key: Key[Array, ""] | None = None

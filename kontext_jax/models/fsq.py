@@ -28,8 +28,8 @@ def quantize(z: Float[Array, "*b z"], levels: Sequence[int]) -> Float[Array, "*b
     half, offset, width = (x.reshape(shape) for x in (half, offset, width))
     shift = jnp.arctanh(offset / half)
     bounded = half * jnp.tanh(z.astype(jnp.float32) + shift) - offset
-    rounded = bounded + jax.lax.stop_gradient(jnp.round(bounded) - bounded)
-    return rounded / width
+    rounded = jax.lax.stop_gradient(jnp.round(bounded))
+    return (rounded + (bounded - jax.lax.stop_gradient(bounded))) / width
 
 
 def codes(quantized: Float[Array, "*b z"], levels: Sequence[int]) -> Int[Array, "*b"]:

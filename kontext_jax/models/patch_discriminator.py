@@ -19,6 +19,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float
 
 from kontext_jax.models.autoencoder import GroupNorm
+from kontext_jax.models.moving_average import MovingAverage
 from kontext_jax.settings import Settings, check_least
 
 SLOPE = 0.2
@@ -81,10 +82,16 @@ class Scale(nnx.Module):
 
 
 class PatchDiscriminator(nnx.Module):
-    """Logits of patches. See the module's docstring."""
+    """Logits of patches. See the module's docstring.
 
-    def __init__(self, config: PatchConfig, *, rngs: nnx.Rngs):
+    Attributes:
+      logits: moving averages of the mean logit of real and of generated images, or None.
+    """
+
+    def __init__(self, config: PatchConfig, average_logits: bool = False, *, rngs: nnx.Rngs):
+        """``average_logits``: whether to keep the moving averages that LeCam needs."""
         self.config = config
+        self.logits = MovingAverage(jnp.zeros((2,)), axes=(None,)) if average_logits else None
         self.scales = nnx.List(Scale(config, rngs=rngs) for _ in range(config.num_scales))
 
     def __call__(self, images: Float[Array, "B h w 3"]) -> tuple[Float[Array, "B _ _"], ...]:

@@ -1,4 +1,4 @@
-"""Discriminator losses, elementwise on logits: hinge or non-saturating, and the R1 penalty."""
+"""Discriminator losses, elementwise on logits: hinge or non-saturating, and R1 and LeCam."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,20 @@ def discriminator_loss(
 def generator_loss(fake: Float[Array, "*shape"], kind: str) -> Float[Array, "*shape"]:
     """The generator's loss on the discriminator's logits: -fake, or softplus(-fake)."""
     return -fake if kind == "hinge" else jax.nn.softplus(-fake)
+
+
+def lecam(
+    real: Float[Array, "*shape"], fake: Float[Array, "*shape"], averages: Float[Array, "2"]
+) -> Float[Array, "*shape"]:
+    """LeCam's penalty (Tseng et al., arXiv 2104.03310): logits do not run away from each other.
+
+    max(0, real - average of fake)^2 + max(0, average of real - fake)^2, as in the authors' code.
+
+    Args:
+      real, fake: logits of real and of generated data.
+      averages: moving averages of the mean logit of real and of generated data.
+    """
+    return jnp.square(jax.nn.relu(real - averages[1])) + jnp.square(jax.nn.relu(averages[0] - fake))
 
 
 def logits_only(logits, x):

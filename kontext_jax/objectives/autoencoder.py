@@ -8,7 +8,8 @@ For an image x, its reconstruction x' and its posterior q(z | x),
 This is the recipe of latent diffusion (Rombach et al., arXiv 2112.10752, section G; Esser et al.,
 arXiv 2012.09841): the absolute error keeps edges sharp, the squared error keeps large errors rare,
 d compares features of a classifier, and D, a patch discriminator, adds the texture that no distance
-asks for. With the defaults, only the errors and the prior remain.
+asks for. With the defaults, only the errors and the prior remain. Discrete latents
+have no prior; those of a codebook have a commitment loss instead (``models/vq.py``).
 
 The adversarial weight balances the gradients at the kernel W of the decoder's last layer (equation
 7 of Esser et al.):
@@ -33,10 +34,11 @@ from jaxtyping import Array, Float, Int, Key
 
 from kontext_jax.flops import traced_flops
 from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence, to_pixels
+from kontext_jax.models.moving_average import follow
 from kontext_jax.models.patch_discriminator import PatchConfig, PatchDiscriminator
 from kontext_jax.models.perceptual import PerceptualConfig, abstract_distance
 from kontext_jax.objectives import Network, Sums
-from kontext_jax.objectives.adversarial import LOSSES, discriminator_loss, generator_loss
+from kontext_jax.objectives.adversarial import LOSSES, discriminator_loss, generator_loss, lecam
 from kontext_jax.optim import OptimConfig
 from kontext_jax.settings import Settings, check_choices, check_least
 from kontext_jax.types import Batch
@@ -67,6 +69,8 @@ class AdversarialConfig(Settings):
       start: the step from which both players use the other; before it, the discriminator is not
         updated.
       loss: "hinge" or "non_saturating", see `objectives.adversarial`.
+      lecam_weight: weight of `objectives.adversarial.lecam` in the discriminator's loss.
+      lecam_decay: decay of its moving averages.
       r1_weight: weight of R1, the squared norm of the gradient of an image's mean logit by its
         pixels, on real images (arXiv 1801.04406).
       discriminator: sizes of the network.
@@ -78,6 +82,8 @@ class AdversarialConfig(Settings):
     max_adaptive: float = 1e4
     start: int = 0
     loss: str = "hinge"
+    lecam_weight: float = 0.0
+    lecam_decay: float = 0.99
     r1_weight: float = 0.0
     discriminator: PatchConfig = field(default_factory=PatchConfig)
     optim: OptimConfig = field(
@@ -86,7 +92,11 @@ class AdversarialConfig(Settings):
 
     def __post_init__(self):
         check_choices(self, "adversarial.", loss=LOSSES)
-        check_least(self, "adversarial.", weight=0, start=0, r1_weight=0)
+        check_least(self, "adversarial.", weight=0, start=0, r1_weight=0, lecam_weight=0)
+        if not 0 <= self.lecam_decay < 1:
+            raise ValueError(
+                f"adversarial.lecam_decay {self.lecam_decay} must be from 0 to below 1."
+            )
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -99,6 +109,8 @@ class AutoencoderObjectiveConfig(Settings):
     Attributes:
       kl_weight: weight of the KL divergence from N(0, 1), a mean over latent cells and channels;
         discrete latents have none.
+      commitment_weight: weight of the squared distance between the encoder's cells and their codes'
+        vectors, a mean over cells and channels; only for a codebook.
       perceptual: the perceptual distance.
       adversarial: the discriminator.
     """
@@ -107,6 +119,7 @@ class AutoencoderObjectiveConfig(Settings):
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     init_from: AutoencoderInit = field(default_factory=AutoencoderInit)
     kl_weight: float = 1e-6
+    commitment_weight: float = 0.25
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
@@ -148,8 +161,10 @@ class AutoencoderObjective:
             "autoencoder": Autoencoder(self.config.autoencoder, rngs=rngs)
         }
         if "discriminator" in self.players:
-            config = self.config.adversarial.discriminator
-            networks["discriminator"] = PatchDiscriminator(config, rngs=rngs)
+            config = self.config.adversarial
+            networks["discriminator"] = PatchDiscriminator(
+                config.discriminator, average_logits=config.lecam_weight > 0, rngs=rngs
+            )
         return networks
 
     def frozen(self) -> tuple[str, ...]:
@@ -221,6 +236,9 @@ class AutoencoderObjective:
         forwarded = {"reconstructions": jax.lax.stop_gradient(outputs)}
         if "kl" in prior:
             loss += self.config.kl_weight * prior["kl"]
+        if model.codebook is not None:
+            loss += self.config.commitment_weight * prior["commitment"] + prior.pop("averages")
+            prior["perplexity"] = weight * model.codebook.perplexity()
         return loss, Sums(weight, sums | prior, forwarded if "discriminator" in models else {})
 
     def _encode(self, model: Autoencoder, group: Images, keys: Key[Array, " B"]):
@@ -228,13 +246,24 @@ class AutoencoderObjective:
 
         The terms are means over the cells of an image.
         """
+        if model.config.is_discrete:
+            return self._quantize(model, group)
         mean, logvar = model.moments(group.pixels)
         terms = {"latent_mean": mean, "latent_square": jnp.square(mean)}
-        if model.config.is_discrete:
-            return model.scaled(mean), _sums(terms, group)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         terms["kl"] = kl_divergence(mean, logvar)
         return model.scaled(mean + jnp.exp(0.5 * logvar) * noise), _sums(terms, group)
+
+    def _quantize(self, model: Autoencoder, group: Images):
+        """As `_encode`; "averages" is the codebook's step, see ``models/vq.py``."""
+        cells = model.cells(group.pixels)
+        z = model.quantize(cells)
+        terms = {"latent_mean": z, "latent_square": jnp.square(z)}
+        if model.codebook is None:
+            return model.scaled(z), _sums(terms, group)
+        error = cells.astype(jnp.float32) - jax.lax.stop_gradient(z)
+        sums = _sums(terms | {"commitment": jnp.square(error)}, group)
+        return model.scaled(z), sums | {"averages": model.codebook.follow(cells, group.used)}
 
     def _fidelity(self, frozen: dict, groups: Sequence[Images], outputs: Sequence[Array]):
         """(L_fidelity, its terms), as sums over images."""
@@ -295,7 +324,7 @@ class AutoencoderObjective:
         config, total, sums = self.config.adversarial, 0.0, {}
         for group, fake_images in zip(groups, reconstructions, strict=True):
             real, fake = discriminator(group.pixels), discriminator(fake_images)
-            pairs = zip(real, fake, strict=True)
+            pairs = list(zip(real, fake, strict=True))
             loss = _over_patches([discriminator_loss(x, y, config.loss) for x, y in pairs])
             terms = {
                 "real": _over_patches(real),
@@ -306,9 +335,19 @@ class AutoencoderObjective:
             if config.r1_weight:
                 terms["r1"] = r1_penalty(discriminator, group.pixels)
                 loss += config.r1_weight * terms["r1"]
+            if discriminator.logits is not None:
+                averages = jax.lax.stop_gradient(discriminator.logits[...])
+                terms["lecam"] = _over_patches([lecam(x, y, averages) for x, y in pairs])
+                loss += config.lecam_weight * terms["lecam"]
             total += jnp.sum(group.used * loss)
             for name, value in _sums(terms, group).items():
                 sums[name] = sums.get(name, 0.0) + value
+        if discriminator.logits is not None:
+            means = jnp.stack([sums["real"], sums["made"]])
+            weight = sum(jnp.sum(group.used) for group in groups)
+            total += follow(
+                discriminator.logits, jax.lax.stop_gradient(means), weight, config.lecam_decay
+            )
         return total, sums
 
 

@@ -15,9 +15,11 @@ from kontext_jax.objectives import Network, Objective
 from kontext_jax.optim import (
     OptimConfig,
     ema_decay_at,
+    is_average,
     last_learning_rate,
     make_optimizer,
     stop_frozen,
+    without_averages,
 )
 from kontext_jax.sharding import shardings_of
 from kontext_jax.types import Batch, Metrics
@@ -99,7 +101,11 @@ def make_optimizers(
 ) -> dict[str, optax.GradientTransformation]:
     """Each player's optimizer for a run of ``num_steps``; schedules count the player's updates."""
     schedules = _schedules(objective, config, num_steps)
-    return {player: make_optimizer(*schedule) for player, schedule in schedules.items()}
+    networks = jax.eval_shape(objective.init, jax.random.key(0))
+    return {
+        player: make_optimizer(*schedule, any(jax.tree.leaves(is_average(networks[player]))))
+        for player, schedule in schedules.items()
+    }
 
 
 def learning_rates(
@@ -175,7 +181,7 @@ def make_train_step(
             if forwarded and (every > 1 or start):
                 raise ValueError(f"{player} forwards inputs, so it must be updated in every step.")
             inputs = inputs | forwarded
-            grad_norm = optax.tree.norm(grads)
+            grad_norm = optax.tree.norm(without_averages(grads))
             updates, new_opt_state = optimizers[player].update(
                 grads, opt_state[player], params[player]
             )

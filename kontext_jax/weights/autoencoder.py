@@ -106,7 +106,9 @@ def to_json(config: AutoencoderConfig) -> dict[str, Any]:
       ValueError: the latents are discrete, which no other library's class supports.
     """
     if config.is_discrete:
-        raise ValueError("An autoencoder with fsq_levels has no layout of diffusers or BFL.")
+        raise ValueError(
+            "Discrete latents (fsq_levels, codebook_size) have no layout of diffusers or BFL."
+        )
     levels = len(config.widths)
     return {
         "_class_name": DIFFUSERS_CLASS,

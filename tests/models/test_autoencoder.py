@@ -267,18 +267,19 @@ def test_sides_of_images_must_be_multiples_of_a_cell(model):
         model.encode(jnp.zeros((1, 10, 16, 3)))
 
 
-def test_discrete_latents_are_quantised_and_have_codes():
-    model = autoencoder(latent_channels=3, fsq_levels=(5, 4, 3))
+@pytest.mark.parametrize("kind", [{"fsq_levels": (5, 4, 3)}, {"codebook_size": 60}])
+def test_discrete_latents_are_quantised_and_have_codes(kind):
+    model = autoencoder(latent_channels=3, **kind)
     config = model.config
     images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)), jnp.float32)
     z, logvar = jax.jit(lambda m, x: m.moments(x))(model, images)
-    assert np.all(logvar == ae.MIN_LOGVAR) and np.abs(z).max() <= 1
-    assert [len(np.unique(z[..., i])) <= n for i, n in enumerate(config.fsq_levels)] == [True] * 3
+    assert np.all(logvar == ae.MIN_LOGVAR) and config.num_codes == 60
     sample = jax.jit(lambda m, x: m.encode(x, jax.random.key(0)))(model, images)
     np.testing.assert_allclose(sample, model.scaled(z), rtol=1e-6)
     codes = np.asarray(jax.jit(lambda m, x: m.codes(x))(model, images))
     assert codes.shape == z.shape[:3] and 0 <= codes.min() <= codes.max() < 60
-    with pytest.raises(ValueError, match="An autoencoder with fsq_levels has no layout"):
+    assert len(np.unique(codes)) == len(np.unique(np.asarray(z).reshape(-1, 3), axis=0)) > 1
+    with pytest.raises(ValueError, match="Discrete latents .* have no layout"):
         to_json(config)
 
 
@@ -289,3 +290,8 @@ def test_discrete_latents_are_quantised_and_have_codes():
 def test_invalid_levels_are_refused(levels, message):
     with pytest.raises(ValueError, match=message):
         ae.AutoencoderConfig.tiny(latent_channels=3, fsq_levels=levels)
+
+
+def test_latents_have_one_kind_of_codes():
+    with pytest.raises(ValueError, match="fsq_levels and codebook_size exclude each other"):
+        ae.AutoencoderConfig.tiny(latent_channels=3, fsq_levels=(5, 4, 3), codebook_size=60)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.efficientnet import EfficientNetConfig
+from kontext_jax.models.moving_average import MovingAverage
 from kontext_jax.models.patch_discriminator import PatchConfig
 from kontext_jax.models.perceptual import FeatureDistance, PerceptualConfig
 from kontext_jax.objectives import autoencoder as module
@@ -160,6 +161,31 @@ def test_discrete_latents_have_gradients_and_no_prior(random_network, batch):
     assert np.any(gradient.encoder.conv_in.kernel[...])
 
 
+def test_codebook_has_a_commitment_loss_and_follows_the_cells(random_network, batch):
+    network = dataclasses.replace(NETWORK, codebook_size=16)
+    objective = AutoencoderObjective(AutoencoderObjectiveConfig(autoencoder=network))
+    players = random_network(lambda: objective.init(jax.random.key(0)))
+    model = players["autoencoder"]
+    model.codebook.shares[...] = jnp.full((16,), 1 / 16)
+    (loss, sums), gradient = value_and_gradient(
+        objective, "autoencoder", players, {}, batch, AFTER_START
+    )
+    terms, shares, commitment = sums.metrics, 0.0, 0.0
+    for group in images_of(batch):
+        cells = model.cells(group.pixels)
+        error = jnp.mean(jnp.square(cells - model.quantize(cells)), axis=(1, 2, 3))
+        commitment += group.used @ error
+        codes = model.codebook.codes(cells).reshape(len(group.used), -1)
+        shares += group.used @ jax.nn.one_hot(codes, 16).mean(axis=1)
+    assert "kl" not in terms and "averages" not in terms
+    np.testing.assert_allclose(terms["commitment"], commitment, rtol=1e-4)
+    expected = terms["l1"] + terms["l2"] + 0.25 * terms["commitment"]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    step = 0.01 * (sums.weight / 16 - shares)
+    np.testing.assert_allclose(gradient.codebook.shares[...], step, atol=1e-5)
+    assert np.any(gradient.encoder.conv_in.kernel[...])
+
+
 def test_adversary_has_no_part_before_its_start(players, frozen, batch):
     objective, without = objective_of(), objective_of(weight=0.0)
     (loss, sums), gradient = value_and_gradient(
@@ -231,11 +257,40 @@ def test_r1_is_the_squared_gradient_of_each_image_s_mean_logit(players):
     assert not np.any(gradient[1])
 
 
+def test_lecam_holds_logits_near_the_other_side_s_average(players, batch):
+    objective = objective_of(lecam_weight=0.5, lecam_decay=0.9)
+    averages = jnp.array([0.2, -0.1])
+    discriminator = jax.tree.map(lambda x: x, players["discriminator"])
+    discriminator.logits = nnx.data(MovingAverage(averages, axes=(None,)))
+    made = [jnp.cos(3 * x.pixels) for x in images_of(batch)]
+    inputs = ("discriminator", players | {"discriminator": discriminator}, {}, batch, AFTER_START)
+    (loss, sums), gradient = value_and_gradient(objective, *inputs, reconstructions=made)
+    penalty, totals = 0.0, np.zeros(2)
+    for group, fake in zip(images_of(batch), made, strict=True):
+        x, y = discriminator(group.pixels)[0], discriminator(fake)[0]
+        each = np.maximum(x + 0.1, 0) ** 2 + np.maximum(0.2 - y, 0) ** 2
+        penalty += group.used @ each.mean(axis=(1, 2))
+        totals += [group.used @ z.mean(axis=(1, 2)) for z in (x, y)]
+    np.testing.assert_allclose(sums.metrics["lecam"], penalty, rtol=1e-4)
+    inputs = ("discriminator", players, {}, batch, AFTER_START)
+    (without, _), _ = value_and_gradient(objective_of(), *inputs, reconstructions=made)
+    np.testing.assert_allclose(loss, without + 0.5 * penalty, rtol=1e-4)
+    step = 0.1 * (sums.weight * averages - totals)
+    np.testing.assert_allclose(gradient.logits[...], step, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
-def step_inputs(players, frozen, batch):
-    """An objective whose players both train from the first step, and inputs for eight devices."""
+def step_inputs(random_network, frozen, batch):
+    """An objective whose players both train from the first step, and inputs for eight devices.
+
+    Both have moving averages: of a codebook, and of logits.
+    """
     optim = OptimConfig(learning_rate=0.01, warmup_steps=0, eps=1e-2, ema_decay=0.5)
-    objective = objective_of(start=0, r1_weight=0.1, optim=optim)
+    network = dataclasses.replace(NETWORK, codebook_size=8)
+    config = objective_of(start=0, r1_weight=0.1, lecam_weight=0.1, optim=optim).config
+    objective = AutoencoderObjective(dataclasses.replace(config, autoencoder=network))
+    players = random_network(lambda: objective.init(jax.random.key(0)))
+    players["autoencoder"].codebook.shares[...] = jnp.full((8,), 1 / 8)
     four = jax.tree.map(lambda x: np.concatenate([x] * 4), batch)
     return objective, players, frozen, four
 
@@ -274,6 +329,7 @@ def test_flops_count_images_and_networks(batch):
     [
         ({"loss": "wgan"}, "adversarial.loss 'wgan' is not one of hinge, non_saturating"),
         ({"start": -1}, "adversarial.start -1 must be 0 or more"),
+        ({"lecam_decay": 1.0}, "adversarial.lecam_decay 1.0 must be from 0 to below 1"),
     ],
 )
 def test_invalid_settings_are_refused(settings, message):
