@@ -1,10 +1,11 @@
 """Builds a data set of triples.
 
-python -m kontext_jax.data.build --source={world,emoji,folder} --output=DIR
+python -m kontext_jax.data.build --source={world,emoji,photographs,folder} --output=DIR
 
-  world    synthetic scenes                 [--num_train --num_validation --seed --size]
-  emoji    edits between artists' icons     [--num_train --num_validation --seed --sizes] --input
-  folder   your images and prompts          --input (see kontext_jax/data/folder.py for its table)
+  world        synthetic scenes               [--num_train --num_validation --seed --size]
+  emoji        edits between artists' icons   [--num_train --num_validation --seed --sizes] --input
+  photographs  crops, for autoencoders        [--num_train --num_validation --seed --size]
+  folder       your images and prompts        --input (kontext_jax/data/folder.py has its table)
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from absl import flags
 from kontext_jax import cli
 from kontext_jax.data import folder, store
 from kontext_jax.data.sources import TripleSource
-from kontext_jax.toy_data import emoji, world
+from kontext_jax.toy_data import emoji, photographs, world
 from kontext_jax.types import Triple
 
 REPORT_EVERY = 5.0  # seconds
@@ -78,6 +79,13 @@ def _world(options: flags.FlagValues) -> dict[str, Split]:
     }
 
 
+def _photographs(options: flags.FlagValues) -> dict[str, Split]:
+    return {
+        split: Split(photographs.triples(num, split, options.size, options.seed), num)
+        for split, num in _requested(options)
+    }
+
+
 def _emoji(options: flags.FlagValues) -> dict[str, Split]:
     if not all(size.isdecimal() and int(size) for size in options.sizes):
         raise ValueError(
@@ -107,6 +115,7 @@ _GENERATOR_FLAGS = ("num_train", "num_validation", "seed")
 SOURCES = {
     "world": (_world, (*_GENERATOR_FLAGS, "size")),
     "emoji": (_emoji, (*_GENERATOR_FLAGS, "sizes", "input")),
+    "photographs": (_photographs, (*_GENERATOR_FLAGS, "size")),
     "folder": (_folder, ("input",)),
 }
 """For each --source, the function that makes its splits and the flags that it uses."""
