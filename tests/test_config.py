@@ -20,6 +20,7 @@ import configs.flow_256
 import configs.kontext_1024
 import configs.ladd_1024
 import configs.quickstart
+import configs.rate_distortion
 from kontext_jax.config import Config, SheetConfig, ValidationConfig, pick
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.evaluate import EvalConfig
@@ -37,6 +38,7 @@ MODULES = (
     configs.flow_256,
     configs.kontext_1024,
     configs.ladd_1024,
+    configs.rate_distortion,
 )
 EVALUATIONS = {
     "eval_distillation": configs.eval_distillation,
