@@ -19,6 +19,7 @@ number. Files of JPEG and WebP count with their headers.
 import io
 import json
 import math
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,6 @@ from absl import flags
 from jax.sharding import Mesh
 from PIL import Image
 
-from configs.rate_distortion import DATA, VARIANTS
 from kontext_jax import cli
 from kontext_jax.evaluation.judges import DistanceJudge, Outputs, judge_pixels, run_judges
 from kontext_jax.evaluation.latent_statistics import code_usage
@@ -48,6 +48,8 @@ from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.types import RGBImage, Task
 from kontext_jax.weights.loading import load
 
+CONFIG = Path(__file__).parents[1] / "configs/rate_distortion.py"
+RECIPE = runpy.run_path(str(CONFIG))
 SIZE, NUM_IMAGES = 256, 24
 LOSSES = {
     "sharp": [],
@@ -85,7 +87,7 @@ def build(workdir: Path) -> Path:
     """The data to train on and to judge by, built if missing; returns the folder of the latter."""
     judged = workdir / f"photographs_{SIZE}"
     for path, flags_ in (
-        (Path(DATA), ["--size=64", "--num_train=4000", "--num_validation=96"]),
+        (Path(RECIPE["DATA"]), ["--size=64", "--num_train=4000", "--num_validation=96"]),
         (judged, [f"--size={SIZE}", "--num_train=0", f"--num_validation={NUM_IMAGES}"]),
     ):
         if not path.exists():
@@ -95,7 +97,11 @@ def build(workdir: Path) -> Path:
 
 def runs() -> dict[str, tuple[str, str]]:
     """The latents and the losses of each run."""
-    return {f"{latents}-{losses}": (latents, losses) for latents in VARIANTS for losses in LOSSES}
+    return {
+        f"{latents}-{losses}": (latents, losses)
+        for latents in RECIPE["VARIANTS"]
+        for losses in LOSSES
+    }
 
 
 def _run(command: str, *arguments: str) -> None:
@@ -223,7 +229,7 @@ def main() -> None:
     workdir = Path(flags.FLAGS.workdir)
     judged = build(workdir)
     for name, (latents, losses) in runs().items():
-        config = f"--config=configs/rate_distortion.py:{latents}"
+        config = f"--config={CONFIG}:{latents}"
         _run("train", config, f"--workdir={workdir / name}", *LOSSES[losses])
     tasks = list(triples(judged, "validation", NUM_IMAGES))
     points = measure(workdir, tasks, make_mesh(MeshConfig()))
