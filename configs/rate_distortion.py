@@ -19,9 +19,7 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.models.autoencoder import AutoencoderConfig
-from kontext_jax.models.patch_discriminator import PatchConfig
-from kontext_jax.models.perceptual import PerceptualConfig
-from kontext_jax.objectives.autoencoder import AdversarialConfig, AutoencoderObjectiveConfig
+from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.optim import OptimConfig
 from kontext_jax.training.checkpoint import CheckpointConfig
 
@@ -52,7 +50,7 @@ LATENTS = {
 def autoencoder(latents: str) -> Config:
     network, kl_weight = LATENTS[latents]
     return Config(
-        objective=AutoencoderObjectiveConfig(
+        objective=AutoencoderObjectiveConfig.tiny(
             autoencoder=AutoencoderConfig(
                 channels=16,
                 channel_multipliers=(1, 2, 4, 4),
@@ -62,15 +60,7 @@ def autoencoder(latents: str) -> Config:
                 **network,
             ),
             kl_weight=kl_weight,
-            perceptual=PerceptualConfig(weight=0.2, input_size=64),
-            adversarial=AdversarialConfig(
-                weight=0.1,
-                start=NUM_STEPS // 4,
-                discriminator=PatchConfig(channels=16, num_groups=8, num_layers=2),
-                optim=OptimConfig(
-                    learning_rate=1e-3, b1=0.5, b2=0.9, warmup_steps=20, weight_decay=0.0
-                ),
-            ),
+            start=NUM_STEPS // 4,
         ),
         data=DataConfig(
             path=DATA,

@@ -52,6 +52,11 @@ class PatchConfig(Settings):
                 f"{self.num_groups}."
             )
 
+    @classmethod
+    def tiny(cls, **kwargs) -> "PatchConfig":
+        """For images of 32 to 64 pixels: 42,961 parameters."""
+        return cls(**(dict(channels=16, num_layers=2, num_groups=8) | kwargs))
+
     @property
     def smallest(self) -> int:
         """The smallest side of an image that has a logit at every scale, in pixels."""

@@ -123,6 +123,21 @@ class AutoencoderObjectiveConfig(Settings):
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
 
+    @classmethod
+    def tiny(cls, start: int, **kwargs) -> "AutoencoderObjectiveConfig":
+        """All losses, for images of 32 to 64 pixels and a few minutes on a CPU.
+
+        Args:
+          start: the discriminator's first step.
+          kwargs: other settings.
+        """
+        optim = OptimConfig(learning_rate=1e-3, b1=0.5, b2=0.9, warmup_steps=20, weight_decay=0.0)
+        adversarial = AdversarialConfig(
+            weight=0.1, start=start, discriminator=PatchConfig.tiny(), optim=optim
+        )
+        perceptual = PerceptualConfig(weight=0.2, input_size=64)
+        return cls(perceptual=perceptual, adversarial=adversarial, **kwargs)
+
 
 class Images(NamedTuple):
     """All images of one size, targets and contexts alike.
