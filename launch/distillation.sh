@@ -19,4 +19,4 @@ for seed in 0 1 2; do
       --workdir=$run/eval-$seed
   fi
 done
-python launch/distillation_table.py $run/eval-{0,1,2}/summary.json
+python launch/seeds_table.py $run/eval-{0,1,2}/summary.json
