@@ -15,7 +15,7 @@ hosts; each process takes a few seconds per image of that size.
 """
 
 from kontext_jax.evaluate import EvalConfig
-from kontext_jax.evaluation.judges import JudgesConfig
+from kontext_jax.evaluation.judge_panel import JudgesConfig
 from kontext_jax.evaluation.sweep import Cell, grid
 from kontext_jax.evaluation.tasks.sets import SetConfig
 from kontext_jax.sampler import SamplerConfig

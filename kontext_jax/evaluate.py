@@ -47,7 +47,8 @@ from kontext_jax.evaluation.held_out_loss import (
     kinds_of,
     summarise_losses,
 )
-from kontext_jax.evaluation.judges import JudgePanel, JudgesConfig, Outputs, make_judges, run_judges
+from kontext_jax.evaluation.judge_panel import JudgePanel, JudgesConfig, make_judges
+from kontext_jax.evaluation.judges import Outputs, run_judges
 from kontext_jax.evaluation.scores import ALL, METRICS, summarise
 from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
 from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets, triples_of

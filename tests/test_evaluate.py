@@ -31,9 +31,11 @@ from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.evaluate import EvalConfig, evaluate
-from kontext_jax.evaluation import generation, judges
+from kontext_jax.evaluation import generation, judge_panel
 from kontext_jax.evaluation.cell_folder import CellFolder
 from kontext_jax.evaluation.held_out_loss import MLPERF
+from kontext_jax.evaluation.judge_panel import JudgePanel
+from kontext_jax.evaluation.judges import judge_pixels
 from kontext_jax.evaluation.sweep import Cell
 from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets
 from kontext_jax.geometry import GeometryConfig, resize, size_of
@@ -109,7 +111,7 @@ def patched(random_network, tmp_path_factory):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_module, "make_mesh", lambda config: mesh_of(1))
-        patch.setattr(judges, "load_lite0", lambda mesh, config: network)
+        patch.setattr(judge_panel, "load_lite0", lambda mesh, config: network)
         patch.setattr(models, "identity_of", lambda networks: {})
         patch.setattr(generation, "identity_of", lambda networks: {})
         yield
@@ -394,12 +396,12 @@ def test_images_are_scored_at_the_size_of_the_task(tmp_path):
 
     def judge(outputs):
         sizes.extend([*outputs.sizes, *map(size_of, outputs.targets)])
-        return judges.judge_pixels(outputs)
+        return judge_pixels(outputs)
 
     target = np.random.default_rng(0).integers(0, 256, (24, 48, 3), np.uint8)
     task = Task("a", (), "do", "local", (48, 24), truth=target)
     folder = CellFolder(tmp_path, {})
-    panel = judges.JudgePanel([judge], {}, {})
+    panel = JudgePanel([judge], {}, {})
     small = resize(target, (24, 12))
     [row], _ = evaluate_module._score(panel, TaskSet("edits", [task], "0"), folder, [small])
     assert sizes == [(48, 24)] * 2
@@ -509,7 +511,7 @@ def test_a_judge_that_is_left_out_is_reported(runs, tmp_path, monkeypatch, capsy
     def missing(mesh, config):
         raise FileNotFoundError("its file is missing.")
 
-    monkeypatch.setattr(judges, "load_lite0", missing)
+    monkeypatch.setattr(judge_panel, "load_lite0", missing)
     config = of_copies(runs)
     config.judges = dataclasses.replace(config.judges, efflite0=True)
     evaluate(config, tmp_path, {})

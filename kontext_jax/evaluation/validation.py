@@ -14,7 +14,6 @@ from kontext_jax.config import Config
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.evaluation.held_out_loss import held_out_loss, kinds_of, summarise_losses
 from kontext_jax.evaluation.judges import (
-    DistanceJudge,
     Judge,
     Outputs,
     judge_drift,
@@ -22,6 +21,7 @@ from kontext_jax.evaluation.judges import (
     judge_world,
     run_judges,
 )
+from kontext_jax.evaluation.network_judges import DistanceJudge
 from kontext_jax.evaluation.tasks.sets import triples_of
 from kontext_jax.evaluation.tasks.triples import triples
 from kontext_jax.objectives.flow_matching import networks_of
