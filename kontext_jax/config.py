@@ -102,6 +102,8 @@ class ValidationConfig(Settings):
       loss: times and noise of the held-out loss.
       num_pictures: number of these examples for which an image is sampled and scored.
       sampler: how images are sampled.
+      inception: file of FID's InceptionV3, for the FID of an autoencoder's reconstructions; without
+        it, only EfficientNet-Lite0's distance is measured.
     """
 
     every: int = 0
@@ -110,6 +112,7 @@ class ValidationConfig(Settings):
     loss: LossConfig = field(default_factory=LossConfig)
     num_pictures: int = 64
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    inception: str = ""
 
     def __post_init__(self):
         check_least(self, "validation.", every=0, num_examples=0, num_pictures=0)

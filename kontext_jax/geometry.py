@@ -102,6 +102,12 @@ def fit(image: UInt8[np.ndarray, "_ _ 3"], sizes: Sequence[Size]) -> UInt8[np.nd
     return resize(image, nearest_size(*size_of(image), sizes))
 
 
+def whole_cells(image: UInt8[np.ndarray, "_ _ 3"], side: int) -> UInt8[np.ndarray, "_ _ 3"]:
+    """Resizes an image to the nearest size whose sides are multiples of ``side`` pixels."""
+    width, height = (side * max(1, round(length / side)) for length in size_of(image))
+    return resize(image, (width, height))
+
+
 def grid(size: Size, pixels_per_token: int) -> tuple[int, int]:
     """Rows and columns of an image's tokens."""
     return size[1] // pixels_per_token, size[0] // pixels_per_token

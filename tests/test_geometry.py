@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from kontext_jax import geometry
-from kontext_jax.geometry import GeometryConfig, nearest_size, num_tokens, position_ids, resize
+from kontext_jax.geometry import (
+    GeometryConfig,
+    nearest_size,
+    num_tokens,
+    position_ids,
+    resize,
+    size_of,
+    whole_cells,
+)
 
 
 def test_kontext_sizes_are_the_seventeen_of_flux():
@@ -78,3 +86,11 @@ def test_invalid_settings_and_positions_are_refused():
         GeometryConfig(sizes=())
     with pytest.raises(ValueError, match="beyond 2047"):
         position_ids((16, 16), [(40000, 16)], GeometryConfig(sizes=((16, 16),)))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((32, 48), (32, 48)), ((35, 45), (32, 48)), ((3, 8), (8, 8))]
+)
+def test_whole_cells_have_the_nearest_multiples_as_sides(size, expected):
+    image = np.zeros((size[1], size[0], 3), np.uint8)
+    assert size_of(whole_cells(image, 8)) == expected

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
 from kontext_jax import train as train_module
@@ -25,10 +26,12 @@ from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.data.text import TextConfig
+from kontext_jax.evaluation import judge_panel
 from kontext_jax.evaluation.latent_statistics import NUM_IMAGES
 from kontext_jax.geometry import GeometryConfig
 from kontext_jax.loading.locations import load_config, open_network
 from kontext_jax.models.autoencoder import AutoencoderConfig, to_pixels
+from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.models.flux import FluxConfig
 from kontext_jax.models.patch_discriminator import PatchConfig
 from kontext_jax.models.t5 import T5Config
@@ -178,9 +181,18 @@ def test_checkpoints_without_latent_statistics_use_the_log(autoencoder, monkeypa
     assert network.config.shift_factor == read_log(autoencoder)[-1]["autoencoder/latent_mean"]
 
 
+@pytest.fixture
+def tiny_lite0(random_network, monkeypatch):
+    """Validation with a small network in place of EfficientNet-Lite0."""
+    config = EfficientNetConfig.tiny()
+    network = random_network(lambda: EfficientNet(config, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr(judge_panel, "load_lite0", lambda mesh, config: network)
+
+
 @pytest.mark.slow
-def test_run_with_discrete_latents_records_the_use_of_its_codes(world_folder, tmp_path):
+def test_run_with_discrete_latents_records_the_use_of_its_codes(world_folder, tmp_path, tiny_lite0):
     config = autoencoder_config(world_folder, levels=1)
+    config.validation = ValidationConfig(every=1, num_examples=2)
     config.objective.autoencoder = dataclasses.replace(
         config.objective.autoencoder, latent_channels=3, fsq_levels=(5, 4, 3)
     )
@@ -191,10 +203,13 @@ def test_run_with_discrete_latents_records_the_use_of_its_codes(world_folder, tm
     assert codes["number"] == 60 and 0 < codes["used"] <= 1
     assert 1 <= codes["perplexity"] <= 60 * codes["used"]
     assert reader.config.fsq_levels == (5, 4, 3)
+    [validated] = read_log(tmp_path, "validation")
+    assert validated["bits_per_pixel"] == pytest.approx(np.log2(60))
+    assert 0 < validated["code_usage"] <= 1 <= validated["code_perplexity"]
 
 
 @pytest.mark.slow
-def test_run_with_a_discriminator_resumes_exactly(world_folder, tmp_path):
+def test_run_with_a_discriminator_resumes_exactly(world_folder, tmp_path, tiny_lite0):
     """It starts in step 3, and the run stops after step 4."""
     config = autoencoder_config(world_folder, levels=1)
     config.objective.adversarial = AdversarialConfig(
@@ -467,7 +482,7 @@ def test_missing_autoencoder_is_named(world_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["autoencoder", pytest.param("flow", marks=pytest.mark.slow)])
 def test_validation_scores_held_out_examples_and_does_not_change_the_run(
-    world_folder, autoencoder, tmp_path, kind
+    world_folder, autoencoder, tmp_path, kind, tiny_lite0
 ):
     """A run with validation in every second step learns bitwise the same."""
     config = autoencoder_config(world_folder)
@@ -493,6 +508,7 @@ def test_validation_scores_held_out_examples_and_does_not_change_the_run(
     assert {"l1", "psnr", "ssim", "edit_success"} <= validation[0].keys()
     assert validation[0]["l1"] != validation[2]["l1"]
     assert ("loss" in validation[0]) == (kind == "flow")
+    assert (validation[0].get("fd_efflite0", 0) > 0) == (kind == "autoencoder")
     if kind == "flow":
         losses = [value for name, value in validation[0].items() if name.startswith("loss_t0")]
         # Each level has equally many examples.

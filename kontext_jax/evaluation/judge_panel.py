@@ -20,12 +20,14 @@ from kontext_jax.evaluation.network_judges import (
     OcrJudge,
 )
 from kontext_jax.files import sha256_of
+from kontext_jax.loading.models import load_distance
 from kontext_jax.metrics.faces import AuraFace, DlibFaces
 from kontext_jax.metrics.ocr import Reader
 from kontext_jax.models.dino import Dino, DinoConfig
 from kontext_jax.models.efficientnet import EfficientNetConfig
 from kontext_jax.models.features import pooled_features
 from kontext_jax.models.lpips import TRUNKS
+from kontext_jax.models.perceptual import PerceptualConfig
 from kontext_jax.settings import Settings, check_choices, to_dict
 from kontext_jax.types import RGBImage
 from kontext_jax.weights.clip_vision import load_clip
@@ -58,6 +60,8 @@ class JudgesConfig(Settings):
 
     Attributes:
       efflite0: EfficientNet-Lite0, from the extra ``eval``: a stand-in where nothing can be loaded.
+      distance: whether EfficientNet-Lite0 also stands in for LPIPS, as ``distance_efflite0``, see
+        `models.perceptual`. It takes as long as two more passes through the network.
       inception: file of FID's InceptionV3. Its distances are called ``fid`` and ``kid`` if this is
         the exact file of pytorch-fid, otherwise ``fd_inception`` and ``kid_inception``.
       dino: folder of DINOv2, for ``dinov2`` and ``fd_dinov2``.
@@ -71,6 +75,7 @@ class JudgesConfig(Settings):
     """
 
     efflite0: bool = True
+    distance: bool = False
     inception: str = ""
     dino: str = ""
     clip: str = ""
@@ -83,6 +88,8 @@ class JudgesConfig(Settings):
 
     def __post_init__(self):
         check_choices(self, lpips_net=TRUNKS)
+        if self.distance and not self.efflite0:
+            raise ValueError("judges.distance needs EfficientNet-Lite0: set judges.efflite0=True.")
 
 
 class JudgePanel(NamedTuple):
@@ -112,17 +119,14 @@ def make_judges(config: JudgesConfig, mesh: Mesh) -> JudgePanel:
     packages: list[str] = []
     if config.efflite0:
         try:
-            network = load_lite0(mesh, EfficientNetConfig.lite0(input_size=FD_INPUT))
-            judges.append(FeatureJudge("efflite0", _features(network, mesh), kid="kid_efflite0"))
+            judges.append(lite0_judge(mesh, similarity="efflite0"))
+            if config.distance:
+                distance = PerceptualConfig(input_size=FD_INPUT)
+                judges.append(DistanceJudge(distance.metric, load_distance(distance, mesh), mesh))
         except FileNotFoundError as error:
             left_out["efflite0"] = str(error)
     if config.inception:
-        path = Path(config.inception)
-        network = load_inception(path, mesh)
-        fd, kid = ("fid", "kid") if is_fid(path) else ("fd_inception", "kid_inception")
-        judges.append(
-            FeatureJudge("inception", _features(network, mesh), similarity="", fd=fd, kid=kid)
-        )
+        judges.append(inception_judge(Path(config.inception), mesh))
     if config.dino:
         network = _load_dino(Path(config.dino), mesh)
         judges.append(FeatureJudge("dinov2", _features(network, mesh), kid="kid_dinov2"))
@@ -149,6 +153,28 @@ def make_judges(config: JudgesConfig, mesh: Mesh) -> JudgePanel:
         "packages": _versions(packages),
     }
     return JudgePanel(judges, left_out, record)
+
+
+def lite0_judge(mesh: Mesh, similarity: str = "") -> FeatureJudge:
+    """EfficientNet-Lite0's distances and, if ``similarity`` names them, cosines.
+
+    Raises:
+      FileNotFoundError: its package is not installed.
+    """
+    network = load_lite0(mesh, EfficientNetConfig.lite0(input_size=FD_INPUT))
+    features = _features(network, mesh)
+    return FeatureJudge("efflite0", features, similarity=similarity, kid="kid_efflite0")
+
+
+def inception_judge(path: Path, mesh: Mesh) -> FeatureJudge:
+    """InceptionV3's distances, called FID and KID only if the file is that of pytorch-fid.
+
+    Raises:
+      FileNotFoundError, ValueError: the file is missing, or holds another network.
+    """
+    features = _features(load_inception(path, mesh), mesh)
+    fd, kid = ("fid", "kid") if is_fid(path) else ("fd_inception", "kid_inception")
+    return FeatureJudge("inception", features, similarity="", fd=fd, kid=kid)
 
 
 def _hashes(paths: Iterable[Path]) -> dict[str, str]:

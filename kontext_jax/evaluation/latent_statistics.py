@@ -4,7 +4,7 @@ FLUX.1's own scale and shift (0.3611, 0.1159) are these statistics of its autoen
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.geometry import size_of
 from kontext_jax.models.autoencoder import Autoencoder, kl_divergence, to_pixels
 from kontext_jax.sampling.generator import over_images
+from kontext_jax.types import RGBImage
 
 NUM_IMAGES = 256
 
@@ -66,12 +67,19 @@ def make_latent_statistics(config: Config, mesh: Mesh) -> Callable[[Autoencoder]
             "channels": {name: values.tolist() for name, values in channels.items()},
         }
         if autoencoder.config.is_discrete:
-            codes = over_images(lambda batch: _codes(autoencoder, batch), images, mesh)
-            codes = np.concatenate([x.ravel() for x in codes])
-            result["codes"] = code_usage(codes, autoencoder.config.num_codes)
+            result["codes"] = measure_codes(autoencoder, images, mesh)
         return result
 
     return statistics
+
+
+def measure_codes(
+    autoencoder: Autoencoder, images: Sequence[RGBImage], mesh: Mesh
+) -> dict[str, int | float]:
+    """The `code_usage` of discrete latents on images whose sides are multiples of a cell."""
+    codes = over_images(lambda batch: _codes(autoencoder, batch), images, mesh)
+    codes = np.concatenate([x.ravel() for x in codes])
+    return code_usage(codes, autoencoder.config.num_codes)
 
 
 def code_usage(codes: Int[np.ndarray, " N"], number: int) -> dict[str, int | float]:

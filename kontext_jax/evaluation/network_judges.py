@@ -3,6 +3,7 @@
 A metric is named after its network: ``fd_efflite0`` is not FID.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,12 +12,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
 from kontext_jax.evaluation.judges import Column, Outputs, Scores, per_image
+from kontext_jax.evaluation.latent_statistics import measure_codes
+from kontext_jax.geometry import whole_cells
 from kontext_jax.metrics.faces import IdentityEncoder
 from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.metrics.kernel import kernel_distance
 from kontext_jax.metrics.ocr import Reader, accuracy, contains
 from kontext_jax.metrics.similarity import SAME, clip_directional, cosine
-from kontext_jax.models.autoencoder import to_pixels
+from kontext_jax.models.autoencoder import Autoencoder, to_pixels
 from kontext_jax.models.lpips import TRUNKS, Lpips
 from kontext_jax.models.perceptual import FeatureDistance
 from kontext_jax.sharding import over_batches
@@ -46,6 +49,9 @@ class FeatureJudge:
 
     Cosines are to the target and to the context. Distances are to the targets, and use the last
     image of each session.
+
+    Attributes:
+      distance: name of the Fréchet distance.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class FeatureJudge:
           kid: name of the kernel distance.
         """
         self._similarity = name if similarity is None else similarity
-        self._fd, self._kid = fd or f"fd_{name}", kid
+        self.distance, self._kid = fd or f"fd_{name}", kid
         self._features, self._references = features, ReferenceFeatures(features)
 
     def __call__(self, outputs: Outputs) -> Scores:
@@ -87,7 +93,7 @@ class FeatureJudge:
         set_scores = {}
         if len(last) > 1:
             ours, theirs = features[[indices[k] for k in last]], targets[last]
-            set_scores[self._fd] = frechet_distance(theirs, ours)
+            set_scores[self.distance] = frechet_distance(theirs, ours)
             set_scores[self._kid] = kernel_distance(theirs, ours)[0]
         return Scores(columns, set_scores)
 
@@ -177,6 +183,30 @@ class DistanceJudge:
 def _distance(network, pairs: UInt8[Array, "B 2 h w 3"]) -> Float[Array, " B"]:
     with jax.default_matmul_precision("highest"):
         return network(to_pixels(pairs[:, 0]), to_pixels(pairs[:, 1]))
+
+
+class CodeJudge:
+    """How an autoencoder with discrete latents uses its codes for the targets.
+
+    ``bits_per_pixel`` is that of codes of fixed length: log2 of their number, over the pixels of a
+    latent cell.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, mesh: Mesh):
+        self._autoencoder, self._mesh = autoencoder, mesh
+
+    def __call__(self, outputs: Outputs) -> Scores:
+        side = self._autoencoder.config.downsample
+        targets = [whole_cells(target, side) for target in outputs.targets if target is not None]
+        if not targets:
+            return Scores({})
+        codes = measure_codes(self._autoencoder, targets, self._mesh)
+        set_scores = {
+            "bits_per_pixel": math.log2(codes["number"]) / side**2,
+            "code_usage": codes["used"],
+            "code_perplexity": codes["perplexity"],
+        }
+        return Scores({}, set_scores)
 
 
 class FaceJudge:

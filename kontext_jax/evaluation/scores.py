@@ -56,6 +56,7 @@ METRICS = {
     "ssim": Metric("SSIM", _plain(3), +1),
     "lpips_alex": Metric("LPIPS (AlexNet)", _plain(3), -1),
     "lpips_vgg": Metric("LPIPS (VGG)", _plain(3), -1),
+    "distance_efflite0": Metric("distance (EfficientNet-Lite0)", _plain(3), -1),
     "clip_i": Metric("CLIP-I to the target", _plain(3), +1),
     "clip_i_context": Metric("CLIP-I to the context", _plain(3), 0),
     "clip_t": Metric("CLIP-T", _plain(3), +1),
@@ -81,6 +82,9 @@ METRICS = {
     "kid_dinov2": Metric("KD (DINOv2)", _plain(4), -1),
     "fd_efflite0": Metric("FD (EfficientNet-Lite0)", _plain(1), -1),
     "kid_efflite0": Metric("KD (EfficientNet-Lite0)", _plain(4), -1),
+    "bits_per_pixel": Metric("bits per pixel", _plain(3), 0),
+    "code_usage": Metric("codes used", _percent, +1),
+    "code_perplexity": Metric("perplexity of codes", _plain(1), +1),
 }
 """All metrics in the order of the tables; those from ``fid`` on are of a whole set."""
 

@@ -5,14 +5,17 @@ trains the same to the last bit, however often it is validated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from kontext_jax.config import Config
+from kontext_jax import cli
+from kontext_jax.config import Config, ValidationConfig
 from kontext_jax.data.pipeline import prepare_all
 from kontext_jax.evaluation.held_out_loss import held_out_loss, kinds_of, summarise_losses
+from kontext_jax.evaluation.judge_panel import inception_judge, lite0_judge
 from kontext_jax.evaluation.judges import (
     Judge,
     Outputs,
@@ -21,7 +24,7 @@ from kontext_jax.evaluation.judges import (
     judge_world,
     run_judges,
 )
-from kontext_jax.evaluation.network_judges import DistanceJudge
+from kontext_jax.evaluation.network_judges import CodeJudge, DistanceJudge
 from kontext_jax.evaluation.tasks.sets import triples_of
 from kontext_jax.evaluation.tasks.triples import triples
 from kontext_jax.objectives.flow_matching import networks_of
@@ -36,9 +39,10 @@ Validation = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, float]]
 def make_validation(config: Config, mesh: Mesh) -> Validation:
     """Returns a function (networks by player, frozen networks) -> metrics by name.
 
-    For an autoencoder, the metrics compare its reconstructions with their originals, also by the
-    perceptual distance that it is trained with. For objectives
-    with a transformer, they are the scores of generated images and, in flow matching, the loss.
+    For an autoencoder, the metrics compare its reconstructions with their originals: by pixels, by
+    the perceptual distance that it is trained with, and by Frechet distances between both sets of
+    images; discrete latents also have the use of their codes. For objectives with a transformer,
+    the metrics are the scores of generated images and, in flow matching, the loss.
 
     Raises:
       FileNotFoundError, ValueError: the held-out data is missing or cannot be read.
@@ -51,13 +55,16 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
     examples = prepare_all(triples_of(tasks), data)
     if config.objective.kind == "autoencoder":
         targets = [example.target for example in examples]
+        set_judges = _set_judges(settings, mesh)
 
         def compare(networks, frozen):
-            images, judges = reconstruct(networks["autoencoder"], targets, mesh), list(JUDGES)
+            autoencoder, judges = networks["autoencoder"], [*JUDGES, *set_judges]
             if "perceptual" in frozen:
                 name = config.objective.perceptual.metric
                 judges.append(DistanceJudge(name, frozen["perceptual"], mesh))
-            return _score(tasks, images, judges)
+            if autoencoder.config.is_discrete:
+                judges.append(CodeJudge(autoencoder, mesh))
+            return _score(tasks, reconstruct(autoencoder, targets, mesh), judges)
 
         return compare
 
@@ -82,6 +89,18 @@ def make_validation(config: Config, mesh: Mesh) -> Validation:
     return validate
 
 
+def _set_judges(settings: ValidationConfig, mesh: Mesh) -> list[Judge]:
+    """Judges of the Frechet distance; they keep the features of the originals."""
+    judges: list[Judge] = []
+    try:
+        judges.append(lite0_judge(mesh))
+    except FileNotFoundError as error:
+        cli.say(f"validation without fd_efflite0: {error}")
+    if settings.inception:
+        judges.append(inception_judge(Path(settings.inception), mesh))
+    return judges
+
+
 def _loss_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     levels = {f"loss_t{level['t']:.3g}": level["mean"] for level in summary["levels"]}
     kinds = {f"loss_{kind}": losses["mean"] for kind, losses in summary["kinds"].items()}
@@ -91,7 +110,7 @@ def _loss_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 def _score(
     tasks: Sequence[Task], images: Sequence[RGBImage], judges: Sequence[Judge] = JUDGES
 ) -> dict[str, float]:
-    """Returns the mean of each score over the images that have it."""
-    columns = run_judges(judges, Outputs("", tasks, images)).columns
+    """Returns the mean of each score over the images that have it, and the scores of the set."""
+    columns, set_scores = run_judges(judges, Outputs("", tasks, images))
     scores = {name: [x for x in column if x is not None] for name, column in columns.items()}
-    return {name: float(np.mean(values)) for name, values in scores.items() if values}
+    return {name: float(np.mean(values)) for name, values in scores.items() if values} | set_scores

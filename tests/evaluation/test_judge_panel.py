@@ -66,6 +66,8 @@ def test_a_folder_of_another_network_is_refused_as_dinov2(monkeypatch):
 def test_an_invalid_setting_is_named():
     with pytest.raises(ValueError, match="lpips_net 'squeeze' is not one of alex, vgg"):
         JudgesConfig(lpips_net="squeeze")
+    with pytest.raises(ValueError, match="judges.distance needs EfficientNet-Lite0"):
+        JudgesConfig(efflite0=False, distance=True)
 
 
 @pytest.fixture
@@ -103,13 +105,15 @@ def all_judges(request, monkeypatch, random_network, tmp_path) -> JudgesConfig:
     monkeypatch.setattr(judge_panel, "_load_dino", lambda path, mesh: number(path))
     monkeypatch.setattr(judge_panel, "load_clip", lambda path, mesh: FakeClip(number(path), None))
     monkeypatch.setattr(judge_panel, "load_lpips", load_lpips)
+    monkeypatch.setattr(judge_panel, "load_distance", lambda config, mesh: lpips)
     monkeypatch.setattr(judge_panel, "AuraFace", Aura)
     monkeypatch.setattr(judge_panel, "DlibFaces", Dlib)
     monkeypatch.setattr(judge_panel, "Reader", FakeReader)
     monkeypatch.setattr(judge_panel, "pooled_features", features_of)
     names = ("inception", "dino", "clip", "lpips", "lpips_heads")
     paths = {name: str(tmp_path / name) for name in names}
-    return JudgesConfig(**paths, auraface=str(tmp_path), lpips_net=net, dlib=True, ocr=True)
+    more = dict(auraface=str(tmp_path), distance=True, dlib=True, ocr=True)
+    return JudgesConfig(**paths, **more, lpips_net=net)
 
 
 def features_of(network, images, mesh=None) -> np.ndarray:
@@ -120,6 +124,7 @@ def features_of(network, images, mesh=None) -> np.ndarray:
 def test_judges_return_exactly_the_known_metrics(all_judges, monkeypatch):
     """Each comes from the network that it is named after."""
     other = {"lpips_vgg", "fid", "kid"}
+    codes = {"bits_per_pixel", "code_usage", "code_perplexity"}  # of a cell's own judge
     if all_judges.lpips_net == "vgg":  # and FID's own file, so that every name occurs once
         other = {"lpips_alex", "fd_inception", "kid_inception"}
         monkeypatch.setattr(inception, "FID_SHA256", sha256_of(Path(all_judges.inception)))
@@ -130,7 +135,7 @@ def test_judges_return_exactly_the_known_metrics(all_judges, monkeypatch):
     outputs = Outputs("set", [task._replace(**words) for task in tasks], [t.truth for t in tasks])
     columns, set_scores = run_judges(panel.judges, outputs)
     returned = [*columns, *set_scores]
-    known = [name for name in METRICS if name not in other]
+    known = [name for name in METRICS if name not in other | codes]
     assert sorted(returned) == sorted(known) and other < METRICS.keys()
     assert known[-len(set_scores) :] == [name for name in known if name in set_scores]
     images = np.stack([task.contexts[0] for task in tasks])

@@ -9,17 +9,20 @@ from kontext_jax.evaluation.judges import (
     Outputs,
     Scores,
 )
+from kontext_jax.evaluation.latent_statistics import code_usage
 from kontext_jax.evaluation.network_judges import (
     ClipJudge,
+    CodeJudge,
     DistanceJudge,
     FaceJudge,
     FeatureJudge,
     OcrJudge,
 )
+from kontext_jax.geometry import resize
 from kontext_jax.metrics.frechet import frechet_distance
 from kontext_jax.metrics.kernel import kernel_distance
 from kontext_jax.metrics.similarity import clip_directional, cosine
-from kontext_jax.models.autoencoder import to_pixels
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig, to_pixels
 from kontext_jax.models.lpips import Lpips, LpipsConfig
 from kontext_jax.types import Task
 from tests.evaluation.fakes import (
@@ -231,3 +234,24 @@ def test_ocr_scores_are_none_for_tasks_without_words(cores):
     scores = OcrJudge(FakeReader())(Outputs("set", tasks, images))
     read = {"ocr_contains": [1.0, None, 0.0, 0.0]}
     assert scores == Scores(read | {"ocr_accuracy": [1.0, None, pytest.approx(0.8), 0.0]})
+
+
+def test_codes_are_those_of_the_targets(random_network):
+    """Also of a target whose sides are no multiples of a cell."""
+    config = AutoencoderConfig(
+        channels=4, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2,
+        latent_channels=2, fsq_levels=(4, 2), remat="none",
+    )  # fmt: skip
+    network = random_network(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    targets = [image(0), image(1), None, image(2, 15, 17)]
+    outputs = Outputs("set", [task(x) for x in targets], [image(9)] * 3 + [targets[3]])
+    columns, set_scores = CodeJudge(network, mesh_of())(outputs)
+    assert columns == {}
+    sized = [*targets[:2], resize(targets[3], (16, 16))]
+    codes = np.asarray(jax.jit(lambda net, x: net.codes(to_pixels(x)))(network, np.stack(sized)))
+    expected = code_usage(codes.ravel(), 8)
+    assert set_scores["bits_per_pixel"] == 3 / 4
+    assert set_scores["code_usage"] == expected["used"] > 1 / 8
+    assert set_scores["code_perplexity"] == expected["perplexity"]
+    nothing = CodeJudge(network, mesh_of())(Outputs("set", [task()], [image(9)]))
+    assert nothing == Scores({})
