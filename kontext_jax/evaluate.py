@@ -1,14 +1,16 @@
 """Evaluates a sweep: ``python -m kontext_jax.evaluate --config=configs/eval_X.py --workdir=DIR``.
 
 A sweep is a grid: each *cell* is one checkpoint with one sampler setting. Every cell generates an
-image for every task of every task set, and judges score the images. Sampling and the judges'
-networks run on all devices; the other judges run on the hosts, split over processes. A sweep that
-was stopped generates only the missing images when started again, and gives the same results.
+image for every task of every task set, or reconstructs the task's target if its checkpoint is an
+autoencoder alone, and judges score the images. Sampling and the judges' networks run on all
+devices; the other judges run on the hosts, split over processes. A sweep that was stopped generates
+only the missing images when started again, and gives the same results.
 
 Writes ``cells/SET/CELL/`` (see `cell_folder`), ``losses/``, ``summary.json``, ``summary.csv`` and
 ``report.html``.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -38,6 +40,7 @@ from kontext_jax.evaluation.generation import (
     cell_record,
     generate_images,
     load_networks,
+    reconstructs,
     takes_guidance,
 )
 from kontext_jax.evaluation.held_out_loss import (
@@ -49,13 +52,14 @@ from kontext_jax.evaluation.held_out_loss import (
 )
 from kontext_jax.evaluation.judge_panel import JudgePanel, JudgesConfig, make_judges
 from kontext_jax.evaluation.judges import Outputs, run_judges
+from kontext_jax.evaluation.network_judges import CodeJudge
 from kontext_jax.evaluation.scores import ALL, METRICS, summarise
 from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
 from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets, triples_of
 from kontext_jax.files import check_folder, short_digest, write_text
 from kontext_jax.geometry import resize
-from kontext_jax.loading.locations import split_step
-from kontext_jax.loading.models import Model
+from kontext_jax.loading.locations import load_meta, split_step
+from kontext_jax.loading.models import AutoencoderModel, Model
 from kontext_jax.report.report import table, write_report
 from kontext_jax.sampling.generator import with_room
 from kontext_jax.settings import Settings, check_least, to_dict, validated
@@ -159,6 +163,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
         "left_out": panel.left_out,
         "timed": TIMED,
         "losses": {},
+        "latents": _latents_of_runs(config.curves, cells),
     }
     summaries: dict[str, Any] = {}
     for key in dict.fromkeys(cell.networks_key for cell in cells):
@@ -173,7 +178,9 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
                 )
                 cli.say(f"{task_set.name}: {cell.name}  {_one_line(results[task_set.name])}")
             summaries[cell.name] = _describe_cell(cell, model) | {"sets": results}
-        learns_flow = model is not None and model.objective.kind == "flow_matching"
+        if isinstance(model, AutoencoderModel) and "latents" in model.record:
+            summary["latents"][group[0].name] = model.record["latents"]
+        learns_flow = isinstance(model, Model) and model.objective.kind == "flow_matching"
         if learns_flow and any(not cell.baseline for cell in group):
             name = f"{group[0].checkpoint} {group[0].params}"
             for task_set in loss_sets:
@@ -199,7 +206,7 @@ def evaluate(config: EvalConfig, workdir: Path, seconds: Mapping[str, float]) ->
 
 def _evaluate_cell(
     cell: Cell,
-    model: Model | None,
+    model: Model | AutoencoderModel | None,
     task_set: TaskSet,
     panel: JudgePanel,
     workdir: Path,
@@ -213,9 +220,24 @@ def _evaluate_cell(
     scores = folder.scores(panel.record, [task.id for task in task_set.tasks])
     if not _all_processes(scores is not None):
         images = generate_images(cell, model, task_set, folder, mesh, seed)
+        if isinstance(model, AutoencoderModel) and model.autoencoder.config.is_discrete:
+            panel = panel._replace(judges=[*panel.judges, CodeJudge(model.autoencoder, mesh)])
         scores = _score(panel, task_set, folder, images)
     rows, overall = scores
     return _summarise_cell(rows, overall, folder.batches())
+
+
+def _latents_of_runs(
+    curves: Sequence[tuple[str, str]], cells: Sequence[Cell]
+) -> dict[str, dict[str, Any]]:
+    """Title -> statistics of the latents, for runs of autoencoders that are not cells."""
+    evaluated = {split_step(cell.checkpoint)[0] for cell in cells}
+    latents = {}
+    for title, run in curves:
+        with contextlib.suppress(FileNotFoundError):
+            meta = {} if Path(run) in evaluated else load_meta(run)
+            latents |= {title: meta["latents"]} if "latents" in meta else {}
+    return latents
 
 
 def _sets_of(cell: Cell, sets: Sequence[TaskSet]) -> list[TaskSet]:
@@ -285,10 +307,11 @@ def _check_sweep(
     for cell in cells:
         for task_set in _sets_of(cell, sets):
             missing = [task.id for task in task_set.tasks if task.truth is None]
-            if cell.baseline == "reconstruction" and missing:
+            if missing and reconstructs(cell):
                 raise ValueError(
                     f"cell {cell.name!r}: task {missing[0]} of {task_set.name!r} has no target to "
-                    "reconstruct; list the sets that have targets in the cell's sets."
+                    "reconstruct; list the sets that have targets in the cell's sets, or set a "
+                    "probe, whose targets are the contexts."
                 )
             record = cell_record(cell, task_set, None, config.seed)
             check_record(_cell_path(workdir, cell, task_set), record, unknown=MODEL_KEYS)
@@ -305,14 +328,24 @@ def _all_processes(value: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-def _describe_cell(cell: Cell, model: Model | None) -> dict[str, Any]:
+def _describe_cell(cell: Cell, model: Model | AutoencoderModel | None) -> dict[str, Any]:
     location, step = split_step(cell.checkpoint)
+    objective = model.objective if isinstance(model, Model) else None
+    config = model.autoencoder.config if isinstance(model, AutoencoderModel) else None
     return to_dict(cell) | {
         "checkpoint": str(location) if cell.checkpoint else "",
         "step": step,
-        "shift": cell.shift or (model.objective.time.shift if model else ""),
-        "takes_guidance": model is not None and model.objective.transformer.guidance_embed,
+        "shift": cell.shift or (objective.time.shift if objective else ""),
+        "takes_guidance": objective is not None and objective.transformer.guidance_embed,
         "weights": model.identity if model else {},
+        # Of the cells that are autoencoders alone.
+        "autoencoder": {
+            "downsample": config.downsample,
+            "channels": config.latent_channels,
+            "levels": list(config.fsq_levels),
+        }
+        if config
+        else {},
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 import configs.autoencoder
 import configs.distillation
 import configs.emoji
+import configs.eval_autoencoder
 import configs.eval_distillation
 import configs.eval_emoji
 import configs.eval_kontext
@@ -41,6 +42,7 @@ MODULES = (
     configs.rate_distortion,
 )
 EVALUATIONS = {
+    "eval_autoencoder": configs.eval_autoencoder,
     "eval_distillation": configs.eval_distillation,
     "eval_emoji": configs.eval_emoji,
     "eval_kontext": configs.eval_kontext,
@@ -167,3 +169,14 @@ def test_settings_that_are_urls_are_refused():
     config.data.path = "gs://bucket/data"
     with pytest.raises(ValueError, match="^config.data.path=gs://bucket/data: only local paths"):
         validated(config)
+
+
+def test_the_comparison_of_autoencoders_has_a_cell_for_each_location(tmp_path):
+    """A run has curves; the steps of ``@all`` are named when they are known."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()
+    config = configs.eval_autoencoder.get_config(f"{run}@all,{run}@7,models/vae")
+    assert [cell.checkpoint for cell in config.cells] == [f"{run}@all", f"{run}@7", "models/vae"]
+    assert [cell.name for cell in config.cells] == [str(run), f"{run}@7", "models/vae"]
+    assert config.curves == ((str(run), str(run)),)

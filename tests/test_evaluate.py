@@ -32,7 +32,7 @@ from kontext_jax.data.pipeline import DataConfig
 from kontext_jax.data.text import TextConfig
 from kontext_jax.evaluate import EvalConfig, evaluate
 from kontext_jax.evaluation import generation, judge_panel
-from kontext_jax.evaluation.cell_folder import CellFolder
+from kontext_jax.evaluation.cell_folder import CellFolder, load_task_image
 from kontext_jax.evaluation.held_out_loss import MLPERF
 from kontext_jax.evaluation.judge_panel import JudgePanel
 from kontext_jax.evaluation.judges import judge_pixels
@@ -40,14 +40,17 @@ from kontext_jax.evaluation.sweep import Cell
 from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets
 from kontext_jax.geometry import GeometryConfig, resize, size_of
 from kontext_jax.loading import models
-from kontext_jax.loading.models import Model
+from kontext_jax.loading.models import Model, load_autoencoder
 from kontext_jax.metrics.pixels import l1
+from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.discriminator import HeadsConfig
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
+from kontext_jax.objectives.autoencoder import AutoencoderObjectiveConfig
 from kontext_jax.objectives.flow_matching import FlowInit, networks_of
 from kontext_jax.objectives.ladd import LaddConfig
 from kontext_jax.objectives.transformer import NetworksInit
 from kontext_jax.sampler import SamplerConfig
+from kontext_jax.sampling.generator import reconstruct
 from kontext_jax.settings import to_dict
 from kontext_jax.sharding import MeshConfig, make_mesh
 from kontext_jax.training.checkpoint import CheckpointConfig, Checkpointer
@@ -93,11 +96,11 @@ def mesh_of(number: int):
     return make_mesh(MeshConfig(), jax.devices()[:number])
 
 
-def save(workdir: Path, config: Config, params: dict) -> str:
+def save(workdir: Path, config: Config, params: dict, **meta) -> str:
     zero = jnp.zeros((), jnp.int32)
     with closing(Checkpointer(workdir, CheckpointConfig())) as checkpointer:
         state = TrainState(zero, zero, zero, params, {player: zero for player in params}, params)
-        meta = {"config": to_dict(config), "metrics": {}, "frozen": {}}
+        meta |= {"config": to_dict(config), "metrics": {}, "frozen": {}}
         checkpointer.save(state, {}, meta)
     return str(workdir)
 
@@ -796,3 +799,88 @@ def test_two_processes_give_the_results_of_one(runs, tmp_path):
     for name, losses in alone["losses"]["edits"].items():
         mean = together.summary["losses"]["edits"][name]["mean"]
         assert mean == pytest.approx(losses["mean"], rel=1e-5)
+
+
+# ---- autoencoders --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def autoencoders(runs, random_network, tmp_path_factory) -> EvalConfig:
+    """A sweep of an exported autoencoder and a run of one with discrete latents."""
+    objective = AutoencoderObjectiveConfig(
+        autoencoder=AutoencoderConfig(
+            channels=4, channel_multipliers=(1, 1, 1), num_res_blocks=1, num_groups=2,
+            latent_channels=2, fsq_levels=(4, 2), remat="none",
+        )
+    )  # fmt: skip
+    config = Config(objective=objective, data=DataConfig(path=runs.data))
+    params = random_network(lambda: config.make_objective().init(jax.random.key(0)))
+    channels = {name: [0.5, 1.0] for name in ("mean", "std", "kurtosis", "kl")}
+    latents = {"mean": 0.5, "square": 1.0, "channels": channels}
+    workdir = tmp_path_factory.mktemp("discrete")
+    exported = str(Path(runs.teacher).parent / "vae")
+    return EvalConfig(
+        cells=(
+            Cell(name="exported", checkpoint=exported),
+            Cell(name="discrete", checkpoint=save(workdir, config, params, latents=latents)),
+        ),
+        sets=(SetConfig(name="edits", path=runs.data),),
+        sheet_rows=3,
+    )
+
+
+def test_a_sweep_of_autoencoders_reconstructs_the_targets(autoencoders, tmp_path, monkeypatch):
+    """A sweep that is killed in a chunk gives the same results as one that is not."""
+    monkeypatch.setattr(generation, "CHUNK", 4)
+    summary = evaluate(autoencoders, tmp_path / "whole", {})
+    results = {name: cell["sets"]["edits"] for name, cell in summary["cells"].items()}
+    assert results["exported"]["whole"].keys() == {"fd_efflite0", "kid_efflite0"}
+    assert results["discrete"]["whole"]["bits_per_pixel"] == 3 / 4**2
+    assert 1 / 8 <= results["discrete"]["whole"]["code_usage"] <= 1
+    assert summary["latents"].keys() == {"discrete"}  # the export is of a network never measured
+    [task, *_] = load_sets(autoencoders.sets)[0].tasks
+    for cell in autoencoders.cells:
+        model = load_autoencoder(cell.checkpoint, mesh_of(1))
+        [expected] = reconstruct(model.autoencoder, [task.truth], mesh_of(1))
+        image = load_task_image(tmp_path / "whole" / "cells" / "edits" / cell.name, task.id)
+        assert np.abs(image.astype(int) - expected).max() <= 1  # batches differ in rounding
+        row = Done(tmp_path / "whole", {}, []).scores(cell.name)[0]
+        assert row["id"] == task.id and row["l1"] == l1(image, task.truth)
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "error × 4" in page and "4 × 2 codes per 4 × 4 pixels" in page
+
+    calls = []
+    save_images = CellFolder.save
+
+    def stopping(self, images):
+        calls.append(len(images))
+        save_images(self, dict(list(images.items())[:1]) if len(calls) == 2 else images)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CellFolder, "save", stopping)
+        evaluate(autoencoders, tmp_path / "resumed", {})
+    assert calls == [4, 2]
+    again = evaluate(autoencoders, tmp_path / "resumed", {})
+    assert files(tmp_path / "resumed") == files(tmp_path / "whole")
+    assert again["cells"] == summary["cells"]
+
+
+def test_an_autoencoder_needs_targets_and_has_no_untrained_baseline(autoencoders, tmp_path):
+    cell = autoencoders.cells[1]
+    untrained = dataclasses.replace(cell, baseline="untrained")
+    with pytest.raises(ValueError, match="cell 'discrete': an autoencoder has no untrained"):
+        generation.load_networks(untrained, mesh_of(1), 0)
+    task_set = TaskSet("a", [Task("a", (), "do", "local", (8, 8))], "0")
+    with pytest.raises(ValueError, match="'discrete': task a of 'a' has no target .* a probe"):
+        evaluate_module._check_sweep([cell], [task_set], [], autoencoders, tmp_path)
+    for baseline in ("", "reconstruction"):
+        assert generation.reconstructs(dataclasses.replace(cell, baseline=baseline))
+
+
+def test_latents_of_runs_that_are_no_cells_are_in_the_summary(autoencoders):
+    [exported, discrete] = autoencoders.cells
+    curves = (("run", discrete.checkpoint), ("gone", "no/where"))
+    assert evaluate_module._latents_of_runs(curves, [discrete]) == {}
+    assert evaluate_module._latents_of_runs(curves, [exported]).keys() == {"run"}

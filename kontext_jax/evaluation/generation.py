@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,15 @@ from kontext_jax.chips import num_chips
 from kontext_jax.evaluation.cell_folder import CellFolder
 from kontext_jax.evaluation.sweep import Cell
 from kontext_jax.evaluation.tasks.sets import TaskSet, examples_of
-from kontext_jax.geometry import fit, resize
-from kontext_jax.loading.locations import identity_of, load_config, open_network, usage_of
-from kontext_jax.loading.models import Model, load_model
+from kontext_jax.geometry import fit, resize, size_of, whole_cells
+from kontext_jax.loading.locations import (
+    identity_of,
+    is_autoencoder,
+    load_config,
+    open_network,
+    usage_of,
+)
+from kontext_jax.loading.models import AutoencoderModel, Model, load_autoencoder, load_model
 from kontext_jax.objectives.flow_matching import networks_of
 from kontext_jax.sampling.generator import Generator, reconstruct, with_room
 from kontext_jax.settings import to_dict
@@ -26,8 +32,30 @@ from kontext_jax.types import RGBImage, Task
 MODEL_KEYS = ("weights", "settings")
 """Keys of a cell's record that are known only once its networks are loaded."""
 
+CHUNK = 64
+"""Images that are reconstructed before they are saved."""
 
-def load_networks(cell: Cell, mesh: Mesh, seed: int, batch_size: int = 0) -> Model | None:
+
+def reconstructs(cell: Cell) -> bool:
+    """Whether a cell's images are the targets, reconstructed.
+
+    Raises:
+      FileNotFoundError, ValueError: there are no weights, or they are damaged; the message names
+        the cell.
+    """
+    return cell.baseline == "reconstruction" or _is_autoencoder(cell)
+
+
+def _is_autoencoder(cell: Cell) -> bool:
+    try:
+        return bool(cell.checkpoint) and is_autoencoder(cell.checkpoint)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"cell {cell.name!r}: {error}") from error
+
+
+def load_networks(
+    cell: Cell, mesh: Mesh, seed: int, batch_size: int = 0
+) -> Model | AutoencoderModel | None:
     """Loads the networks of a cell; None for a copy, which needs none.
 
     Args:
@@ -41,7 +69,11 @@ def load_networks(cell: Cell, mesh: Mesh, seed: int, batch_size: int = 0) -> Mod
     """
     if cell.baseline == "copy":
         return None
+    if _is_autoencoder(cell) and cell.baseline == "untrained":
+        raise ValueError(f"cell {cell.name!r}: an autoencoder has no untrained baseline.")
     try:
+        if _is_autoencoder(cell):
+            return load_autoencoder(cell.checkpoint, mesh, cell.params)
         model = load_model(cell.checkpoint, mesh, cell.params)
         if cell.baseline == "untrained":
             model = _reinitialised(cell, model, mesh, seed)
@@ -66,7 +98,9 @@ def _reinitialised(cell: Cell, model: Model, mesh: Mesh, seed: int) -> Model:
     return model._replace(networks=networks, identity=identity_of(networks))
 
 
-def cell_record(cell: Cell, task_set: TaskSet, model: Model | None, seed: int) -> dict[str, Any]:
+def cell_record(
+    cell: Cell, task_set: TaskSet, model: Model | AutoencoderModel | None, seed: int
+) -> dict[str, Any]:
     """Everything that determines a cell's images; the weights stand for the checkpoint.
 
     Without the model, the values of `MODEL_KEYS` are empty.
@@ -81,8 +115,10 @@ def cell_record(cell: Cell, task_set: TaskSet, model: Model | None, seed: int) -
     }
 
 
-def _settings(model: Model) -> dict[str, Any]:
+def _settings(model: Model | AutoencoderModel) -> dict[str, Any]:
     """The settings that a model's networks are used with, without the paths of its tokenizers."""
+    if isinstance(model, AutoencoderModel):
+        return usage_of({"autoencoder": model.autoencoder}, None)
     text = to_dict(model.data.text)
     return usage_of(model.networks, model.objective) | {
         "pooled": model.objective.pooled,
@@ -105,7 +141,12 @@ def takes_guidance(cell: Cell) -> bool:
 
 
 def generate_images(
-    cell: Cell, model: Model | None, task_set: TaskSet, folder: CellFolder, mesh: Mesh, seed: int
+    cell: Cell,
+    model: Model | AutoencoderModel | None,
+    task_set: TaskSet,
+    folder: CellFolder,
+    mesh: Mesh,
+    seed: int,
 ) -> list[RGBImage]:
     """One image per task; generates and saves those that the folder does not have.
 
@@ -132,9 +173,8 @@ def generate_images(
         if cell.baseline == "copy" or model is None:
             new = {task.id: _copy(task) for task in tasks}
             folder.save(new)
-        elif cell.baseline == "reconstruction":
-            new = _reconstructions(model, tasks, mesh)
-            folder.save(new)
+        elif cell.baseline == "reconstruction" or isinstance(model, AutoencoderModel):
+            new = _reconstruct(model, tasks, done, folder, mesh)
         else:
             new = _sample(cell, model, tasks, turn, images, done, folder, mesh, seed)
         images.update(new)
@@ -148,12 +188,38 @@ def _copy(task: Task) -> RGBImage:
     return np.full((task.size[1], task.size[0], 3), 128, np.uint8)
 
 
-def _reconstructions(model: Model, tasks: Sequence[Task], mesh: Mesh) -> dict[str, RGBImage]:
-    """The targets through the autoencoder: an upper bound for every sampler."""
-    sizes = model.data.geometry.sizes
-    targets = [fit(task.truth, sizes) for task in tasks if task.truth is not None]
-    images = reconstruct(model.networks["autoencoder"], targets, mesh)
-    return {task.id: image for task, image in zip(tasks, images, strict=True)}
+def _reconstruct(
+    model: Model | AutoencoderModel,
+    tasks: Sequence[Task],
+    done: Container[int],
+    folder: CellFolder,
+    mesh: Mesh,
+) -> dict[str, RGBImage]:
+    """Passes the targets through the autoencoder, and saves them chunk by chunk.
+
+    An autoencoder alone gets them at their own sizes. As an upper bound for samplers, a model's
+    autoencoder gets them at the sizes that the model generates.
+
+    Chunks hold the same images whatever is done, so that a resumed sweep gets the same bits.
+    """
+    if isinstance(model, AutoencoderModel):
+        autoencoder, side = model.autoencoder, model.autoencoder.config.downsample
+        targets = [whole_cells(task.truth, side) for task in tasks]
+    else:
+        autoencoder = model.networks["autoencoder"]
+        targets = [fit(task.truth, model.data.geometry.sizes) for task in tasks]
+    # Images of one size together, because each size of a chunk compiles once.
+    order = sorted(range(len(tasks)), key=lambda i: size_of(targets[i]))
+    new = {}
+    for start in range(0, len(order), CHUNK):
+        chunk = order[start : start + CHUNK]
+        if all(i in done for i in chunk):
+            continue
+        images = reconstruct(autoencoder, [targets[i] for i in chunk], mesh)
+        named = {tasks[i].id: image for i, image in zip(chunk, images, strict=True)}
+        folder.save(named)
+        new |= named
+    return new
 
 
 def _sample(

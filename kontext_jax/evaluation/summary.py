@@ -27,6 +27,12 @@ MAIN = (
 )
 """Metrics in order of preference where there is no room for all."""
 
+RECONSTRUCTION = (
+    *("psnr", "ssim", "lpips_vgg", "lpips_alex", "distance_efflite0", "fid", "fd_inception"),
+    *("fd_dinov2", "fd_efflite0", "bits_per_pixel", "code_usage", "code_perplexity"),
+)
+"""Metrics of autoencoders, in order of preference."""
+
 OVER_TURNS = (
     *("edit_success", "preservation", "l1", "psnr", "auraface", "dlib_similarity"),
     *("dinov2_context", "clip_i_context", "efflite0_context", "shift", "colour_drift"),
@@ -81,10 +87,19 @@ def metrics_of(all_results: Iterable[Mapping[str, Any]], names: Iterable[str]) -
     return [name for name in dict.fromkeys(names) if name in known]
 
 
-def main_metrics(all_results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The metrics of `MAIN` that any cell has; if there are none, all metrics that any cell has."""
-    all_results = list(all_results)
-    return metrics_of(all_results, MAIN) or metrics_of(all_results, METRICS)
+def main_metrics(summary: Mapping[str, Any], set_name: str) -> list[str]:
+    """The metrics of `MAIN`, or of `RECONSTRUCTION` for autoencoders, that any cell of a set has.
+
+    If there are none, all metrics that any cell has.
+    """
+    all_results = results_on(summary, set_name).values()
+    main = RECONSTRUCTION if is_reconstructed(summary, set_name) else MAIN
+    return metrics_of(all_results, main) or metrics_of(all_results, METRICS)
+
+
+def is_reconstructed(summary: Mapping[str, Any], set_name: str) -> bool:
+    """Whether all cells of a set are autoencoders, so that its images are reconstructions."""
+    return all(summary["cells"][name]["autoencoder"] for name in results_on(summary, set_name))
 
 
 def interval_of(results: Mapping[str, Any], metric: str, key: str = ALL) -> str:
@@ -135,7 +150,7 @@ def loss_name(cell: Mapping[str, Any]) -> str:
 
 
 def describe(cell: Mapping[str, Any]) -> tuple[str, str, str]:
-    """(origin of a cell's networks, its sampling, first digits of its weights' fingerprints)."""
+    """(origin of a cell's networks, its sampling or latents, first digits of its fingerprints)."""
     if cell["baseline"] == "copy":
         return "the context, unchanged", "", ""
     networks, sampler = cell["checkpoint"], cell["sampler"]
@@ -145,22 +160,35 @@ def describe(cell: Mapping[str, Any]) -> tuple[str, str, str]:
         networks = f"untrained networks of the sizes of {networks}"
     elif cell["step"] is not None:
         networks += f", step {cell['step']}, {PARAMETER_NAMES[cell['params']]} parameters"
-    sampling = ", ".join(
-        (
-            f"{sampler['num_steps']} step{'s' if sampler['num_steps'] > 1 else ''}",
-            sampler["method"],
-            *([f"guidance {sampler['guidance']:g}"] if cell["takes_guidance"] else []),
-            f"cfg {sampler['cfg_scale']:g}",
-            f"shift {cell['shift']}",
+    if cell["autoencoder"]:
+        usage = _describe_latents(**cell["autoencoder"])
+    else:
+        usage = ", ".join(
+            (
+                f"{sampler['num_steps']} step{'s' if sampler['num_steps'] > 1 else ''}",
+                sampler["method"],
+                *([f"guidance {sampler['guidance']:g}"] if cell["takes_guidance"] else []),
+                f"cfg {sampler['cfg_scale']:g}",
+                f"shift {cell['shift']}",
+            )
         )
-    )
     weights = ", ".join(f"{name} {str(sign[0])[:8]}" for name, sign in cell["weights"].items())
-    return networks, sampling, weights
+    return networks, usage, weights
+
+
+def _describe_latents(downsample: int, channels: int, levels: Sequence[int]) -> str:
+    content = f"{' × '.join(map(str, levels))} codes" if levels else f"{channels} channels"
+    return f"{content} per {downsample} × {downsample} pixels"
 
 
 def finite(value: float | None) -> float | None:
     """The value, or None if it is not finite: JSON has no NaN or infinity."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def estimates_of(values: Mapping[Any, float | None]) -> dict[Any, Estimate]:
+    """The finite values, as estimates without intervals."""
+    return {x: Estimate(y) for x, y in values.items() if finite(y) is not None}
 
 
 def goodness(metric: str, value: float) -> float:

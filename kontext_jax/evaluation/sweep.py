@@ -1,7 +1,8 @@
 """The grid of a sweep: each cell is one checkpoint with one sampler setting.
 
 All cells get the same tasks, and each task gets the same initial noise, so two cells differ only by
-their networks and samplers.
+their networks and samplers. A checkpoint of an autoencoder alone needs no sampler: its cell
+reconstructs the targets.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ class Cell(Settings):
     Attributes:
       name: label in all results; keep it short, because it heads a column of images.
       checkpoint: a location that `sample` accepts: a run's workdir (``DIR@STEP`` for one of its
-        checkpoints, ``DIR@all`` for one cell per checkpoint), or a pipeline.
+        checkpoints, ``DIR@all`` for one cell per checkpoint), or a pipeline. Or an autoencoder: a
+        run that trains one, or the file or folder of one, such as a pipeline's ``vae``.
       params: "ema" or "params", the averaged or the raw parameters of a run.
       shift: "none" or "resolution", for the sampler's schedule; if empty, that of the run. A
         teacher that stands in for its untrained student needs the student's.

@@ -363,6 +363,18 @@ def is_run(location: str | Path) -> bool:
     return (split_step(location)[0] / "checkpoints").is_dir() and "config" in load_meta(location)
 
 
+def is_autoencoder(location: str | Path) -> bool:
+    """Whether a location holds an autoencoder and no other network.
+
+    Raises:
+      FileNotFoundError: there are no weights.
+      ValueError: they are damaged.
+    """
+    if is_run(location):
+        return load_config(location).objective.kind == "autoencoder"
+    return _networks_at(Path(location), ()) == ["autoencoder"]
+
+
 def networks_by_name(player_tree, player: str) -> dict[str, Network]:
     """Returns a player's networks by name; a single network takes the name of its player."""
     return player_tree if isinstance(player_tree, dict) else {player: player_tree}

@@ -21,9 +21,10 @@ from kontext_jax.loading.locations import (
     load_meta,
     networks_by_name,
     open_init,
+    open_network,
     open_networks,
 )
-from kontext_jax.models.autoencoder import AutoencoderConfig
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.lora import Adapters
 from kontext_jax.models.lpips import Lpips
 from kontext_jax.models.perceptual import FeatureDistance, PerceptualConfig, abstract_distance
@@ -57,6 +58,37 @@ class Model(NamedTuple):
     data: DataConfig
     networks: dict[str, Network]
     identity: dict[str, Any]
+
+
+class AutoencoderModel(NamedTuple):
+    """Everything that reconstructing needs.
+
+    Attributes:
+      autoencoder: the network, on the mesh.
+      record: origin of the weights; "latents" are their statistics, if they were measured.
+      identity: what identifies the weights.
+    """
+
+    autoencoder: Autoencoder
+    record: dict[str, Any]
+    identity: dict[str, Any]
+
+
+def load_autoencoder(location: str | Path, mesh: Mesh, params: str = "ema") -> AutoencoderModel:
+    """Loads the autoencoder at any location, also a pipeline's, laid out over the mesh.
+
+    Args:
+      location: see `loading.locations`.
+      mesh: the mesh.
+      params: "ema" or "params"; applies to runs.
+
+    Raises:
+      FileNotFoundError: there is no autoencoder at the location.
+      ValueError: its weights are incomplete, damaged or inconsistent.
+    """
+    reader = open_network(location, "autoencoder", params)
+    network = load(reader, reader.config, mesh, dtype=None)
+    return AutoencoderModel(network, reader.record, identity_of({"autoencoder": network}))
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: line charts with confidence bands as small multiples, and bar charts.
+"""Charts as inline SVG: small multiples of lines with confidence bands or bars, and bar charts.
 
 Text stays text, in the font of the page. The page draws the legends, since it assigns the colours.
 """
@@ -65,6 +65,7 @@ class Panel(NamedTuple):
       log_x, log_y: whether an axis is logarithmic.
       ticks: ticks of the x axis; chosen automatically if empty.
       markers: whether points have markers.
+      bars: whether lines are drawn as bars from 0, whose x are numbers.
       level: y of a dashed horizontal line, which is always in view; None for no line.
     """
 
@@ -76,6 +77,7 @@ class Panel(NamedTuple):
     log_y: bool = False
     ticks: Sequence[float] = ()
     markers: bool = True
+    bars: bool = False
     level: float | None = None
 
 
@@ -132,6 +134,10 @@ def _draw_lines(axes: "Axes", panel: Panel) -> None:
         xs = sorted(line.points)
         values = [line.points[x] for x in xs]
         means, lows, highs = _columns(values)
+        if panel.bars:
+            axes.bar(xs, means, 0.8, color=line.colour)
+            _intervals(axes, xs, values, color="#333", linewidth=0.9)
+            continue
         dashes, marker = "--" if line.dashed else "-", "o" if panel.markers else ""
         axes.plot(xs, means, color=line.colour, linestyle=dashes, marker=marker)
         for x, (_, colour) in line.labels.items():
@@ -166,7 +172,7 @@ def _y_limits(panel: Panel) -> tuple[float, float]:
     solid = [line for line in panel.lines if not line.dashed or panel.percent] or panel.lines
     values = [value for line in solid for value in line.points.values()]
     ends = [*_columns(values).flat, math.nan if panel.level is None else panel.level]
-    ends = [end for end in ends if math.isfinite(end)]
+    ends = [end for end in ends if math.isfinite(end)] + [0.0] * panel.bars
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     middle, span = (low + high) / 2, max(high - low, 0.1 if panel.percent else 1e-3 * abs(high))
     low, high = middle - 0.62 * (span or 1.0), middle + 0.62 * (span or 1.0)

@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from PIL import Image
 
 from kontext_jax.evaluation.cell_folder import load_task_image
 from kontext_jax.evaluation.scores import METRICS, spread
-from kontext_jax.evaluation.summary import HEADLINE, goodness
+from kontext_jax.evaluation.sheets import ERROR_GAIN, enlarged_error
+from kontext_jax.evaluation.summary import HEADLINE, RECONSTRUCTION, goodness
 from kontext_jax.evaluation.sweep import folder_name
+from kontext_jax.geometry import resize, size_of
 from kontext_jax.types import RGBImage, Task
 
 MAX_SIDE = 256
@@ -27,6 +30,8 @@ MAX_EXACT = 128
 
 EXTREMES = 6
 """Number of best, median and worst images shown."""
+
+ERROR = f"error × {ERROR_GAIN}"
 
 VERDICTS = {
     "edit_success": ("edited", "not edited"),
@@ -80,11 +85,13 @@ const compare = () => {
   const sides = [left.value, right.value];
   const has = {
     context: tasks.some(task => task.contexts.length),
+    prompt: tasks.some(task => task.prompt),
     target: tasks.some(task => task.target !== null),
   };
   grid.replaceChildren();
   const head = element("tr", grid);
-  for (const name of [...(has.context ? ["context"] : []), "instruction",
+  for (const name of [...(has.context ? ["context"] : []),
+                      ...(has.prompt ? ["instruction"] : []),
                       ...(has.target ? ["target"] : []), ...sides])
     element("th", head, "", name);
   for (const task of tasks) {
@@ -93,7 +100,7 @@ const compare = () => {
       const box = element("div", element("td", row), "contexts");
       for (const number of task.contexts) show(element("img", box), number);
     }
-    element("td", row, "prompt", task.prompt);
+    if (has.prompt) element("td", row, "prompt", task.prompt);
     if (has.target) {
       const column = element("td", row);
       if (task.target !== null) show(element("img", column), task.target);
@@ -116,8 +123,17 @@ if (grid) {
 class Gallery:
     """The images and scores of a sweep, and the images that the page contains."""
 
-    def __init__(self, workdir: Path, tasks: Mapping[str, Sequence[Task]]):
-        """Opens the sweep in ``workdir``; ``tasks`` are the tasks of each set."""
+    def __init__(
+        self, workdir: Path, tasks: Mapping[str, Sequence[Task]], reconstructed: Sequence[str] = ()
+    ):
+        """Opens a sweep.
+
+        Args:
+          workdir: its folder.
+          tasks: tasks of each set.
+          reconstructed: sets of which all images are reconstructions of the targets.
+        """
+        self._reconstructed = reconstructed
         self.tasks = {name: {task.id: task for task in of_set} for name, of_set in tasks.items()}
         self._folder = workdir / "cells"
         self._numbers: dict[str, int] = {}  # index of each image in the page's data, by its URI
@@ -133,8 +149,13 @@ class Gallery:
         return self._scores[set_name, cell]
 
     def sheet(self, set_name: str, cells: Sequence[str], number: int) -> str:
-        """Returns a table with a task per row: context, instruction, target, each cell's image."""
+        """Returns a table with a task per row: context, instruction, target, each cell's image.
+
+        Rows of reconstructions are: original, then each cell's image and its error.
+        """
         tasks = pick_tasks(list(self.tasks[set_name].values()), number)
+        if set_name in self._reconstructed:
+            return self._reconstruction_sheet(set_name, cells, tasks)
         has_contexts = any(task.contexts for task in tasks)
         has_targets = any(task.truth is not None for task in tasks)
         side = 128 if len(cells) < 6 else 96
@@ -148,8 +169,22 @@ class Gallery:
             row += [f"<td>{self._target(task, side)}</td>"] * has_targets
             row += [f"<td>{self._result(set_name, cell, task, side)}</td>" for cell in cells]
             rows.append("".join(row))
-        lines = "".join(f"<tr>{row}</tr>" for row in rows)
-        return f"<div class=wide><table class=sheet>{lines}</table></div>"
+        return _sheet(rows)
+
+    def _reconstruction_sheet(
+        self, set_name: str, cells: Sequence[str], tasks: Sequence[Task]
+    ) -> str:
+        side = 128 if len(cells) < 4 else 96
+        head = ["original", *(name for cell in cells for name in (cell, ERROR))]
+        rows = ["".join(f"<th>{html.escape(name)}</th>" for name in head)]
+        for task in tasks:
+            note = f"<div class=notes>{html.escape(_kind(task))}</div>"
+            row = [f"<td>{self._target(task, side)}{note}</td>"]
+            for cell in cells:
+                row.append(f"<td>{self._result(set_name, cell, task, side)}</td>")
+                row.append(f"<td>{self._error(set_name, cell, task, side)}</td>")
+            rows.append("".join(row))
+        return _sheet(rows)
 
     def extremes(self, set_name: str, cell: str, metric: str) -> list[tuple[str, str]]:
         """Returns (title, cards) of the best, median and worst images, as `ranked_ids` orders."""
@@ -174,12 +209,14 @@ class Gallery:
     def add_set(self, set_name: str, cells: Sequence[str], number: int) -> None:
         """Adds a set's tasks to the page's data, with the images and scores of ``cells``."""
         tasks = pick_tasks(list(self.tasks[set_name].values()), number)
+        edits = set_name not in self._reconstructed
+        metrics = METRICS if edits else RECONSTRUCTION
         self._sets[set_name] = {
             "tasks": [
                 {
                     "id": task.id,
-                    "prompt": task.prompt,
-                    "contexts": [self._add(image) for image in task.contexts],
+                    "prompt": task.prompt if edits else "",
+                    "contexts": [self._add(image) for image in task.contexts] if edits else [],
                     "target": None if task.truth is None else self._add(task.truth),
                 }
                 for task in tasks
@@ -188,7 +225,7 @@ class Gallery:
                 cell: {
                     task.id: {
                         "image": self._add(self._load(set_name, cell, task)),
-                        "scores": _score_lines(self.scores(set_name, cell)[task.id]),
+                        "scores": _score_lines(self.scores(set_name, cell)[task.id], metrics),
                     }
                     for task in tasks
                 }
@@ -230,14 +267,36 @@ class Gallery:
 
     def _result(self, set_name: str, cell: str, task: Task, side: int) -> str:
         image = self._image(self._load(set_name, cell, task), side, cell)
-        verdict = _verdict(self.scores(set_name, cell)[task.id])
+        verdict = self._verdict(set_name, cell, task)
         return f"<div style='width:{side}px'>{image}<div class=notes>{verdict}</div></div>"
 
+    def _error(self, set_name: str, cell: str, task: Task, side: int) -> str:
+        """Returns the enlarged error of a reconstruction."""
+        image = resize(self._load(set_name, cell, task), size_of(task.truth))
+        return self._image(enlarged_error(image, task.truth), side, ERROR)
+
+    def _verdict(self, set_name: str, cell: str, task: Task) -> str:
+        """Returns an image's verdicts and its most telling other score, as HTML."""
+        row = self.scores(set_name, cell)[task.id]
+        if set_name in self._reconstructed:
+            return _first_score(row, RECONSTRUCTION)
+        parts = []
+        for metric, (good, bad) in VERDICTS.items():
+            if row.get(metric) is not None:
+                parts.append(good if row[metric] >= 0.5 else f"<span class=bad>{bad}</span>")
+        other = _first_score(row, [name for name in HEADLINE if name not in VERDICTS])
+        return ", ".join([*parts, other] if other else parts)
+
     def _card(self, set_name: str, cell: str, task: Task) -> str:
-        images = [self._contexts(task, 96)] if task.contexts else []
-        images.append(self._image(self._load(set_name, cell, task), 96, cell))
-        images.append(self._target(task, 96))
-        prompt, verdict = html.escape(task.prompt), _verdict(self.scores(set_name, cell)[task.id])
+        result = self._image(self._load(set_name, cell, task), 96, cell)
+        if set_name in self._reconstructed:
+            images = [self._target(task, 96), result, self._error(set_name, cell, task, 96)]
+            prompt = ""
+        else:
+            images = [self._contexts(task, 96)] if task.contexts else []
+            images += [result, self._target(task, 96)]
+            prompt = html.escape(task.prompt)
+        verdict = self._verdict(set_name, cell, task)
         return (
             f"<div class=card><div class=row>{''.join(images)}</div>"
             f"<p class=clamp title='{prompt}'>{prompt}</p>"
@@ -286,23 +345,24 @@ def _kind(task: Task) -> str:
     return f"{category}, turn {task.turn}" if task.turn > 1 else category
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    """Returns an image's verdicts and its most telling other score, as HTML."""
-    parts = []
-    for metric, (good, bad) in VERDICTS.items():
-        if row.get(metric) is not None:
-            parts.append(good if row[metric] >= 0.5 else f"<span class=bad>{bad}</span>")
-    others = [name for name in HEADLINE if name not in VERDICTS and row.get(name) is not None]
-    for other in others[:1]:
-        short, _, _ = METRICS[other].title.partition(" to the ")
-        parts.append(f"{html.escape(short)}&nbsp;{METRICS[other].show(row[other])}")
-    return ", ".join(parts)
+def _first_score(row: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """Returns the first of the metrics that an image has, as HTML; empty if it has none."""
+    name = next((name for name in metrics if row.get(name) is not None), None)
+    if name is None:
+        return ""
+    short = re.split(" to the |, ", METRICS[name].title)[0]
+    return f"{html.escape(short)}&nbsp;{METRICS[name].show(row[name])}"
 
 
-def _score_lines(row: Mapping[str, Any]) -> list[str]:
-    """Returns all scores of an image, one line per metric."""
+def _sheet(rows: Sequence[str]) -> str:
+    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<div class=wide><table class=sheet>{lines}</table></div>"
+
+
+def _score_lines(row: Mapping[str, Any], metrics: Iterable[str]) -> list[str]:
+    """Returns those of the metrics that an image has, one per line."""
     return [
-        f"{metric.title}: {metric.show(row[name])}"
-        for name, metric in METRICS.items()
+        f"{METRICS[name].title}: {METRICS[name].show(row[name])}"
+        for name in metrics
         if row.get(name) is not None
     ]

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from kontext_jax.evaluation.scores import METRICS
 from kontext_jax.evaluation.summary import (
     HEADLINE,
+    RECONSTRUCTION,
     estimate_of,
     finite,
     goodness,
     groups_varying,
+    is_reconstructed,
     loss_name,
     pick_headline_cell,
     results_on,
@@ -123,6 +125,9 @@ class Sweep(NamedTuple):
     def is_baseline(self, cell: str) -> bool:
         return bool(self.cells[cell]["baseline"])
 
+    def is_reconstructed(self, set_name: str) -> bool:
+        return is_reconstructed(self.summary, set_name)
+
     def ranked(self, set_name: str) -> list[str]:
         """Returns a set's cells: the headline cell, then by the headline metric; baselines last.
 
@@ -167,8 +172,9 @@ class Sweep(NamedTuple):
 
     def headline_metric(self, set_name: str) -> str | None:
         """Returns the most telling metric that the headline cell has; None if it has none."""
+        metrics = RECONSTRUCTION if self.is_reconstructed(set_name) else HEADLINE
         results = self.results(set_name)[self.headline_cell(set_name)]
-        return next((metric for metric in HEADLINE if estimate_of(results, metric)), None)
+        return next((metric for metric in metrics if estimate_of(results, metric)), None)
 
 
 def colours_of(cells: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kontext_jax.evaluation.scores import ALL, CONFIDENCE, DRAWS, METRICS, MIN_GROUPS
+from kontext_jax.evaluation.sheets import ERROR_GAIN
 from kontext_jax.evaluation.summary import (
     DISTANCES,
     count_of,
@@ -17,6 +18,7 @@ from kontext_jax.evaluation.summary import (
     estimate_of,
     interval_of,
     is_percent,
+    is_reconstructed,
     loss_name,
     main_metrics,
     metrics_of,
@@ -24,7 +26,7 @@ from kontext_jax.evaluation.summary import (
     results_on,
     target_of,
 )
-from kontext_jax.report import charts, gallery, trends
+from kontext_jax.report import charts, gallery, training, trends
 from kontext_jax.report.charts import Line
 from kontext_jax.report.gallery import Gallery
 from kontext_jax.report.page import (
@@ -57,12 +59,14 @@ def write_report(
       summary: content of the sweep's ``summary.json``.
       tasks: tasks of each set.
       sheet_rows: number of tasks of each set whose images are shown.
-      curves: title -> workdir of each run whose training losses are drawn.
+      curves: title -> workdir of each run whose training metrics are drawn.
 
     Raises:
       FileNotFoundError, ValueError: an image or a file of scores is missing or damaged.
     """
-    sweep = Sweep(summary, Gallery(workdir, tasks), colours_of(summary["cells"]), sheet_rows)
+    reconstructed = [name for name in tasks if is_reconstructed(summary, name)]
+    pictures = Gallery(workdir, tasks, reconstructed)
+    sweep = Sweep(summary, pictures, colours_of(summary["cells"]), sheet_rows)
     sections = {
         "Results": _results(sweep),
         "By category": _categories(sweep),
@@ -72,7 +76,12 @@ def write_report(
         "Held-out loss": trends.held_out_losses(sweep),
         "Images": _sheets(sweep),
         "Side by side": _pairs(sweep),
-        "Training": [trends.training(title, Path(run)) for title, run in (curves or {}).items()],
+        "Latents": training.latents(sweep),
+        "Training": [
+            part
+            for title, run in (curves or {}).items()
+            for part in training.curves(title, Path(run))
+        ],
         "Run time": [times_table(summary.get("seconds", {}))],
     }
     sections = {title: parts for title, parts in sections.items() if any(parts)}
@@ -94,7 +103,7 @@ def table(summary: Mapping[str, Any]) -> str:
     parts = []
     for set_name, info in summary["sets"].items():
         results = results_on(summary, set_name)
-        metrics = main_metrics(results.values())[:6]
+        metrics = main_metrics(summary, set_name)[:6]
         head = ["", *(METRICS[metric].title for metric in metrics), "seconds per image"]
         rows = [head]
         for name, numbers in results.items():
@@ -121,7 +130,7 @@ def _head(sweep: Sweep) -> list[str]:
         rows.append(cell_row(sweep, name, columns))
     cells = (
         "<details><summary>All cells</summary><div class=wide><table class=text><tr><th>cell</th>"
-        "<th>networks</th><th>sampler</th><th>weights</th></tr>"
+        "<th>networks</th><th>sampler or latents</th><th>weights</th></tr>"
         f"{''.join(rows)}</table></div></details>"
     )
     return [*(_headline(sweep) if sweep.sets else _loss_headline(sweep)), cells]
@@ -133,6 +142,7 @@ def _headline(sweep: Sweep) -> list[str]:
     numbers = sweep.results(set_name)[cell]
     value = estimate_of(numbers, metric) if metric else None
     noun = "tasks" if "text_to_image" in numbers["count"] else "edits"
+    noun = "images" if sweep.is_reconstructed(set_name) else noun
     noun = f"held-out {noun}" if sweep.summary["sets"][set_name]["held_out"] else noun
     if metric is None or value is None:
         title = f"{numbers['count'][ALL]} {noun}, not scored by any judge"
@@ -225,7 +235,7 @@ def _categories(sweep: Sweep) -> list[str]:
         cell = sweep.headline_cell(set_name)
         known = results[cell]["metrics"]
         categories = [name for name in results[cell]["count"] if name != ALL]
-        metrics = [name for name in main_metrics([results[cell]]) if name in known][:3]
+        metrics = [name for name in main_metrics(sweep.summary, set_name) if name in known][:3]
         if len(categories) < 2 or not metrics:
             continue
         parts.append(f"<h3>{escape(set_name)}</h3>")
@@ -255,6 +265,8 @@ def _sheets(sweep: Sweep) -> list[str]:
         cell, cells = sweep.headline_cell(set_name), sweep.top(set_name, MAX_IMAGES)
         tasks = sweep.gallery.tasks[set_name].values()
         note = "The first tasks of each category, selected independently of the results."
+        if sweep.is_reconstructed(set_name):
+            note += f" Errors are {ERROR_GAIN} times as large, around middle grey."
         if any(task.follows for task in tasks):
             note += (
                 " From the second turn on, each cell edits its own image of the previous turn; the "
@@ -270,13 +282,16 @@ def _sheets(sweep: Sweep) -> list[str]:
         if metric not in known or not METRICS[metric].better:
             continue
         target = ", target" if any(task.truth is not None for task in tasks) else ""
+        images = f"Context, result{target}"
+        if sweep.is_reconstructed(set_name):
+            images = "Original, reconstruction, error"
         order = f"ranked by “{METRICS[metric].title}”"
         if "l1" in known and metric != "l1":
             order += f", then by “{METRICS['l1'].title}”"
         for title, cards in sweep.gallery.extremes(set_name, cell, metric):
             parts += [
                 f"<h3>{title}: {escape(set_name)}, {escape(cell)}</h3>",
-                f"<p class=quiet>Context, result{target}; {order}.</p>",
+                f"<p class=quiet>{images}; {order}.</p>",
                 f"<div class=cards>{cards}</div>",
             ]
     return parts

@@ -6,6 +6,7 @@ from typing import Any
 
 from kontext_jax.evaluation.scores import ALL, METRICS
 from kontext_jax.evaluation.summary import (
+    RECONSTRUCTION,
     count_of,
     estimate_of,
     finite,
@@ -28,7 +29,8 @@ def set_table(sweep: Sweep, set_name: str) -> str:
     The best value of each column is bold.
     """
     results = sweep.results(set_name)
-    metrics = metrics_of(results.values(), METRICS)
+    names = RECONSTRUCTION if sweep.is_reconstructed(set_name) else METRICS
+    metrics = metrics_of(results.values(), names)
     speeds = SPEED if any(numbers["speed"] for numbers in results.values()) else {}
     bold = {metric: _best(sweep, results, metric) for metric in metrics}
     arrows = {1: "\u00a0↑", -1: "\u00a0↓", 0: ""}

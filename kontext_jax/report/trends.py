@@ -3,19 +3,17 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from kontext_jax.evaluation.cell_folder import read_lines
 from kontext_jax.evaluation.scores import ALL, CONFIDENCE, METRICS, MIN_GROUPS
 from kontext_jax.evaluation.summary import (
     DISTANCES,
-    HEADLINE,
     OVER_TURNS,
     PARAMETER_NAMES,
     Estimate,
     describe,
     estimate_of,
+    estimates_of,
     finite,
     groups_varying,
     is_percent,
@@ -27,7 +25,6 @@ from kontext_jax.evaluation.summary import (
 from kontext_jax.report import charts
 from kontext_jax.report.charts import Line, Panel
 from kontext_jax.report.page import (
-    COLOURS,
     GREYS,
     MAX_LABELS,
     MAX_LINES,
@@ -159,7 +156,7 @@ def _loss_by_step(sweep: Sweep, set_name: str) -> list[str]:
     points = {
         run: line
         for run, by_step in means.items()
-        if len(by_step) > 1 and (line := _points(by_step))
+        if len(by_step) > 1 and (line := estimates_of(by_step))
     }
     if not points:
         return []
@@ -259,7 +256,7 @@ def held_out_losses(sweep: Sweep) -> list[str]:
             for name, colour in colours.items():
                 loss = losses[name] if kind == ALL else losses[name]["kinds"].get(kind)
                 if loss:
-                    points = _points({level["t"]: level["mean"] for level in loss["levels"]})
+                    points = estimates_of({level["t"]: level["mean"] for level in loss["levels"]})
                     lines.append(Line(points, colour))
             title = "all" if kind == ALL else kind.replace("_", " ")
             positive = all(p.mean > 0 for line in lines for p in line.points.values())
@@ -277,35 +274,6 @@ def held_out_losses(sweep: Sweep) -> list[str]:
             "noise, so checkpoints differ only in their weights.</p>",
         )
     return parts
-
-
-def training(title: str, run: Path) -> str:
-    """Returns charts of each player's training loss and of the validation metrics, by step."""
-    metrics, validation = (read_lines(run / f"{name}.jsonl") for name in ("metrics", "validation"))
-    losses = [name for name in (metrics[0] if metrics else {}) if name.endswith("/loss")]
-    if not losses:
-        return f"<p>{escape(title)}: no losses in {escape(str(run / 'metrics.jsonl'))}.</p>"
-    items = []
-    for name in losses:
-        points = _points({line["step"]: line.get(name) for line in metrics})
-        # Logarithmic, because a loss may fall by orders of magnitude.
-        positive = all(value.mean > 0 for value in points.values())
-        lines = [Line(points, COLOURS[0])]
-        items.append(Panel(f"{title}: {name}", "step", lines, log_y=positive, markers=False))
-    validated = validation[0] if validation else {}
-    scores = [name for name in HEADLINE if name in validated][:1]
-    for name in ["loss"] * ("loss" in validated) + scores:
-        points = _points({line["step"]: line.get(name) for line in validation})
-        label = METRICS[name].title if name in METRICS else name
-        percent = name in METRICS and is_percent(name)
-        lines = [Line(points, COLOURS[0])]
-        items.append(Panel(f"{title}, held out: {label}", "step", lines, percent))
-    return charts.panels(items)
-
-
-def _points(values: Mapping[Any, float | None]) -> dict[Any, Estimate]:
-    """Returns the finite values as estimates without intervals."""
-    return {x: Estimate(y) for x, y in values.items() if finite(y) is not None}
 
 
 def _panel(metric: str, xlabel: str, lines: Sequence[Line], **settings) -> Panel:

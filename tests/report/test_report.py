@@ -79,6 +79,7 @@ class Sweep:
             "timed": "Wall time.",
             "cells": {},
             "losses": {},
+            "latents": {},
             "seconds": {},
         }
 
@@ -93,6 +94,7 @@ class Sweep:
         baseline="",
         speed=0.0,
         takes_guidance=True,
+        autoencoder=None,
     ):
         """``scores`` is a function of a task and its index."""
         results = {}
@@ -139,6 +141,7 @@ class Sweep:
                 "strength": 1.0,
             },
             "step": step,
+            "autoencoder": autoencoder or {},
             "weights": {} if baseline == "copy" else {"transformer": ["0123456789abcdef"]},
             "sets": results,
         }
@@ -281,6 +284,34 @@ def test_empty_sections_are_omitted(tmp_path):
     ]
 
 
+def test_autoencoders_have_originals_reconstructions_and_errors(tmp_path):
+    """Instructions, contexts and metrics of edits are left out."""
+    sweep = Sweep(tmp_path, {"a": single_tasks()})
+    facts = {"downsample": 8, "channels": 3, "levels": [5, 4, 3]}
+    for name, psnr in (("x", 21.0), ("y", 22.0)):
+        scores = {"edit_success": 1.0, "l1": 0.1, "psnr": psnr, "efflite0": 0.5}
+        whole = {"fd_efflite0": 30.0, "code_usage": 0.5}
+        sweep.add(name, scores=lambda task, i, x=scores: x, whole=whole, autoencoder=facts)
+    page = sweep.write(sheet_rows=3)
+    assert "<h1>PSNR, dB: 21.00 on 9 held-out images</h1>" in page
+    assert "5 × 4 × 3 codes per 8 × 8 pixels" in page
+    heads = [head.removesuffix("|") for head in Reader(page).tables[1][0]]
+    assert [head.split("\u00a0")[0] for head in heads] == [
+        *("cell", "PSNR, dB", "FD (EfficientNet-Lite0)", "codes used")
+    ]
+    sheet = section(page, "Images")
+    assert re.findall("<th>(.*?)</th>", sheet) == ["original", "x", "error × 4", "y", "error × 4"]
+    assert "PSNR&nbsp;21.00" in sheet and "prompt &" not in sheet and "edited" not in sheet
+    images = [decoded(uri) for uri in data_of(page)["images"]]
+    task = sweep.tasks["a"][0]
+    error = 128 + 4 * (sweep.images["a", "x", task.id].astype(int) - task.truth)
+    assert any((image == np.clip(error, 0, 255)).all() for image in images)
+    pair = data_of(page)["sets"]["a"]
+    assert {task["prompt"] for task in pair["tasks"]} == {""}
+    assert pair["cells"]["x"][task.id]["scores"] == ["PSNR, dB: 21.00"]
+    assert table(sweep.summary).splitlines()[1].split()[:2] == ["PSNR,", "dB"]
+
+
 def test_a_single_cell_has_no_side_by_side_no_step_charts_and_no_bold(tmp_path):
     sweep = Sweep(tmp_path, {"a": single_tasks()})
     sweep.add("one", scores=scores_of(0.9), speed=1.0)
@@ -342,7 +373,7 @@ def test_a_truncated_last_line_of_a_training_log_is_ignored(tmp_path):
     sweep.add("one", scores=scores_of(0.9))
     lines = [json.dumps({"step": i, "flow/loss": 1.0 / i}) for i in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines)[:-5])
-    assert "flow: flow/loss</text>" in sweep.write(curves={"flow": str(tmp_path)})
+    assert "flow: loss</text>" in sweep.write(curves={"flow": str(tmp_path)})
 
 
 def test_a_headline_with_a_metric_of_the_whole_set_has_no_interval(tmp_path):
@@ -417,7 +448,7 @@ def test_notes_name_missing_judges_and_the_timed_device(full):
     assert "<td>data &lt;1&gt;</td><td>6 s</td>" in full[1]
     assert "<td>total</td><td>36 s</td>" in full[1]
     assert "gone: no losses in no/where/metrics.jsonl." in full[1]
-    assert "teacher &amp; co: flow/loss</text>" in full[1]
+    assert "<h3>teacher &amp; co</h3>" in full[1] and "flow: loss</text>" in full[1]
 
 
 def test_the_page_needs_no_network(full):
