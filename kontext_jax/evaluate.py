@@ -92,7 +92,7 @@ class EvalConfig(Settings):
       batch_size: rows sampled at once over all devices; 0 for each run's training batch size.
       seed: seed of the initial noise.
       sheet_rows: examples shown in the report.
-      curves: title -> workdir of the runs whose training losses the report plots.
+      curves: title -> workdir of the runs whose training metrics the report plots.
     """
 
     cells: tuple[Cell, ...] = ()

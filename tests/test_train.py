@@ -21,6 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from kontext_jax import train as train_module
 from kontext_jax.config import Config, SheetConfig, ValidationConfig
+from kontext_jax.convert import convert
 from kontext_jax.data import store
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
@@ -29,7 +30,7 @@ from kontext_jax.data.text import TextConfig
 from kontext_jax.evaluation import judge_panel
 from kontext_jax.evaluation.latent_statistics import NUM_IMAGES
 from kontext_jax.geometry import GeometryConfig
-from kontext_jax.loading.locations import load_config, open_network
+from kontext_jax.loading.locations import load_config, load_meta, open_network
 from kontext_jax.models.autoencoder import AutoencoderConfig, to_pixels
 from kontext_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from kontext_jax.models.flux import FluxConfig
@@ -168,6 +169,17 @@ def test_latents_are_scaled_by_the_statistics_of_their_own_parameters(
             measured = reader.record["latents"]["channels"][name]
             np.testing.assert_allclose(measured, values, rtol=1e-3, atol=1e-5)
         assert min(reader.record["latents"]["channels"]["kl"]) >= 0
+
+
+@pytest.mark.parametrize("format", ["diffusers", "bfl", "orbax"])
+def test_exports_keep_the_statistics_of_latents(autoencoder, tmp_path, format):
+    output = tmp_path / ("ae.safetensors" if format == "bfl" else "vae")
+    convert(autoencoder, output, format)
+    channels = open_network(output, "autoencoder").record["latents"]["channels"]
+    assert channels == load_meta(autoencoder)["latents"]["channels"]
+    assert {name: len(values) for name, values in channels.items()} == dict.fromkeys(
+        ("mean", "std", "kurtosis", "kl"), 6
+    )
 
 
 def test_checkpoints_without_latent_statistics_use_the_log(autoencoder, monkeypatch):

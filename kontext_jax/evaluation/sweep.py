@@ -35,6 +35,7 @@ class Cell(Settings):
         teacher that stands in for its untrained student needs the student's.
       baseline: "copy" returns the context; "reconstruction" passes the target through the
         checkpoint's autoencoder; "untrained" uses freshly initialised networks of the same sizes.
+        An autoencoder alone needs none of them.
       sets: names of the task sets to evaluate on; all if empty.
       sampler: steps, method and guidance.
     """

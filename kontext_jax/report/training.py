@@ -25,8 +25,8 @@ from kontext_jax.report.page import COLOURS, Sweep
 HIDDEN = ("learning_rate", "latent_mean", "latent_square")
 """Metrics of a player that are not drawn: known in advance, or drawn as latents."""
 
-PAIR = ("real", "made")
-"""Ends of the names of metrics that share a chart."""
+PAIR = {"real": COLOURS[0], "made": COLOURS[1]}
+"""Ends of the names of metrics that share a chart, and their colours."""
 
 TITLES = {"kl": "KL", "l1": "L1", "l2": "L2", "r1": "R1"}
 """Titles of metrics that are not their names with spaces."""
@@ -82,7 +82,8 @@ def _curve(title: str, names: Mapping[str, str], metrics: Sequence[Mapping[str, 
     }
     log_y = _has_wide_range([point.mean for points in curves.values() for point in points.values()])
     lines = []
-    for (label, points), colour in zip(curves.items(), COLOURS, strict=False):
+    for label, points in curves.items():
+        colour = PAIR.get(label, COLOURS[0])
         # A weight is 0 before its player starts.
         points = {step: point for step, point in points.items() if point.mean > 0 or not log_y}
         labels = {max(points): (label, colour)} if label and points else {}

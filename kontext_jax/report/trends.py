@@ -78,7 +78,8 @@ def turns(sweep: Sweep) -> list[str]:
 
 def steps(sweep: Sweep) -> list[str]:
     """Returns charts of quality by sampling steps, and by time per image."""
-    families = groups_varying(sweep.cells, "num_steps")
+    samplers = {name: cell for name, cell in sweep.cells.items() if not cell["autoencoder"]}
+    families = groups_varying(samplers, "num_steps")
     if not any(len(names) > 1 for names in families):
         return []
     parts = []
