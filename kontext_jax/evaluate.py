@@ -12,9 +12,7 @@ Writes ``cells/SET/CELL/`` (see `cell_folder`), ``losses/``, ``summary.json``, `
 
 import contextlib
 import copy
-import csv
 import dataclasses
-import io
 import json
 import math
 import time
@@ -54,6 +52,7 @@ from kontext_jax.evaluation.judge_panel import JudgePanel, JudgesConfig, make_ju
 from kontext_jax.evaluation.judges import Outputs, run_judges
 from kontext_jax.evaluation.network_judges import CodeJudge
 from kontext_jax.evaluation.scores import ALL, METRICS, summarise
+from kontext_jax.evaluation.summary import as_csv
 from kontext_jax.evaluation.sweep import Cell, check_names, folder_name, resolve
 from kontext_jax.evaluation.tasks.sets import SetConfig, TaskSet, load_sets, triples_of
 from kontext_jax.files import check_folder, short_digest, write_text
@@ -460,29 +459,6 @@ def _one_line(results: Mapping[str, Any]) -> str:
     if results["speed"]:
         shown.append(f"{results['speed']['seconds_per_image']:.3g} s an image")
     return "  ".join(shown)
-
-
-def as_csv(summary: Mapping[str, Any]) -> str:
-    """The summary as CSV, one number per line: of a cell or, for held-out losses, a checkpoint."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["cell", "set", "metric", "by", "of", "mean", "low", "high", "count"])
-    for cell_name, cell in summary["cells"].items():
-        for set_name, results in cell["sets"].items():
-            for metric, breakdowns in results["metrics"].items():
-                for by, estimates in breakdowns.items():
-                    for key, values in estimates.items():
-                        writer.writerow([cell_name, set_name, metric, by, key, *values])
-            for part in ("whole", "speed"):
-                for metric, value in results[part].items():
-                    writer.writerow([cell_name, set_name, metric, part, ALL, value, "", "", ""])
-    for set_name, checkpoints in summary["losses"].items():
-        for checkpoint, losses in checkpoints.items():
-            levels = {f"t={level['t']:g}": level for level in losses["levels"]}
-            for key, part in ({ALL: losses} | levels | losses["kinds"]).items():
-                row = [checkpoint, set_name, "held_out_loss", "loss", key, part["mean"]]
-                writer.writerow([*row, "", "", part["count"]])
-    return text.getvalue()
 
 
 def parse_seconds(items: Sequence[str]) -> dict[str, float]:

@@ -40,8 +40,7 @@ def reconstructs(cell: Cell) -> bool:
     """Whether a cell's images are the targets, reconstructed.
 
     Raises:
-      FileNotFoundError, ValueError: there are no weights, or they are damaged; the message names
-        the cell.
+      ValueError: there are no weights, or they are damaged; the message names the cell.
     """
     return cell.baseline == "reconstruction" or _is_autoencoder(cell)
 
@@ -50,7 +49,7 @@ def _is_autoencoder(cell: Cell) -> bool:
     try:
         return bool(cell.checkpoint) and is_autoencoder(cell.checkpoint)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"cell {cell.name!r}: {error}") from error
+        raise ValueError(f"cell {cell.name!r}: {error}") from error
 
 
 def load_networks(

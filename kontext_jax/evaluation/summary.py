@@ -1,9 +1,11 @@
-"""Reads a sweep's ``summary.json``: numbers of a cell on a set, and descriptions of cells.
+"""Reads a sweep's ``summary.json``: numbers of a cell on a set, descriptions of cells, and CSV.
 
 *Results* is the part of the summary about one cell on one set, *cell* the part about one cell.
 """
 
+import csv
 import dataclasses
+import io
 import json
 import math
 from collections import defaultdict
@@ -200,3 +202,26 @@ def target_of(summary: Mapping[str, Any]) -> float | None:
     """MLPerf's target loss if losses follow MLPerf's protocol, otherwise None."""
     is_mlperf = summary.get("config", {}).get("loss") == dataclasses.asdict(MLPERF)
     return MLPERF_TARGET if is_mlperf else None
+
+
+def as_csv(summary: Mapping[str, Any]) -> str:
+    """The summary as CSV, one number per line: of a cell or, for held-out losses, a checkpoint."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["cell", "set", "metric", "by", "of", "mean", "low", "high", "count"])
+    for cell_name, cell in summary["cells"].items():
+        for set_name, results in cell["sets"].items():
+            for metric, breakdowns in results["metrics"].items():
+                for by, estimates in breakdowns.items():
+                    for key, values in estimates.items():
+                        writer.writerow([cell_name, set_name, metric, by, key, *values])
+            for part in ("whole", "speed"):
+                for metric, value in results[part].items():
+                    writer.writerow([cell_name, set_name, metric, part, ALL, value, "", "", ""])
+    for set_name, checkpoints in summary["losses"].items():
+        for checkpoint, losses in checkpoints.items():
+            levels = {f"t={level['t']:g}": level for level in losses["levels"]}
+            for key, part in ({ALL: losses} | levels | losses["kinds"]).items():
+                row = [checkpoint, set_name, "held_out_loss", "loss", key, part["mean"]]
+                writer.writerow([*row, "", "", part["count"]])
+    return text.getvalue()
