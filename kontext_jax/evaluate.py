@@ -341,7 +341,7 @@ def _describe_cell(cell: Cell, model: Model | AutoencoderModel | None) -> dict[s
         "autoencoder": {
             "downsample": config.downsample,
             "channels": config.latent_channels,
-            "levels": list(config.fsq_levels),
+            "codes": config.num_codes,
         }
         if config
         else {},

@@ -35,8 +35,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from kontext_jax import cli
-from kontext_jax.evaluation.judges import DistanceJudge, Outputs, judge_pixels, run_judges
-from kontext_jax.evaluation.latent_statistics import code_usage
+from kontext_jax.evaluation.judges import Outputs, judge_pixels, run_judges
+from kontext_jax.evaluation.latent_statistics import measure_codes
+from kontext_jax.evaluation.network_judges import DistanceJudge
 from kontext_jax.evaluation.tasks.triples import triples
 from kontext_jax.loading.locations import open_networks
 from kontext_jax.loading.models import load_distance
@@ -112,17 +113,10 @@ def bits_per_pixel(autoencoder: Autoencoder, images: Sequence[RGBImage], mesh: M
     """The rate of an autoencoder, see the module's docstring."""
     config = autoencoder.config
     if config.is_discrete:
-        codes = over_images(lambda x: _codes(autoencoder, x), images, mesh)
-        usage = code_usage(np.concatenate([x.ravel() for x in codes]), config.num_codes)
-        nats = math.log(usage["perplexity"])
+        nats = math.log(measure_codes(autoencoder, images, mesh)["perplexity"])
     else:
         nats = float(np.mean(over_images(lambda x: _nats(autoencoder, x), images, mesh)))
     return nats / math.log(2) / config.downsample**2
-
-
-@jax.jit
-def _codes(autoencoder, images):
-    return autoencoder.codes(to_pixels(images))
 
 
 @jax.jit
