@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kontext_jax.models import fsq
 from kontext_jax.models.attention import attention
+from kontext_jax.models.convolution import convolve, convolve_repeated, is_single_cpu
 from kontext_jax.models.layers import Linear, remat
 from kontext_jax.models.vq import Codebook
 from kontext_jax.settings import Settings, check_choices, check_least
@@ -183,6 +184,7 @@ def conv(
         kernel_init=lecun,
         kernel_metadata={"axes": (None, None, "channels", "embed")},
         bias_metadata={"axes": ("embed",)},
+        conv_general_dilated=convolve,
         rngs=rngs,
     )
 
@@ -240,6 +242,9 @@ class Upsample(nnx.Module):
         self.conv = conv(config, width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ c"]:
+        if is_single_cpu():
+            kernel, bias = self.conv.kernel[...], self.conv.bias[...].astype(x.dtype)
+            return convolve_repeated(x, kernel) + bias.reshape(1, 1, 1, -1)
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
 
 
