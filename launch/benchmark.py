@@ -1,10 +1,12 @@
-"""Times a train step of FLUX's transformer: ours against diffusers' in PyTorch.
+"""Times FLUX's transformer and autoencoder: ours against diffusers' in PyTorch.
 
     python launch/benchmark.py                     # a small model on the CPU
     python launch/benchmark.py --preset=gpu_8704   # six layers of FLUX.1 [dev] on a GPU: a target
                                                    # and a context of 1024 x 1024 pixels, and text
     python launch/benchmark.py --preset=gpu_4608   # the same without the context
     python launch/benchmark.py --preset=gpu_4608 --device=cpu --width=128 --heads=4 --tokens=64,0,32
+    python launch/benchmark.py --preset=autoencoder                 # a train step at 256 pixels
+    python launch/benchmark.py --preset=autoencoder --task=decode --size=512
 
 Requires PyTorch: ``pip install -e '.[convert]'``.
 
@@ -14,6 +16,10 @@ and moments are float32; a bfloat16 preset computes in bfloat16 (autocast in PyT
 diffusers' ``FluxTransformer2DModel``, "compiled" the same with ``torch.compile``; both use fused
 AdamW. All sides start from the same weights, exported in diffusers' layout. The losses of the first
 steps have to agree before any step is timed, which also compares the AdamW updates.
+
+A step of the autoencoder is a train step on the mean absolute plus the mean squared error of a
+reconstruction, without clipping, or only encodes images, or only decodes latents; the "loss" is
+then the mean square of the result. diffusers' class is ``AutoencoderKL``.
 
 Each side runs in its own process, with one thread per core. The sides take turns of a few steps, so
 that other load on the machine affects all of them. A time is the duration of a turn divided by its
@@ -27,6 +33,7 @@ product counts only the thread that waits for it.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -49,8 +56,9 @@ from flax import nnx
 
 from kontext_jax import cli, flow
 from kontext_jax.chips import chip_of
-from kontext_jax.flops import training_flops
+from kontext_jax.flops import traced_flops, training_flops
 from kontext_jax.geometry import GeometryConfig, position_ids
+from kontext_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.optim import OptimConfig, make_optimizer
 from kontext_jax.weights.export import write_diffusers
@@ -60,6 +68,7 @@ from kontext_jax.weights.reading import ArrayReader
 SIDES = ("ours", "eager", "compiled")
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 WARM_UP = 3
+TASKS = ("train", "encode", "decode")
 PROFILE, NUM_COSTS = -1, 25
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative tolerance of the losses of the warm-up steps."""
@@ -67,9 +76,21 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 OPTIM = OptimConfig(warmup_steps=0)
 
 
+def check_common(case: "Case | AutoencoderCase") -> None:
+    """Checks the fields that all cases have."""
+    if case.device not in PLATFORMS:
+        raise ValueError(f"device {case.device!r} is not one of {', '.join(PLATFORMS)}.")
+    if case.sides[:1] != SIDES[:1] or not set(case.sides) <= set(SIDES):
+        raise ValueError(f"sides must be some of {', '.join(SIDES)}, starting with ours.")
+    if case.remat not in ("none", "full"):
+        raise ValueError(
+            f"remat {case.remat!r} is not one of none, full, the modes that PyTorch has too."
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """The setting of a benchmark; every field is a flag.
+    """The setting of a benchmark of the transformer; every field is a flag.
 
     Attributes:
       device: "cpu" or "gpu".
@@ -94,14 +115,7 @@ class Case:
     steps: int = 1
 
     def __post_init__(self):
-        if self.device not in PLATFORMS:
-            raise ValueError(f"device {self.device!r} is not one of {', '.join(PLATFORMS)}.")
-        if self.sides[:1] != SIDES[:1] or not set(self.sides) <= set(SIDES):
-            raise ValueError(f"sides must be some of {', '.join(SIDES)}, starting with ours.")
-        if self.remat not in ("none", "full"):
-            raise ValueError(
-                f"remat {self.remat!r} is not one of none, full, the modes that PyTorch has too."
-            )
+        check_common(self)
         if any(math.isqrt(num) ** 2 != num for num in self.tokens[:2]):
             raise ValueError(
                 f"tokens {self.tokens}: images are square, so their tokens must be square numbers."
@@ -128,6 +142,61 @@ class Case:
         example = training_flops(self.flux(), target=target, contexts=contexts, text=text)
         return self.batch * example
 
+    def __str__(self) -> str:
+        target, contexts, text = self.tokens
+        return (
+            f"{self.depth[0]} double + {self.depth[1]} single blocks, width {self.width}, "
+            f"{self.heads} heads, {target} target + {contexts} context + {text} text tokens"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderCase:
+    """The setting of a benchmark of the autoencoder; other fields as in `Case`.
+
+    Attributes:
+      task: one of `TASKS`.
+      size: sides of the images, in pixels.
+      channels, groups: width of the finest level, and groups of every GroupNorm.
+    """
+
+    device: str = "cpu"
+    task: str = "train"
+    size: int = 256
+    channels: int = 32
+    groups: int = 8
+    batch: int = 1
+    dtype: str = "float32"
+    remat: str = "none"
+    sides: tuple[str, ...] = SIDES
+    steps: int = 1
+
+    def __post_init__(self):
+        check_common(self)
+        if self.task not in TASKS:
+            raise ValueError(f"task {self.task!r} is not one of {', '.join(TASKS)}.")
+
+    def config(self) -> AutoencoderConfig:
+        return AutoencoderConfig.flux(
+            channels=self.channels, num_groups=self.groups, dtype=self.dtype, remat=self.remat
+        )
+
+    def flops(self) -> float:
+        model = jax.eval_shape(lambda: Autoencoder(self.config(), rngs=nnx.Rngs(0)))
+        once = traced_flops(functools.partial(run_task, self.task), model, self.inputs())
+        return once * (3 if self.task == "train" else 1)
+
+    def inputs(self) -> np.ndarray:
+        """Random images or, to decode, latents."""
+        shape = (self.size, self.size, 3)
+        if self.task == "decode":
+            config = self.config()
+            shape = (*[self.size // config.downsample] * 2, config.latent_channels)
+        return np.random.default_rng(0).uniform(-1, 1, (self.batch, *shape)).astype(np.float32)
+
+    def __str__(self) -> str:
+        return f"autoencoder, {self.channels} channels: {self.task} at {self.size} pixels"
+
 
 GPU = Case(
     device="gpu",
@@ -145,24 +214,28 @@ PRESETS = {
     "cpu": Case(),
     "gpu_8704": GPU,
     "gpu_4608": dataclasses.replace(GPU, tokens=(4096, 0, 512)),
+    "autoencoder": AutoencoderCase(),
 }
 
 flags.DEFINE_enum("preset", "cpu", list(PRESETS), "the case; the other flags override its fields")
 flags.DEFINE_integer("rounds", 15, "number of turns of each side", lower_bound=1)
 flags.DEFINE_bool("profile", False, "whether to also print the costs of our step")
-for field in dataclasses.fields(Case):
+FIELDS = {f.name: f.type for cls in (Case, AutoencoderCase) for f in dataclasses.fields(cls)}
+for name, kind in FIELDS.items():
     by_type = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
-    by_type.get(field.type, flags.DEFINE_list)(field.name, None, f"{field.name} of the case")
+    by_type.get(kind, flags.DEFINE_list)(name, None, f"{name} of the case")
 
 
-def case_of_flags() -> Case:
+def case_of_flags() -> Case | AutoencoderCase:
     """Returns the preset, with the fields that other flags override."""
     case = PRESETS[flags.FLAGS.preset]
-    changes = {}
-    for name, old in dataclasses.asdict(case).items():
+    changes, olds = {}, dataclasses.asdict(case)
+    for name in FIELDS:
         new = flags.FLAGS[name].value
+        if new is not None and name not in olds:
+            raise cli.UserError(f"--{name} is not a setting of --preset={flags.FLAGS.preset}.")
         if isinstance(new, list):
-            new = tuple(type(old[0])(item) for item in new)
+            new = tuple(type(olds[name][0])(item) for item in new)
         changes |= {} if new is None else {name: new}
     return dataclasses.replace(case, **changes)
 
@@ -289,6 +362,98 @@ def make_theirs(case: Case, folder: Path, use_compile: bool):
     return step, ""
 
 
+def run_task(task: str, model: Autoencoder, inputs: jax.Array) -> jax.Array:
+    """Returns reconstructions, latents or images."""
+    if task == "train":
+        return model.decode(model.encode(inputs))
+    return getattr(model, task)(inputs)
+
+
+def make_our_autoencoder(case: AutoencoderCase, folder: Path):
+    """As `make_ours`."""
+    optimizer = optax.adamw(
+        OPTIM.learning_rate, OPTIM.b1, OPTIM.b2, OPTIM.eps, weight_decay=OPTIM.weight_decay
+    )
+    model = jax.jit(lambda: Autoencoder(case.config(), rngs=nnx.Rngs(0)))()
+    write_diffusers(ArrayReader(NETWORKS["autoencoder"], model), folder, record={})
+    opt_state, inputs = jax.jit(optimizer.init)(model), jnp.asarray(case.inputs())
+
+    def step_fn(model, opt_state, inputs):
+        def loss_fn(model):
+            out = run_task(case.task, model, inputs)
+            if case.task != "train":
+                return jnp.mean(jnp.square(out))
+            return jnp.mean(jnp.abs(out - inputs)) + jnp.mean(jnp.square(out - inputs))
+
+        if case.task != "train":
+            return model, opt_state, loss_fn(model)
+        loss, grads = jax.value_and_grad(loss_fn)(model)
+        updates, opt_state = optimizer.update(grads, opt_state, model)
+        return optax.apply_updates(model, updates), opt_state, loss
+
+    compiled = jax.jit(step_fn, donate_argnums=(0, 1)).lower(model, opt_state, inputs).compile()
+
+    def step() -> jax.Array:
+        nonlocal model, opt_state
+        model, opt_state, loss = compiled(model, opt_state, inputs)
+        return loss
+
+    return step, compiled.as_text()
+
+
+def make_their_autoencoder(case: AutoencoderCase, folder: Path, use_compile: bool):
+    """As `make_theirs`."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    device, config = PLATFORMS[case.device], case.config()
+    network = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+    network.train()
+    if case.remat == "full":
+        network.enable_gradient_checkpointing()
+    adamw = torch.optim.AdamW(
+        network.parameters(),
+        lr=OPTIM.learning_rate,
+        betas=(OPTIM.b1, OPTIM.b2),
+        eps=OPTIM.eps,
+        weight_decay=OPTIM.weight_decay,
+        fused=True,
+    )
+    inputs = torch.from_numpy(case.inputs()).to(device).permute(0, 3, 1, 2).contiguous()
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        if case.task == "train":
+            return network.decode(network.encode(inputs).latent_dist.mean).sample
+        if case.task == "encode":
+            mean = network.encode(inputs).latent_dist.mean
+            return config.scale_factor * (mean - config.shift_factor)
+        return network.decode(inputs / config.scale_factor + config.shift_factor).sample
+
+    forward = torch.compile(run) if use_compile else run
+    mixed = torch.autocast(device, getattr(torch, case.dtype), enabled=case.dtype != "float32")
+
+    def step() -> torch.Tensor:
+        with mixed, torch.set_grad_enabled(case.task == "train"):
+            out = forward(inputs).float()
+        if case.task != "train":
+            return out.square().mean()
+        adamw.zero_grad()
+        loss = (out - inputs).abs().mean() + (out - inputs).square().mean()
+        loss.backward()
+        adamw.step()
+        return loss.detach()
+
+    return step, ""
+
+
+MAKERS = {
+    Case: (make_ours, make_theirs),
+    AutoencoderCase: (make_our_autoencoder, make_their_autoencoder),
+}
+"""Of each kind of case: the functions that make our step, and diffusers'."""
+
+
 def serve(connection: Connection, make: Callable, *args) -> None:
     """The main loop of a side's process: runs requested numbers of steps until 0 are requested.
 
@@ -395,7 +560,7 @@ def main() -> None:
         losses: dict[str, list[float]] = {}
         for name in case.sides:
             use_compile = () if name == "ours" else (name == "compiled",)
-            make = make_ours if name == "ours" else make_theirs
+            make = MAKERS[type(case)][name != "ours"]
             side = Side(make, case, Path(folder), *use_compile)
             try:
                 losses[name] = [side.turn(1)[0] for _ in range(WARM_UP)]
@@ -418,12 +583,10 @@ def main() -> None:
         print(f"{1e3 * seconds:10.2f} ms  {location}")
 
 
-def describe(case: Case) -> str:
-    target, contexts, text = case.tokens
+def describe(case: Case | AutoencoderCase) -> str:
     return (
-        f"{case.depth[0]} double + {case.depth[1]} single blocks, width {case.width}, {case.heads} "
-        f"heads, {target} target + {contexts} context + {text} text tokens, batch {case.batch}, "
-        f"{case.dtype}, remat {case.remat}, {case.flops() / 1e12:.4g} TFLOP per step\n"
+        f"{case}, batch {case.batch}, {case.dtype}, remat {case.remat}, "
+        f"{case.flops() / 1e12:.4g} TFLOP per step\n"
         f"on {jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} threads"
     )
 
@@ -441,7 +604,7 @@ def check(losses: dict[str, list[float]], tolerance: float) -> None:
             )
 
 
-def report(case: Case, times: dict[str, list[float]]) -> None:
+def report(case: Case | AutoencoderCase, times: dict[str, list[float]]) -> None:
     peak = chip_of(jax.devices()[0].device_kind).peak_flops
     ours = statistics.median(times["ours"])
     print(f"\n{'':10}{'median':>12}{'minimum':>12}{'IQR':>11}{'TFLOP/s':>10}{'MFU':>8}{'ratio':>8}")
