@@ -1,9 +1,10 @@
 """Attention within segments: a token attends only to the tokens of its own example.
 
-One function, several implementations: plain XLA, which is the reference, and a fused kernel for
-each kind of accelerator, which never writes the logits to memory. All are exact on any mesh: heads
-are split over the `tensor` axis and queries over the `context` axis. Keys and values are gathered
-over `context` first, which is cheap: in [dev], 8,704 tokens have 107 MB of them per layer.
+One function, several implementations: plain XLA, which is the reference; a fused kernel for each
+kind of accelerator, which never writes the logits to memory; and XLA in blocks of queries, for long
+rows that no fused kernel supports. All are exact on any mesh: heads are split over the `tensor`
+axis and queries over the `context` axis. Keys and values are gathered over `context` first, which
+is cheap: in [dev], 8,704 tokens have 107 MB of them per layer.
 """
 
 import functools
@@ -18,7 +19,13 @@ from kontext_jax.models.layers import ATTENTION
 from kontext_jax.models.splash import LANES, splash_attention
 from kontext_jax.settings import check_choice
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
+KERNELS = ("auto", "xla", "blocked", "splash", "cudnn")
+
+MAX_TOKENS = 4096
+"""Most tokens of a row for which "auto" is plain XLA: one head's logits are 67 MB of float32."""
+
+BLOCK = 1024
+"""Most queries of a block of "blocked"."""
 
 _QUERIES, _KEYS = "batch seq act_heads act_head_dim", "batch act_kv_seq act_heads act_head_dim"
 
@@ -44,9 +51,10 @@ def attention(
       bias: added to the logits (T5's relative positions).
       scale: factor of the logits; default ``K ** -0.5``.
       causal: whether a token attends only to itself and the tokens before it.
-      kernel: "xla", "splash" (TPU; interpreted elsewhere, slowly), "cudnn" (NVIDIA GPUs, Ampere
-        or newer), or "auto": the platform's fused kernel if it supports the arguments, else "xla".
-        Only "xla" supports ``bias`` and ``causal``.
+      kernel: "xla", "blocked" (XLA, with the logits of one row and block of queries at a time),
+        "splash" (TPU; interpreted elsewhere, slowly), "cudnn" (NVIDIA GPUs, Ampere or newer), or
+        "auto": the platform's fused kernel if it supports the arguments, else "blocked" for more
+        than `MAX_TOKENS` tokens, else "xla". Only "xla" supports ``bias`` and ``causal``.
 
     Raises:
       ValueError: the kernel is unknown or does not support the arguments.
@@ -63,29 +71,32 @@ def attention(
     q = sharding.constrain(q, _QUERIES)
     k, v = (sharding.constrain(x, _KEYS) for x in (k, v))
     if kernel == "xla":
-        return _xla(q, k, v, segments, bias, scale, causal)
-    attend = functools.partial({"splash": _splash, "cudnn": _cudnn}[kernel], scale=scale)
+        return _xla(q, k, v, segments, segments, scale, bias, causal)
+    kernels = {"blocked": _blocked, "splash": _splash, "cudnn": _cudnn}
+    attend = functools.partial(kernels[kernel], scale=scale)
     names = (_QUERIES, _KEYS, _KEYS, "batch seq", "batch act_kv_seq")
     return sharding.on_shards(attend, names)(q, k, v, segments, segments)
 
 
 def choose_kernel(q: Float[Array, "B S H K"]) -> str:
-    """The platform's fused kernel if it supports queries of this shape and dtype, else "xla"."""
+    """The platform's fused kernel if it supports queries of this shape and dtype, else XLA."""
     platform, num_tokens, head_dim = sharding.platform(), q.shape[1], q.shape[-1]
     if platform == "tpu" and head_dim % LANES == 0:
         return "splash"
     fits = num_tokens % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128 and q.dtype.itemsize == 2
-    return "cudnn" if platform == "gpu" and fits else "xla"
+    if platform == "gpu" and fits:
+        return "cudnn"
+    return "blocked" if num_tokens > MAX_TOKENS else "xla"
 
 
-def _xla(q, k, v, segments, bias, scale, causal):
+def _xla(q, k, v, q_segments, kv_segments, scale, bias=None, causal=False):
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     logits = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         logits = logits + bias
-    visible = _visible(segments, segments)
+    visible = _visible(q_segments, kv_segments)
     if causal:
-        visible &= jnp.tri(segments.shape[1], dtype=bool)[None, None]
+        visible &= jnp.tri(q.shape[2], dtype=bool)[None, None]
     logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
     # The softmax is normalised after the product with the values, so that the backward pass reads
     # the S x S weights less often. It needs the unnormalised product, so this one gets the name.
@@ -102,6 +113,31 @@ def _visible(
     q_segments: Int[Array, "B S"], kv_segments: Int[Array, "B T"]
 ) -> Bool[Array, "B 1 S T"]:
     return q_segments[:, None, :, None] == kv_segments[:, None, None, :]
+
+
+def _blocked(q, k, v, q_segments, kv_segments, scale):
+    """`_xla` for one row and block of queries after the other.
+
+    The backward pass computes a block's logits again, so that it has no more of them in memory.
+    """
+    num_queries = q.shape[1]
+    num_blocks = -(-num_queries // BLOCK)
+    block = -(-num_queries // num_blocks)
+    padding = num_blocks * block - num_queries
+
+    def row(q, k, v, q_ids, kv_ids):
+        def attend(q, q_ids):
+            return _xla(q[None], k[None], v[None], q_ids[None], kv_ids[None], scale)[0]
+
+        blocks = (
+            jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, block, *x.shape[1:])
+            for x in (q, q_ids)
+        )
+        out = jax.lax.map(lambda xs: jax.checkpoint(attend, prevent_cse=False)(*xs), tuple(blocks))
+        return out.reshape(-1, *q.shape[1:])[:num_queries]
+
+    rows = (q, k, v, q_segments, kv_segments)
+    return checkpoint_name(jax.lax.map(lambda xs: row(*xs), rows), ATTENTION)
 
 
 def _splash(q, k, v, q_segments, kv_segments, scale):

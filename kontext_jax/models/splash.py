@@ -28,6 +28,10 @@ MAX_BLOCK = 512
 """Maximal number of tokens in a block. It divides the rows of 512, 4,608 and 8,704 tokens that FLUX
 has at 256 and 1024 pixels, and is small enough for packed rows to have blocks to skip."""
 
+WIDE = 1024
+"""Heads of more bytes per token, as the autoencoder's 512 channels of float32, have half as many
+queries in a block: with more, the backward pass does not fit the 16 MB of a v5p's vector memory."""
+
 
 def _matmul_flops(count: int, shapes: list[tuple[int, ...]]) -> float:
     """FLOPs of ``count`` products of all queries and keys, given the kernel's operand shapes."""
@@ -69,7 +73,9 @@ def splash_attention(
       interpret: whether to run the kernel as plain JAX, on any device.
     """
     num_queries = q.shape[1]
-    block_q, block_kv = (block_size(x.shape[1]) for x in (q, k))
+    is_wide = q.shape[-1] * q.dtype.itemsize > WIDE
+    block_q = block_size(num_queries, MAX_BLOCK // 2 if is_wide else MAX_BLOCK)
+    block_kv = block_size(k.shape[1], MAX_BLOCK)
     q, k, v = (
         _pad(x, block).swapaxes(1, 2)
         for x, block in ((q * scale, block_q), (k, block_kv), (v, block_kv))
@@ -80,12 +86,12 @@ def splash_attention(
     return out.swapaxes(1, 2)[:, :num_queries]
 
 
-def block_size(length: int) -> int:
-    """Tokens per block: the size with the least padding, and the largest of those."""
+def block_size(length: int, limit: int) -> int:
+    """At most ``limit`` tokens per block: the size with the least padding, the largest of those."""
     lanes = -(-length // LANES)
-    if lanes * LANES <= MAX_BLOCK:
+    if lanes * LANES <= limit:
         return lanes * LANES
-    sizes = range(MAX_BLOCK // LANES, MAX_BLOCK // LANES // 2, -1)
+    sizes = range(limit // LANES, limit // LANES // 2, -1)
     return LANES * min(sizes, key=lambda size: -(-lanes // size) * size)
 
 

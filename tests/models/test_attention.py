@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kontext_jax import sharding
+from kontext_jax.models import attention as attention_module
 from kontext_jax.models.attention import attention, choose_kernel
 from kontext_jax.models.layers import remat
 
@@ -49,6 +50,24 @@ def test_causal_attention_matches_the_reference(qkv):
     out = attention(*qkv, jnp.asarray(SEGMENTS), causal=True)
     expected = expected_attention(*qkv, SEGMENTS, causal=True)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+def test_blocks_of_queries_match_plain_attention(qkv, monkeypatch):
+    """Five queries in blocks of two. No program has more than a block's logits."""
+    monkeypatch.setattr(attention_module, "BLOCK", 2)
+    qkv, segments = tuple(x[:, :5] for x in qkv), jnp.asarray(SEGMENTS[:, :5])
+
+    def value_and_gradients(kernel):
+        def loss(*x):
+            return jnp.sum(jnp.sin(attention(*x, segments, kernel=kernel)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+    blocked, plain = (value_and_gradients(kernel) for kernel in ("blocked", "xla"))
+    for a, b in zip(jax.tree.leaves(blocked(*qkv)), jax.tree.leaves(plain(*qkv)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    programs = [str(jax.make_jaxpr(function)(*qkv)) for function in (blocked, plain)]
+    assert ["f32[2,2,5,5]" in program for program in programs] == [False, True]
 
 
 def test_tokens_of_other_segments_have_no_effect(qkv):
@@ -136,12 +155,14 @@ def test_auto_is_the_fused_kernel_if_it_supports_the_shape(
     assert choose_kernel(jnp.zeros((2, 4, 2, head_dim), dtype)) == kernel
     odd = choose_kernel(jnp.zeros((2, 5, 2, head_dim), dtype))
     assert odd == (kernel if kernel == "splash" else "xla")  # splash pads
+    long = choose_kernel(jnp.zeros((1, 4098, 2, head_dim), dtype))
+    assert long == ("blocked" if kernel == "xla" else kernel)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernel": "flash"}, "attention 'flash' is not one of auto, xla, splash, cudnn."),
+        ({"kernel": "flash"}, "attention 'flash' is not one of auto, xla, blocked, splash, cudnn."),
         ({"kernel": "splash"}, "needs a multiple of 128 channels per head, not 4."),
         (
             {"kernel": "splash", "causal": True},

@@ -80,9 +80,22 @@ def test_blocks_of_other_examples_are_not_read(qkv):
     ("length", "block"),
     [(1, 128), (128, 128), (300, 384), (512, 512), (4608, 512), (8704, 512), (8832, 384)],
 )
-def test_block_size_minimises_padding(length, block, monkeypatch):
-    monkeypatch.setattr(splash, "MAX_BLOCK", 512)
-    assert splash.block_size(length) == block
+def test_block_size_minimises_padding(length, block):
+    assert splash.block_size(length, 512) == block
+
+
+def test_wide_heads_have_half_as_many_queries_in_a_block(monkeypatch):
+    monkeypatch.setattr(splash, "MAX_BLOCK", 256)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 200, 1, 512)), jnp.float32)
+
+    def loss(x, kernel="splash"):
+        out = attention(x, x, x, jnp.ones((1, 200), jnp.int32), scale=0.01, kernel=kernel)
+        return jnp.sum(jnp.sin(out))
+
+    assert "grid=(1, 2, 1)" in str(jax.make_jaxpr(loss)(x))
+    assert "grid=(1, 1, 1)" in str(jax.make_jaxpr(loss)(x[..., :256]))
+    grads = [jax.jit(jax.grad(loss), static_argnums=1)(x, kernel) for kernel in ("splash", "xla")]
+    np.testing.assert_allclose(*grads, atol=1e-5)
 
 
 def test_the_table_has_all_overlapping_blocks_and_few_others():
