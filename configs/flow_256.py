@@ -37,6 +37,7 @@ def flow(remat: str) -> Config:
     return Config(
         objective=FlowMatchingConfig(
             transformer=FluxConfig.schnell(remat=remat),
+            autoencoder_dtype="bfloat16",
             init_from=FlowInit(text_encoder=MODEL, clip=MODEL, autoencoder=MODEL),
             time=TimeConfig(distribution="uniform", shift="none"),
         ),

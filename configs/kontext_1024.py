@@ -42,6 +42,7 @@ def kontext(rows: int, remat: str) -> Config:
     return Config(
         objective=FlowMatchingConfig(
             transformer=FluxConfig.dev(remat=remat),
+            autoencoder_dtype="bfloat16",
             init_from=FlowInit(
                 transformer=MODEL, text_encoder=MODEL, clip=MODEL, autoencoder=MODEL
             ),

@@ -182,7 +182,11 @@ def abstract_frozen(config: Config) -> dict[str, Network]:
             dtypes, stored = reader.dtypes, reader.config
         except FileNotFoundError:
             dtypes, stored = {}, None
-        network_config = getattr(config.objective, name, stored) or _matching_autoencoder(config)
+        if name == "autoencoder":
+            stored = stored or _matching_autoencoder(config)
+            network_config = config.objective.frozen_autoencoder(stored)
+        else:
+            network_config = getattr(config.objective, name)
         abstract = ALL_NETWORKS[network_of(name)].abstract(network_config)
         leaves = [
             jax.ShapeDtypeStruct(leaf.shape, dtypes.get(param, jnp.bfloat16))

@@ -204,10 +204,12 @@ def test_the_printed_report_names_the_limit_and_what_is_not_counted(capsys):
 
 
 def test_missing_frozen_weights_are_assumed_to_be_flux_s():
-    frozen = compiling.abstract_frozen(config(lora=LoraConfig(rank=4)))
+    settings = config(lora=LoraConfig(rank=4), autoencoder_dtype="bfloat16")
+    frozen = compiling.abstract_frozen(settings)
     assert set(frozen) == {"transformer", "text_encoder", "autoencoder"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {"bfloat16"}
     assert frozen["autoencoder"].config.token_channels == 24
+    assert frozen["autoencoder"].config.dtype == "bfloat16"
     unmatched = config()
     unmatched.objective.transformer.in_channels = 20
     with pytest.raises(ValueError, match="tokens of 20 channels that are 8 pixels wide"):

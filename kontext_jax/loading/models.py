@@ -169,7 +169,7 @@ def load_frozen(
             continue
         reader = open_init(config, name)
         if name == "autoencoder":
-            network_config = reader.config
+            network_config = config.objective.frozen_autoencoder(reader.config)
             _check_autoencoder(network_config, config)
         else:
             network_config = getattr(config.objective, name)

@@ -1,6 +1,6 @@
 """Shared by all objectives of the transformer: networks, conditioning, per-example means."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kontext_jax import flow
 from kontext_jax.encoders import encode_clip, encode_text, to_tokens
+from kontext_jax.models.autoencoder import AutoencoderConfig
 from kontext_jax.models.clip import ClipConfig
 from kontext_jax.models.flux import Flux, FluxConfig
 from kontext_jax.models.t5 import T5Config, pool
@@ -44,6 +45,8 @@ class NetworksConfig(Settings):
     """The networks and their conditioning.
 
     Attributes:
+      autoencoder_dtype: compute dtype of the frozen autoencoder; that of its stored config if
+        empty, which is float32 for FLUX.1's.
       pooled: source of the transformer's pooled text vector: "clip", "mean" of the text encoder's
         vectors, or "zeros".
       time: shift of the sampler's schedule.
@@ -53,6 +56,7 @@ class NetworksConfig(Settings):
     transformer: FluxConfig = field(default_factory=FluxConfig)
     text_encoder: T5Config = field(default_factory=T5Config)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    autoencoder_dtype: str = ""
     pooled: str = "clip"
     time: flow.TimeConfig = field(default_factory=flow.TimeConfig)
     guidance: float = 1.0
@@ -81,6 +85,10 @@ class NetworksConfig(Settings):
     def teacher(self) -> FluxConfig:
         """The config of a frozen teacher of this transformer."""
         return self.transformer
+
+    def frozen_autoencoder(self, stored: AutoencoderConfig) -> AutoencoderConfig:
+        """The config of the frozen autoencoder, given its stored one."""
+        return replace(stored, dtype=self.autoencoder_dtype or stored.dtype)
 
     def encode_text(
         self, networks: dict[str, Network], batch: Batch

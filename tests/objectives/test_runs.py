@@ -110,6 +110,14 @@ def test_student_starts_with_the_weights_of_its_teacher(teacher):
     assert teacher_time(config) == teacher.objective.time != config.objective.time
 
 
+@pytest.mark.parametrize(("setting", "computed"), [("", "float32"), ("bfloat16", "bfloat16")])
+def test_the_dtype_of_the_frozen_autoencoder_is_its_own_or_the_setting(teacher, setting, computed):
+    config = student(teacher, LaddConfig, 1, autoencoder_dtype=setting)
+    frozen = load_frozen(config, make_mesh(MeshConfig()), only=["autoencoder"])
+    assert frozen["autoencoder"].config.dtype == computed
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(frozen)} == {"float32"}
+
+
 def test_resumed_run_repeats_an_uninterrupted_run(teacher, tmp_path):
     """Networks, optimizer moments, averages and random draws: every metric is bitwise equal."""
     config = ladd(teacher, 6)
