@@ -19,6 +19,9 @@ Examples:
     data, fsdp                   fsdp, -               fsdp            data fsdp, -, -
     fsdp, tensor                 fsdp, tensor          tensor fsdp     fsdp, -, -
     fsdp, context, tensor        fsdp, tensor          tensor fsdp     fsdp, context, -
+
+In the autoencoder, context and tensor split the rows of pixels of an image (`split_rows`), and
+neighbours exchange the rows at their borders.
 """
 
 import math
@@ -54,6 +57,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "seq": ("context",),
     "act_embed": (),
+    "act_rows": ("context", "tensor"),
+    "act_all_rows": (),
+    "act_columns": (),
+    "act_channels": (),
     "act_heads": ("tensor",),
     "act_kv_seq": (),
     "act_head_dim": (),
@@ -201,6 +208,27 @@ def constrain(x: jax.Array, names: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, tuple(names.split()), mesh))
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Constrains images [B h w c] of a convolutional network: context and tensor split the rows.
+
+    Rows are split only if the whole mesh then splits the array; else only the batch is. If rows
+    are split and devices hold copies, XLA's partitioner sums the gradient of a convolution's kernel
+    over the copies too (jaxlib 0.10.2): it would be a multiple of the right one.
+    """
+    rows = "act_rows" if row_parts(x.shape) > 1 else "act_all_rows"
+    return constrain(x, f"batch {rows} act_columns act_channels")
+
+
+def row_parts(shape: tuple[int, ...]) -> int:
+    """The number of parts into which `split_rows` splits the rows of images of a shape."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    names = ("batch", "act_rows", "act_columns", "act_channels")
+    part = NamedSharding(mesh, spec(shape, names, mesh)).shard_shape(shape)
+    return shape[1] // part[1] if math.prod(part) * mesh.size == math.prod(shape) else 1
 
 
 def on_shards(function: Callable[..., jax.Array], inputs: Sequence[str]) -> Callable:

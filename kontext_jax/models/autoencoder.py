@@ -6,6 +6,8 @@ shifted and scaled to about unit variance. A token of the transformer is 2 x 2 l
 (`pack_latents`).
 
 Images and latents are NHWC; pixels lie in [-1, 1]. Levels differ in shape, so nothing is stacked.
+Images that do not fit a device are split by rows over a mesh (`sharding.split_rows`), exactly, or
+computed in tiles (``models/tiling.py``), approximately.
 """
 
 import functools
@@ -24,6 +26,7 @@ from kontext_jax.models.convolution import convolve, convolve_repeated, is_singl
 from kontext_jax.models.layers import Linear, remat
 from kontext_jax.models.vq import Codebook
 from kontext_jax.settings import Settings, check_choices, check_least
+from kontext_jax.sharding import split_rows
 
 PATCH = 2  # a token is PATCH x PATCH latent cells
 
@@ -122,6 +125,16 @@ class AutoencoderConfig(Settings):
         """Pixels per token, along one side."""
         return PATCH * self.downsample
 
+    def check_size(self, height: int, width: int) -> None:
+        """Checks that an image consists of whole latent cells.
+
+        Raises:
+          ValueError: it does not.
+        """
+        cell = self.downsample
+        if height % cell or width % cell:
+            raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
+
     @classmethod
     def flux(cls, **kwargs) -> "AutoencoderConfig":
         """FLUX.1 [dev], [schnell] and Kontext: 83,819,683 parameters, 16 pixels per token."""
@@ -219,10 +232,11 @@ class AttnBlock(nnx.Module):
         self.q, self.k, self.v, self.proj_out = make(), make(), make(), make()
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+        x = split_rows(x)
         cells = self.norm(x).reshape(x.shape[0], -1, 1, x.shape[-1])
         segments = jnp.ones(cells.shape[:2], jnp.int32)
         out = attention(self.q(cells), self.k(cells), self.v(cells), segments)
-        return x + self.proj_out(out.reshape(x.shape))
+        return split_rows(x + self.proj_out(out.reshape(x.shape)))
 
 
 class Downsample(nnx.Module):
@@ -262,9 +276,9 @@ class Level(nnx.Module):
     def __call__(self, x: Float[Array, "B _ _ i"]) -> Float[Array, "B _ _ o"]:
         run = remat(ResnetBlock.__call__, self.remat)
         for block in self.block:
-            x = run(block, x)
+            x = split_rows(run(block, x))
         step = self.downsample or self.upsample
-        return x if step is None else step(x)
+        return x if step is None else split_rows(step(x))
 
 
 class Mid(nnx.Module):
@@ -276,7 +290,7 @@ class Mid(nnx.Module):
         self.block_2 = ResnetBlock(config, width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        return split_rows(self.block_2(self.attn_1(self.block_1(x))))
 
 
 class Encoder(nnx.Module):
@@ -294,10 +308,10 @@ class Encoder(nnx.Module):
         self.conv_out = conv(config, widths[-1], config.encoder_channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B _ _ 3"]) -> Float[Array, "B _ _ z"]:
-        x = self.conv_in(x)
+        x = split_rows(self.conv_in(split_rows(x)))
         for level in self.down:
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+        return split_rows(self.conv_out(jax.nn.silu(self.norm_out(self.mid(x)))))
 
 
 class Decoder(nnx.Module):
@@ -319,7 +333,7 @@ class Decoder(nnx.Module):
 
     def features(self, z: Float[Array, "B _ _ z"]) -> Float[Array, "B _ _ c"]:
         """The input of the last layer, ``conv_out``."""
-        x = self.mid(self.conv_in(z))
+        x = self.mid(split_rows(self.conv_in(split_rows(z))))
         for level in reversed(self.up):
             x = level(x)
         return jax.nn.silu(self.norm_out(x))
@@ -345,9 +359,7 @@ class Autoencoder(nnx.Module):
         Raises:
           ValueError: the sides of the images are not multiples of `downsample`.
         """
-        (_, height, width, _), cell = images.shape, self.config.downsample
-        if height % cell or width % cell:
-            raise ValueError(f"Images of {height} x {width} pixels need sides divisible by {cell}.")
+        self.config.check_size(*images.shape[1:3])
         cells = self.encoder(images.astype(self.config.dtype))
         return cells if self.quant_conv is None else self.quant_conv(cells)
 

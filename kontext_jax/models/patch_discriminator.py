@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from kontext_jax.models.autoencoder import GroupNorm
 from kontext_jax.models.moving_average import MovingAverage
 from kontext_jax.settings import Settings, check_least
+from kontext_jax.sharding import constrain
 
 SLOPE = 0.2
 """Slope of LeakyReLU below 0."""
@@ -114,6 +115,8 @@ class PatchDiscriminator(nnx.Module):
                 f"Images of {height} x {width} pixels are too small for the discriminator, which "
                 f"needs {smallest}: lower its num_layers or num_scales."
             )
+        # The rows of its feature maps, 31 of 64 and so on, cannot be split (`sharding.split_rows`).
+        images = constrain(images, "batch act_all_rows act_columns act_channels")
         logits, x = [], images.astype(self.config.dtype)
         for i, scale in enumerate(self.scales):
             x = _halved(x) if i else x

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kontext_jax.compilation import hlo
 from kontext_jax.models import autoencoder as ae
-from kontext_jax.sharding import RULES
+from kontext_jax.sharding import RULES, MeshConfig, make_mesh
 from kontext_jax.weights.autoencoder import to_json
 
 TINY = ae.AutoencoderConfig.tiny()
@@ -211,6 +212,40 @@ def test_gradients_reach_every_parameter(images):
         assert bool(jnp.all(jnp.isfinite(grad))), name
         # A bias of the keys shifts all logits of a query equally, so it has no gradient.
         assert ".k.bias" in name or float(jnp.max(jnp.abs(grad))) > 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "is_split"),
+    [
+        ({"context": 8}, 24, True),  # all devices have all 12 rows of the latents
+        pytest.param({"context": 8}, 32, True, marks=pytest.mark.slow),
+        pytest.param({"context": 4, "tensor": 2}, 32, True, marks=pytest.mark.slow),
+        # fsdp holds copies of the single image.
+        pytest.param({"fsdp": 2, "context": 4}, 32, False, marks=pytest.mark.slow),
+    ],
+)
+def test_rows_of_images_are_split_over_the_mesh(sizes, rows, is_split):
+    model = autoencoder(channels=8, num_groups=4, channel_multipliers=(1, 2))
+    x = np.random.default_rng(0).uniform(-1, 1, (1, rows, 8, 3)).astype(np.float32)
+
+    def loss(model, x):
+        out = model.decode(model.encode(x))
+        return jnp.mean(jnp.sin(3 * out)), out
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    expected = step(model, x)
+    with jax.set_mesh(make_mesh(MeshConfig(**({"data": 1, "fsdp": 1} | sizes)))):
+        compiled = step.lower(model, x).compile()
+        results = compiled(model, x)
+    for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    collectives = hlo.analyse(compiled.as_text()).collectives
+    assert ("collective-permute" in collectives) == is_split
+    if is_split:
+        assert results[0][1].addressable_shards[0].data.shape == (1, rows // 8, 8, 3)
+    if sizes == {"context": 8} and rows == 32:
+        # The keys and values of two attention blocks. Their gradients are reduced.
+        assert collectives["all-gather"].count == 4
 
 
 def test_gradients_do_not_depend_on_remat():

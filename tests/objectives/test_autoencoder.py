@@ -306,8 +306,13 @@ def test_each_player_is_updated_by_its_own_loss(step_inputs, make_descent):
 
 
 @pytest.mark.slow
-def test_step_is_the_same_on_eight_devices(step_inputs, three_steps_on, assert_same_steps):
-    on_eight = three_steps_on(*step_inputs, {"data": 2, "fsdp": 2, "context": 2})
+@pytest.mark.parametrize(
+    "sizes",
+    [{"data": 2, "fsdp": 2, "context": 2}, {"data": 2, "context": 2, "tensor": 2}],
+    ids=str,
+)
+def test_step_is_the_same_on_eight_devices(step_inputs, three_steps_on, assert_same_steps, sizes):
+    on_eight = three_steps_on(*step_inputs, sizes)
     assert_same_steps(on_eight, three_steps_on(*step_inputs, {}))
 
 
