@@ -3,11 +3,13 @@
 Used by training without cached latents, sampling and evaluation.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kontext_jax.models import tiling
 from kontext_jax.models.autoencoder import Autoencoder, pack_latents, to_pixels
 from kontext_jax.models.clip import ClipText
 from kontext_jax.models.t5 import T5Encoder
@@ -17,11 +19,12 @@ from kontext_jax.types import Batch, Tokens
 def encode_images(autoencoder: Autoencoder | None, batch: Batch) -> Float[Array, "B S C"]:
     """Clean latents of every image token; zero for padding.
 
-    Batches with cached latents need no autoencoder.
+    Images that are too large for a device are encoded in tiles (``models/tiling.py``). Batches with
+    cached latents need no autoencoder.
     """
     if batch.latents is not None:
         return jnp.asarray(batch.latents, jnp.float32)
-    latents = image_tokens(autoencoder.encode, batch)
+    latents = image_tokens(functools.partial(tiling.encode, autoencoder), batch)
     return jnp.where(batch.segments[:, :, None] > 0, latents, 0.0)
 
 

@@ -19,15 +19,13 @@ from kontext_jax.data.pipeline import DataConfig, assemble, empty_prompts, noise
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images
 from kontext_jax.geometry import Size, num_tokens, size_of
+from kontext_jax.models import tiling
 from kontext_jax.models.autoencoder import Autoencoder, to_pixels, to_uint8, unpack_latents
 from kontext_jax.objectives import Network
 from kontext_jax.objectives.transformer import NetworksConfig
 from kontext_jax.sampler import SamplerConfig, sample
 from kontext_jax.sharding import batch_sharding, num_batch_shards, over_batches
 from kontext_jax.types import Batch, Example, RGBImage, unprompted
-
-MAX_PIXELS = 2**21
-"""Most pixels that a batch shard decodes at once: two images of a megapixel."""
 
 
 class GeneratedBatch(NamedTuple):
@@ -157,7 +155,7 @@ class Generator:
 
 
 def _max_images(size: Size) -> int:
-    return max(1, MAX_PIXELS // math.prod(size))
+    return max(1, tiling.MAX_PIXELS // math.prod(size))
 
 
 def _blank_targets(examples: Sequence[Example]) -> list[Example]:
@@ -260,12 +258,13 @@ def _decode(
 ) -> UInt8[Array, "B h w 3"]:
     cell = autoencoder.config.downsample
     latents = unpack_latents(tokens, (size[0] // cell, size[1] // cell))
-    return to_uint8(autoencoder.decode(latents))
+    return to_uint8(tiling.decode(autoencoder, latents))
 
 
 @jax.jit
 def _reconstruct(autoencoder: Autoencoder, images: UInt8[Array, "B h w 3"]) -> Array:
-    return to_uint8(autoencoder.decode(autoencoder.encode(to_pixels(images))))
+    latents = tiling.encode(autoencoder, to_pixels(images))
+    return to_uint8(tiling.decode(autoencoder, latents))
 
 
 def reconstruct(autoencoder: Autoencoder, images: Sequence[RGBImage], mesh: Mesh) -> list[RGBImage]:
