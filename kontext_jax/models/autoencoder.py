@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from kontext_jax.models import fsq
 from kontext_jax.models.attention import attention
-from kontext_jax.models.convolution import convolve, convolve_repeated, is_single_cpu
+from kontext_jax.models.convolution import convolve, convolve_repeated, is_faster_here
 from kontext_jax.models.layers import Linear, remat
 from kontext_jax.models.vq import Codebook
 from kontext_jax.settings import Settings, check_choices, check_least
@@ -256,7 +256,7 @@ class Upsample(nnx.Module):
         self.conv = conv(config, width, width, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B _ _ c"]:
-        if is_single_cpu():
+        if is_faster_here(x):
             kernel, bias = self.conv.kernel[...], self.conv.bias[...].astype(x.dtype)
             return convolve_repeated(x, kernel) + bias.reshape(1, 1, 1, -1)
         return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))

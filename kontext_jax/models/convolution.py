@@ -10,7 +10,8 @@ Two things are slow, and written differently here on a single CPU device:
   pixels, so it is a 2 x 2 convolution of the pixels before repetition, with sums of the kernel's
   taps: 4/9 of the operations.
 
-Accelerators, and meshes of several CPU devices, run XLA's own convolutions.
+Accelerators, meshes of several CPU devices, and images of few pixels, whose programs would take
+longer to compile and no less to run, have XLA's own convolutions.
 """
 
 import functools
@@ -26,13 +27,17 @@ from kontext_jax.sharding import platform
 BLOCK = 2048
 """Largest number of positions in a block of rows: 256 KiB of 32 channels in float32."""
 
+MIN_PIXELS = 64**2
+"""Fewest pixels of an image for this module's forms."""
+
 Pair = tuple[int, int]
 
 
-def is_single_cpu() -> bool:
-    """Returns whether the program runs on one CPU device."""
+def is_faster_here(x: Float[Array, "B h w i"]) -> bool:
+    """Whether this module's forms are faster: on one CPU device, for images large enough."""
     mesh = jax.sharding.get_abstract_mesh()
-    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+    is_single_cpu = platform() == "cpu" and (mesh.empty or mesh.size == 1)
+    return is_single_cpu and x.shape[1] * x.shape[2] >= MIN_PIXELS
 
 
 def convolve(
@@ -51,7 +56,7 @@ def convolve(
       padding: before and after the rows, and the columns.
       kwargs: the other arguments of `jax.lax.conv_general_dilated`.
     """
-    if is_single_cpu():
+    if is_faster_here(x):
         return _convolve(x, kernel, tuple(strides), tuple(padding))
     return lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
 

@@ -13,6 +13,12 @@ from kontext_jax.sharding import MESH_AXES
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 
+@pytest.fixture(autouse=True)
+def small_images(monkeypatch):
+    """Images of a few pixels count as large."""
+    monkeypatch.setattr(convolution, "MIN_PIXELS", 1)
+
+
 def xla(x, kernel, strides=(1, 1), padding=((1, 1), (1, 1))):
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=NHWC)
 
@@ -86,7 +92,9 @@ def test_a_gradient_of_a_gradient_is_that_of_xla():
 
 
 @pytest.mark.parametrize(("platform", "num_devices"), [("tpu", 1), ("gpu", 1), ("cpu", 2)])
-def test_other_devices_run_the_convolution_of_xla(platform, num_devices):
+def test_other_devices_and_small_images_have_the_convolution_of_xla(
+    platform, num_devices, monkeypatch
+):
     x, kernel = normal(1, 4, 4, 2), normal(3, 3, 2, 3)
 
     def program(convolve):
@@ -98,3 +106,5 @@ def test_other_devices_run_the_convolution_of_xla(platform, num_devices):
     with on(platform, num_devices):
         assert program(ours) == program(xla)
     assert program(ours) != program(xla)
+    monkeypatch.setattr(convolution, "MIN_PIXELS", 17)
+    assert program(ours) == program(xla)
