@@ -6,7 +6,9 @@ only by its pixels. Where tiles overlap, their outputs are blended linearly, as 
 overlaps its neighbour more; diffusers' is smaller instead.
 
 The result is an approximation: a tile has its own statistics of GroupNorm and its own attention,
-and its borders are padded with zeros.
+and its borders are padded with zeros. The difference depends on the weights: with random ones, the
+tiny autoencoder's images of 256 pixels have a PSNR of 31 dB between tiles of half the side and
+none, relative to their range.
 """
 
 import math
