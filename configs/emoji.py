@@ -12,6 +12,8 @@
     python -m kontext_jax.train --config=configs/emoji.py:ladd --workdir=runs/emoji/ladd
     python -m kontext_jax.evaluate --config=configs/eval_emoji.py --workdir=runs/emoji
 
+The autoencoder's perceptual distance needs EfficientNet-Lite0: `pip install -e '.[emoji,eval]'`.
+
 `autoencoder` and `flow` are sized for two CPU cores and take about 20 minutes together;
 `--config.num_steps=2200` resumes `flow` for as long again. `ladd` distils the result.
 `autoencoder_gpu`, `flow_gpu` and `ladd_gpu` are wider, deeper variants at 64 to 96 pixels, sized
@@ -61,7 +63,9 @@ def data(sides: tuple[int, ...], image_tokens: int, batch_size: int) -> DataConf
 
 def autoencoder() -> Config:
     return Config(
-        objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
+        objective=AutoencoderObjectiveConfig.tiny(
+            autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4, start=200
+        ),
         data=data(SMALL, image_tokens=256, batch_size=3),
         optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
         checkpoint=CheckpointConfig(every=500, keep=1),

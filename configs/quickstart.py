@@ -60,13 +60,15 @@ def data(batch_size: int) -> DataConfig:
 
 def autoencoder() -> Config:
     return Config(
-        objective=AutoencoderObjectiveConfig(autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4),
-        data=data(batch_size=8),
+        objective=AutoencoderObjectiveConfig.tiny(
+            autoencoder=AutoencoderConfig.tiny(), kl_weight=1e-4, start=200
+        ),
+        data=data(batch_size=4),
         optim=OptimConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, ema_decay=0.99),
-        checkpoint=CheckpointConfig(every=600, keep=1),
+        checkpoint=CheckpointConfig(every=1200, keep=1),
         sheets=SheetConfig(every=600),
-        num_steps=600,
-        log_every=20,
+        num_steps=1200,
+        log_every=50,
     )
 
 

