@@ -33,7 +33,6 @@ from kontext_jax import cli
 from kontext_jax.config import Config
 from kontext_jax.data import latents as store
 from kontext_jax.data.latents import EncodedExample, LatentsConfig, StoreSettings
-from kontext_jax.data.packing import Plan
 from kontext_jax.data.pipeline import (
     DataConfig,
     RowAssembler,
@@ -43,6 +42,7 @@ from kontext_jax.data.pipeline import (
     plan_of,
     shapes_of,
 )
+from kontext_jax.data.plan import Plan
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.encoders import encode_images
 from kontext_jax.flow import TimeConfig
@@ -233,14 +233,14 @@ class Encoder:
         self._networks, self._plan, self._mesh = networks, plan, mesh
         self._data, latents = _reading_config(config.data), config.data.latents
         self._rows = RowAssembler(source, plan, self._data, config.seed)
-        self._ids = [str(example_id) for example_id in source.index.ids]
+        self._ids = list(source.index.ids)
         if len(set(self._ids)) < len(self._ids):
             raise ValueError(
                 f"{source.path} uses an id twice, but latents are stored by id: give each example "
                 "a unique id."
             )
         self._noise_ids = np.array([noise_id(example_id) for example_id in self._ids], np.int32)
-        self._shapes = shapes_of(source, self._data)
+        self._shapes = shapes_of(source.index, self._data)
         self._key = jax.random.key(latents.seed)
         self._run = jax.jit(
             lambda networks, batch, key: encode_rows(

@@ -14,6 +14,7 @@ from flax import nnx
 from kontext_jax import encode as encoding
 from kontext_jax.config import Config, SheetConfig
 from kontext_jax.data import latents, store
+from kontext_jax.data.index import Index
 from kontext_jax.data.latents import LatentsConfig, LatentStore
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, Loader
@@ -34,7 +35,7 @@ from kontext_jax.sharding import MeshConfig, make_mesh, shardings_of
 from kontext_jax.train import train
 from kontext_jax.types import Triple
 
-NUM = 29
+NUM = 31
 DATA = DataConfig(
     batch_size=4,
     caption_dropout=0.5,
@@ -354,9 +355,9 @@ def test_too_many_unreadable_examples_stop_the_job(networks, config, tmp_path, m
 
 
 def test_duplicate_ids_are_refused(networks, config, tmp_path, monkeypatch):
-    index = TripleSource(config.data.path, "train").index
-    twice = dataclasses.replace(index, ids=np.where(index.ids == "triple/3", "triple/4", index.ids))
-    monkeypatch.setattr(TripleSource, "index", twice)
+    rows = list(TripleSource(config.data.path, "train").index)
+    twice = [row._replace(id=row.id.replace("/3", "/4")) for row in rows]
+    monkeypatch.setattr(TripleSource, "index", Index.of(twice))
     with pytest.raises(ValueError, match="uses an id twice, but latents are stored by id"):
         run(networks, making(config, tmp_path / "store", samples=0.0))
 

@@ -7,16 +7,18 @@ All randomness is a pure function of (seed, epoch, example), so the position in 
 integer, whatever the number of hosts and workers.
 """
 
-import functools
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grain
 import numpy as np
 from absl import logging
 from jaxtyping import Int
 
+from kontext_jax.data.index import Index
 from kontext_jax.data.latents import (
     DTYPE,
     LatentsConfig,
@@ -24,12 +26,15 @@ from kontext_jax.data.latents import (
     check_networks,
     open_store,
 )
-from kontext_jax.data.packing import PackingConfig, Plan, Shape, size_key
+from kontext_jax.data.layout import VERSION, Cache
+from kontext_jax.data.packing import PackingConfig, size_key
+from kontext_jax.data.plan import Plan
+from kontext_jax.data.shapes import Shapes
 from kontext_jax.data.sources import CorruptRecordError, TripleSource
 from kontext_jax.data.text import TextConfig, Tokenizer
+from kontext_jax.files import short_digest
 from kontext_jax.geometry import (
     GeometryConfig,
-    Size,
     fit,
     nearest_size,
     num_tokens,
@@ -335,29 +340,37 @@ def _slot_starts(slots: dict[str, int], geometry: GeometryConfig) -> dict[str, i
 
 
 def plan_of(source: TripleSource, config: DataConfig, seed: int) -> Plan:
-    """Packing plan of a data set, from the sizes and prompt lengths in its index."""
-    names = [str(i) for i in source.index.ids]
-    return Plan(shapes_of(source, config), names, config.packing, config.geometry, seed)
+    """Packing plan of a data set, from the sizes and prompt lengths in its index.
+
+    The examples of large data sets are sorted once, in a folder beside the data set or, if that
+    cannot be written to, in the user's cache. It may be deleted.
+    """
+    shapes = shapes_of(source.index, config)
+    settings = (source.fingerprint, config.geometry, config.packing, config.text)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Cache(
+        folders=(source.path / "plans", home / "kontext_jax" / "plans"),
+        key=f"{source.split}-{short_digest(repr((VERSION, settings)))}",
+    )
+    ids = source.index.ids
+    return Plan(shapes, ids, config.packing, config.geometry, seed, cache)
 
 
-def shapes_of(source: TripleSource, config: DataConfig) -> list[Shape]:
+def shapes_of(index: Index, config: DataConfig) -> Shapes:
     """Shapes of all examples of a data set, from its index."""
-    index = source.index
-    text_tokens = Tokenizer(config.text).max_lengths(np.asarray(index.prompt_bytes))
-    ends = np.cumsum(index.context_counts)
-
-    @functools.cache
-    def nearest(height: int, width: int) -> Size:
-        return nearest_size(width, height, config.geometry.sizes)
-
-    targets = [nearest(*size) for size in index.target_sizes.tolist()]
-    contexts = [nearest(*size) for size in index.context_sizes.tolist()]
-    return [
-        Shape(target, tuple(contexts[end - count : end]), tokens)
-        for target, end, count, tokens in zip(
-            targets, ends, index.context_counts, text_tokens.tolist(), strict=True
-        )
-    ]
+    columns = index.columns
+    heights, widths = columns.sizes.T.astype(np.int64)
+    raw, raw_of = np.unique(heights << 32 | widths, return_inverse=True)
+    sizes = config.geometry.sizes
+    nearest = [sizes.index(nearest_size(int(x % 2**32), int(x >> 32), sizes)) for x in raw]
+    return Shapes(
+        sizes=sizes,
+        images=np.array(nearest)[raw_of],
+        ends=columns.shape_ends,
+        entries=columns.shapes,
+        lengths=columns.prompt_bytes,
+        text_tokens=Tokenizer(config.text).max_lengths,
+    )
 
 
 def batches_of(

@@ -87,30 +87,34 @@ class TripleSource(Sequence):  # with Sequence[Triple], runtime type checkers wo
 
     @cached_once
     def index(self) -> Index:
-        """Ids, sizes and more of all records; scans all records if the index file is missing.
+        """Ids, sizes and more of all records; reads all records if there is no index.
 
         Raises:
-          CorruptRecordError: a scanned record, or the header of one of its images, cannot be read.
-          ValueError: the index file belongs to another data set.
+          CorruptRecordError: a record, or the header of one of its images, cannot be read.
+          ValueError: the index is damaged or belongs to another data set.
         """
         path = index_path(self.path, self.split)
-        if not path.exists():
-            return Index.of([self._read(i, Row.of) for i in range(len(self))])
-        index = Index.load(path)
+        old = path.with_name(f"{path.name}.npz")
+        if path.exists():
+            index = Index.load(path)
+        elif old.exists():
+            path, index = old, Index.load_npz(old)
+        else:
+            return Index.of(self._read(i, Row.of) for i in range(len(self)))
         if len(index) != len(self):
             raise ValueError(
-                f"{path} lists {len(index)} records, but the split has {len(self)}: delete the "
-                "file to rebuild the index from the records."
+                f"{path} lists {len(index)} records, but the split has {len(self)}: delete it to "
+                "read the index from the records."
             )
         return index
 
-    @cached_once
+    @property
     def fingerprint(self) -> str:
-        """Hash of the split's records and their order."""
-        return self.index.fingerprint()
+        """Hash of the split's records and their order, computed when the index was made."""
+        return self.index.digest
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("index", "fingerprint")}
+        return {k: v for k, v in vars(self).items() if k != "index"}
 
     def __repr__(self) -> str:
         return f"TripleSource({str(self.path)!r}, {self.split!r})"

@@ -4,7 +4,9 @@ A data set is one folder::
 
     dataset_info.json, features.json         splits, shard lengths and schema, for TFDS
     triples-train.array_record-00000-of-N    the records, in the order given
-    index-train.npz                          sizes and more of all records, see `Index`
+    index-train                              sizes and more of all records, see `Index`
+    plans                                    may appear when a large data set is first read; see
+                                             `pipeline.plan_of`
 
 The builder is a `ShardBasedBuilder` instead of the more common `GeneratorBasedBuilder`, whose
 shuffler keeps a whole split in memory and needs TensorFlow above 1 GB. It needs the number of
@@ -27,7 +29,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import UInt8
 from PIL import Image
 
-from kontext_jax.data.index import Index, Record, Row, index_path
+from kontext_jax.data.index import IndexWriter, Record, Row, index_path
 from kontext_jax.types import CATEGORIES, Triple
 
 SHARD_BYTES = 256 << 20
@@ -81,13 +83,13 @@ def write(
         folder = pathlib.Path(name)
         known_ids: set[str] = set()
         spools = {
-            split: _spool(_encode_all(split, triples, known_ids), folder / f"{split}.spool")
+            split: _spool(_encode_all(split, triples, known_ids), folder, split)
             for split, triples in splits.items()
         }
         shards = {split: spool.shards(num_shards) for split, spool in spools.items()}
         dataset = _build(folder, shards)
-        for split, spool in spools.items():
-            spool.index.save(index_path(dataset, split))
+        for split in splits:
+            index_path(folder, split).rename(index_path(dataset, split))
         dataset.rename(output)
 
 
@@ -126,31 +128,32 @@ class _Spool:
     """The encoded records of a split, pickled one after the other in one file."""
 
     path: pathlib.Path
-    index: Index
+    total: int
 
     def shards(self, num_shards: int | None) -> list[Callable[[], Iterator[tuple[str, Record]]]]:
         """One function per shard; TFDS calls them in order, so they share one iterator."""
-        total = len(self.index)
         count = num_shards or math.ceil(self.path.stat().st_size / SHARD_BYTES)
-        bounds = np.linspace(0, total, min(count, total) + 1).round().astype(int)
+        bounds = np.linspace(0, self.total, min(count, self.total) + 1).round().astype(int)
         records = self._records()
         return [lambda count=count: itertools.islice(records, count) for count in np.diff(bounds)]
 
     def _records(self) -> Iterator[tuple[str, Record]]:
         with self.path.open("rb") as file:
-            for _ in range(len(self.index)):
+            for _ in range(self.total):
                 record = pickle.load(file)
                 yield record["id"], record
         self.path.unlink()
 
 
-def _spool(records: Iterable[Record], path: pathlib.Path) -> _Spool:
-    rows = []
-    with path.open("wb") as file:
+def _spool(records: Iterable[Record], folder: pathlib.Path, split: str) -> _Spool:
+    """Writes the records' spool and index."""
+    path, total = folder / f"{split}.spool", 0
+    with path.open("wb") as file, IndexWriter(index_path(folder, split)) as index:
         for record in records:
             pickle.dump(record, file)
-            rows.append(Row.of(record))
-    return _Spool(path, Index.of(rows))
+            index.add(Row.of(record))
+            total += 1
+    return _Spool(path, total)
 
 
 def _encode_all(split: str, triples: Iterable[Triple], known_ids: set[str]) -> Iterator[Record]:

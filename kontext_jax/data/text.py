@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from kontext_jax.settings import Settings
 
@@ -90,7 +90,7 @@ class Tokenizer:
         )["input_ids"]
         return np.asarray(ids, np.int32)
 
-    def max_lengths(self, prompt_bytes: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    def max_lengths(self, prompt_bytes: Integer[np.ndarray, " n"]) -> Integer[np.ndarray, " n"]:
         """Upper bounds of token counts, from prompt lengths in UTF-8 bytes; exact for bytes."""
         if self.config.pad or self.config.tokenizer != "byt5":
             return np.full_like(prompt_bytes, self.config.max_tokens)

@@ -14,8 +14,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from kontext_jax.data.packing import PackingConfig, Plan, Shape
+from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import DataConfig, assemble, empty_prompts, noise_id
+from kontext_jax.data.plan import Plan
+from kontext_jax.data.shapes import Shape
 from kontext_jax.data.text import Tokenizer
 from kontext_jax.encoders import encode_images
 from kontext_jax.geometry import Size, num_tokens, size_of

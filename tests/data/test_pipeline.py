@@ -3,18 +3,20 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 import pytest
 
-from kontext_jax.data import packing, store
+from kontext_jax.data import layout, packing, store
 from kontext_jax.data.packing import PackingConfig
 from kontext_jax.data.pipeline import (
     DataConfig,
     Loader,
     RowAssembler,
     assemble,
+    batches_of,
     check_readable,
     empty_prompts,
     plan_of,
@@ -256,6 +258,69 @@ def test_two_hosts_read_the_same_as_one(config):
         loader.close()
 
 
+class RowNumbers(Sequence):
+    """A plan's rows, each as (row, examples)."""
+
+    def __init__(self, plan):
+        self._plan = plan
+
+    def __len__(self):
+        return 2**40
+
+    def __getitem__(self, row):
+        examples = np.full(4, -1)
+        _, numbers = self._plan[row]
+        examples[: len(numbers)] = numbers
+        return np.array([row, *examples])
+
+
+@pytest.mark.parametrize("readers", [1, 8, 64])
+def test_any_number_of_readers_reads_the_plan_in_order(config, readers):
+    """From the start, and from step 1,000,000 as soon."""
+    config = dataclasses.replace(config, batch_size=64, prefetch=1)
+    source = TripleSource(config.path, "train")
+    rows = RowNumbers(plan_of(source, config, seed=0))
+    for step in (0, 10**6):
+        read = []
+        for reader in range(readers):
+            batches = iter(batches_of(rows, config, reader, readers))
+            batches.set_state({"global_next_index": 64 * step})
+            read += next(batches).tolist()
+            batches.close()
+        expected = [rows[row].tolist() for row in range(64 * step, 64 * (step + 1))]
+        assert sorted(read) == expected
+
+
+def test_the_order_of_a_large_data_set_is_kept_beside_it(config, tmp_path, monkeypatch):
+    small = load(config)
+    monkeypatch.setattr(layout, "IN_MEMORY", NUM - 1)
+    folder = shutil.copytree(config.path, tmp_path / "set")
+    large = load(dataclasses.replace(config, path=str(folder)))
+    large.restore(small.state())
+    for _ in range(2):
+        assert_same(next(large), next(small))
+    [kept] = (folder / "plans").iterdir()
+    again = load(dataclasses.replace(config, path=str(folder), caption_dropout=0.5))
+    assert [*(folder / "plans").iterdir()] == [kept]
+    text = TextConfig(max_tokens=9)
+    other = load(dataclasses.replace(config, path=str(folder), text=text))
+    assert len([*(folder / "plans").iterdir()]) == 2
+    for loader in (small, large, again, other):
+        loader.close()
+
+
+def test_the_order_is_kept_in_the_users_cache_if_the_data_set_is_read_only(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(layout, "IN_MEMORY", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(config.path, tmp_path / "set")
+    (folder / "plans").touch()  # no folder can be made here
+    load(dataclasses.replace(config, path=str(folder))).close()
+    [kept] = (tmp_path / "cache" / "kontext_jax" / "plans").iterdir()
+    assert (kept / "order.npy").exists()
+
+
 def test_dropped_prompts_are_also_dropped_for_clip(config, flux_tokenizers):
     text = TextConfig(clip_tokenizer=str(flux_tokenizers / "tokenizer"), clip_max_tokens=9)
     for dropout in (0.0, 1.0):
@@ -312,7 +377,7 @@ def test_other_data_is_refused(config, tmp_path):
 
 def test_a_position_from_another_plan_is_refused(config, monkeypatch):
     loader = load(config)
-    monkeypatch.setattr(packing, "WINDOW", 1)
+    monkeypatch.setattr(packing, "STEPS", 1)
     other = load(config)
     with pytest.raises(ValueError, match="saved with a different plan, so"):
         other.restore(loader.state())

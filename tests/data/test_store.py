@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kontext_jax.data import store
-from kontext_jax.data.index import Index, Row, index_path
 from kontext_jax.data.sources import TripleSource
 from kontext_jax.types import Triple
 
@@ -25,8 +24,8 @@ def test_files_of_a_data_set(tmp_path):
     assert sorted(path.name for path in (tmp_path / "parent" / "set").iterdir()) == [
         "dataset_info.json",
         "features.json",
-        "index-train.npz",
-        "index-validation.npz",
+        "index-train",
+        "index-validation",
         "triples-train.array_record-00000-of-00002",
         "triples-train.array_record-00001-of-00002",
         "triples-validation.array_record-00000-of-00001",
@@ -128,33 +127,3 @@ def test_an_existing_output_is_refused_and_unchanged(tmp_path):
 def test_fewer_than_one_shard_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_shards is 0"):
         store.write({"train": [triple()]}, tmp_path / "set", num_shards=0)
-
-
-def test_the_digest_covers_every_field():
-    record = store.Record(
-        id="ab", target=_png(), contexts=[_png()], prompt="c", category="local", details="{}"
-    )
-    changed = [
-        record | {"id": "a"},
-        record | {"id": "a", "prompt": "bc"},
-        record | {"prompt": "d"},
-        record | {"category": "global"},
-        record | {"details": "[]"},
-        record | {"target": _png(shade=8)},
-        record | {"contexts": []},
-    ]
-    digests = {Row.of(store.Record(**fields)).digest for fields in [record, *changed]}
-    assert len(digests) == 1 + len(changed)
-
-
-def test_an_index_round_trips(tmp_path):
-    store.write({"train": [triple("a"), triple("ü", prompt="ü" * 9)]}, tmp_path / "set")
-    path = index_path(tmp_path / "set", "train")
-    index = Index.load(path)
-    index.save(tmp_path / "copy.npz")
-    assert index.ids.tolist() == ["a", "ü"] and index.prompt_bytes.tolist() == [11, 18]
-    assert Index.load(tmp_path / "copy.npz").fingerprint() == index.fingerprint()
-
-
-def _png(shade: int = 7) -> bytes:
-    return store.encode_png(np.full((2, 2, 3), shade, np.uint8))
