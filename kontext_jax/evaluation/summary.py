@@ -178,8 +178,8 @@ def describe(cell: Mapping[str, Any]) -> tuple[str, str, str]:
     return networks, usage, weights
 
 
-def _describe_latents(downsample: int, channels: int, levels: Sequence[int]) -> str:
-    content = f"{' × '.join(map(str, levels))} codes" if levels else f"{channels} channels"
+def _describe_latents(downsample: int, channels: int, codes: int) -> str:
+    content = f"one of {codes:,} codes" if codes else f"{channels} channels"
     return f"{content} per {downsample} × {downsample} pixels"
 
 

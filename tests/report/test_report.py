@@ -287,14 +287,14 @@ def test_empty_sections_are_omitted(tmp_path):
 def test_autoencoders_have_originals_reconstructions_and_errors(tmp_path):
     """Instructions, contexts and metrics of edits are left out."""
     sweep = Sweep(tmp_path, {"a": single_tasks()})
-    facts = {"downsample": 8, "channels": 3, "levels": [5, 4, 3]}
+    facts = {"downsample": 8, "channels": 3, "codes": 64_000}
     for name, psnr in (("x", 21.0), ("y", 22.0)):
         scores = {"edit_success": 1.0, "l1": 0.1, "psnr": psnr, "efflite0": 0.5}
         whole = {"fd_efflite0": 30.0, "code_usage": 0.5}
         sweep.add(name, scores=lambda task, i, x=scores: x, whole=whole, autoencoder=facts)
     page = sweep.write(sheet_rows=3)
     assert "<h1>PSNR, dB: 21.00 on 9 held-out images</h1>" in page
-    assert "5 × 4 × 3 codes per 8 × 8 pixels" in page
+    assert "one of 64,000 codes per 8 × 8 pixels" in page
     heads = [head.removesuffix("|") for head in Reader(page).tables[1][0]]
     assert [head.split("\u00a0")[0] for head in heads] == [
         *("cell", "PSNR, dB", "FD (EfficientNet-Lite0)", "codes used")
