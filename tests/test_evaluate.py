@@ -847,7 +847,7 @@ def test_a_sweep_of_autoencoders_reconstructs_the_targets(autoencoders, tmp_path
         row = Done(tmp_path / "whole", {}, []).scores(cell.name)[0]
         assert row["id"] == task.id and row["l1"] == l1(image, task.truth)
     page = (tmp_path / "whole" / "report.html").read_text()
-    assert "error × 4" in page and "4 × 2 codes per 4 × 4 pixels" in page
+    assert "error × 4" in page and "one of 8 codes per 4 × 4 pixels" in page
 
     calls = []
     save_images = CellFolder.save
