@@ -302,14 +302,32 @@ def make_ours(case: Case, folder: Path):
         updates, opt_state = optimizer.update(grads, opt_state, model)
         return optax.apply_updates(model, updates), opt_state, loss
 
-    compiled = jax.jit(train_step, donate_argnums=(0, 1)).lower(model, opt_state, batch).compile()
+    return compiled_step(train_step, model, opt_state, batch)
+
+
+def compiled_step(step_fn: Callable, model, opt_state, inputs):
+    """Returns a function without arguments that takes a step and returns its loss; its HLO text."""
+    compiled = jax.jit(step_fn, donate_argnums=(0, 1)).lower(model, opt_state, inputs).compile()
 
     def step() -> jax.Array:
         nonlocal model, opt_state
-        model, opt_state, loss = compiled(model, opt_state, batch)
+        model, opt_state, loss = compiled(model, opt_state, inputs)
         return loss
 
     return step, compiled.as_text()
+
+
+def their_network(network_class, case: Case | AutoencoderCase, folder: Path):
+    """Loads a network of diffusers' to train it on the case's device; PyTorch uses all cores."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    network = network_class.from_pretrained(folder, torch_dtype=torch.float32)
+    network = network.to(PLATFORMS[case.device])
+    network.train()
+    if case.remat == "full":
+        network.enable_gradient_checkpointing()
+    return network
 
 
 def make_theirs(case: Case, folder: Path, use_compile: bool):
@@ -317,12 +335,8 @@ def make_theirs(case: Case, folder: Path, use_compile: bool):
     import torch
     from diffusers import FluxTransformer2DModel
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     device, dtype = PLATFORMS[case.device], getattr(torch, case.dtype)
-    network = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-    network.train()
-    if case.remat == "full":
-        network.enable_gradient_checkpointing()
+    network = their_network(FluxTransformer2DModel, case, folder)
     params = list(network.parameters())
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
@@ -391,14 +405,7 @@ def make_our_autoencoder(case: AutoencoderCase, folder: Path):
         updates, opt_state = optimizer.update(grads, opt_state, model)
         return optax.apply_updates(model, updates), opt_state, loss
 
-    compiled = jax.jit(step_fn, donate_argnums=(0, 1)).lower(model, opt_state, inputs).compile()
-
-    def step() -> jax.Array:
-        nonlocal model, opt_state
-        model, opt_state, loss = compiled(model, opt_state, inputs)
-        return loss
-
-    return step, compiled.as_text()
+    return compiled_step(step_fn, model, opt_state, inputs)
 
 
 def make_their_autoencoder(case: AutoencoderCase, folder: Path, use_compile: bool):
@@ -406,12 +413,8 @@ def make_their_autoencoder(case: AutoencoderCase, folder: Path, use_compile: boo
     import torch
     from diffusers import AutoencoderKL
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     device, config = PLATFORMS[case.device], case.config()
-    network = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(device)
-    network.train()
-    if case.remat == "full":
-        network.enable_gradient_checkpointing()
+    network = their_network(AutoencoderKL, case, folder)
     adamw = torch.optim.AdamW(
         network.parameters(),
         lr=OPTIM.learning_rate,
