@@ -1,10 +1,10 @@
 """Compares autoencoders by their reconstructions of held-out images.
 
     python -m kontext_jax.evaluate --workdir=runs/autoencoders \\
-        --config=configs/eval_autoencoder.py:runs/quickstart/autoencoder,runs/sharp
+        --config=configs/eval_autoencoder.py:runs/quickstart/autoencoder,runs/plain
 
-After the colon come the checkpoints, separated by commas: runs (`runs/sharp@600` for one step,
-`runs/sharp@all` for each), or the folder or file of an autoencoder alone, such as
+After the colon come the checkpoints, separated by commas: runs (`runs/plain@600` for one step,
+`runs/plain@all` for each), or the folder or file of an autoencoder alone, such as
 `models/FLUX.1-dev/vae`. Other images, and LPIPS and FID where their weights are available:
 
     --config.sets[0].path=data/images_256
@@ -25,7 +25,7 @@ from kontext_jax.loading.locations import split_step
 DATA = "runs/quickstart/world"
 
 
-def get_config(checkpoints: str = "runs/quickstart/autoencoder,runs/sharp") -> EvalConfig:
+def get_config(checkpoints: str = "runs/quickstart/autoencoder,runs/plain") -> EvalConfig:
     locations = checkpoints.split(",")
     runs = dict.fromkeys(str(split_step(x.removesuffix(ALL_STEPS))[0]) for x in locations)
     return EvalConfig(
